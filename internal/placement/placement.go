@@ -1,0 +1,366 @@
+// Package placement decides which node holds which slot of which vnode. It is
+// pure: it maps nodes and the present assignment to a new one, always the same
+// for the same input, and never carries a move out.
+package placement
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"slices"
+)
+
+// Node is a node as placement sees it.
+type Node struct {
+	ID   uint64
+	Zone string
+}
+
+// Assignment holds the ordered nodes of every vnode's slots.
+type Assignment [][]uint64
+
+// ErrTooFewNodes is returned when a vnode would need one node twice.
+var ErrTooFewNodes = errors.New("fewer nodes than slots")
+
+// horizon is how many slots are planned ahead: a choice that is even for three
+// replicas can make five uneven.
+const horizon = 5
+
+// Widen gives every vnode the slots it lacks up to width and leaves present slots
+// as they are. No current assignment founds the ring. What holds of the result:
+//
+//   - the nodes of a vnode are distinct, and its first N slots lie in distinct
+//     zones for every N up to width where there are that many zones; otherwise no
+//     zone has two more of them than another one with a free node;
+//   - nodes have the same number of slots within one, and of the first N slots
+//     within two for every smaller N, as far as zones and present slots allow it.
+//
+// First every vnode gets a set of nodes; then, from the last slot to the first,
+// each vnode chooses which of its nodes stands there. Both steps balance nodes by
+// cost-reducing paths (Harvey, Ladner, Lovász, Tamir, "Semi-matchings for
+// bipartite graphs and load balancing", 2006). At last single exchanges are made
+// as long as they even out the shares of the first 1, 2, … width slots together.
+func Widen(current Assignment, vnodes int, nodes []Node, width int) (Assignment, error) {
+	if width > len(nodes) {
+		return nil, fmt.Errorf("%w: %d slots, %d nodes", ErrTooFewNodes, width, len(nodes))
+	}
+	sorted := slices.Clone(nodes)
+	slices.SortFunc(sorted, func(a, b Node) int { return cmp.Compare(a.ID, b.ID) })
+	p := newPlan(sorted, current, vnodes)
+	ahead := min(len(nodes), max(width, horizon))
+	p.grow(ahead)
+	for n := ahead; n > 1; n-- {
+		p.order(n)
+	}
+	p.refine(width)
+	out := make(Assignment, vnodes)
+	for v, slots := range p.slots {
+		for _, n := range slots[:max(width, p.fixed[v])] {
+			out[v] = append(out[v], sorted[n].ID)
+		}
+	}
+	return out, nil
+}
+
+// plan is an assignment in the making. Nodes and zones are indexes.
+type plan struct {
+	zoneOf   []int
+	zoneSize []int
+	// slots holds the nodes of each vnode, of which the first fixed stay.
+	slots [][]int
+	fixed []int
+	// load is how many slots each node has, of those under consideration.
+	load []int
+}
+
+func newPlan(nodes []Node, current Assignment, vnodes int) *plan {
+	p := &plan{zoneOf: make([]int, len(nodes)), slots: make([][]int, vnodes), fixed: make([]int, vnodes), load: make([]int, len(nodes))}
+	zones := map[string]int{}
+	index := make(map[uint64]int, len(nodes))
+	for i, n := range nodes {
+		z, ok := zones[n.Zone]
+		if !ok {
+			z = len(zones)
+			zones[n.Zone] = z
+			p.zoneSize = append(p.zoneSize, 0)
+		}
+		p.zoneOf[i] = z
+		p.zoneSize[z]++
+		index[n.ID] = i
+	}
+	for v := range current {
+		for _, id := range current[v] {
+			n := index[id]
+			p.slots[v] = append(p.slots[v], n)
+			p.load[n]++
+		}
+		p.fixed[v] = len(p.slots[v])
+	}
+	return p
+}
+
+// grow gives every vnode a set of n nodes, then evens out the nodes' shares by
+// exchanging one node of a set for another.
+func (p *plan) grow(n int) {
+	for level := range n {
+		for v := range p.slots {
+			if len(p.slots[v]) != level {
+				continue
+			}
+			candidates := p.eligible(v)
+			// Starting the search at another place for every vnode spreads the pairs of
+			// nodes that share vnodes, so that many share the work of a lost one.
+			start := v*(level+1) + v/len(p.load)
+			best := candidates[start%len(candidates)]
+			for i := range candidates {
+				if c := candidates[(start+i)%len(candidates)]; p.load[c] < p.load[best] {
+					best = c
+				}
+			}
+			p.slots[v] = append(p.slots[v], best)
+			p.load[best]++
+		}
+	}
+	p.balance(func(node int, visit func(vnode, other int)) {
+		for v, slots := range p.slots {
+			i := slices.Index(slots, node)
+			if i < p.fixed[v] {
+				continue // absent, or it stays
+			}
+			for other := range p.load {
+				if !slices.Contains(slots, other) && p.fairAfter(slots, i, other) {
+					visit(v, other)
+				}
+			}
+		}
+	}, func(vnode, node, other int) bool {
+		slots := p.slots[vnode]
+		i := slices.Index(slots, node)
+		if !p.fairAfter(slots, i, other) {
+			return false
+		}
+		slots[i] = other
+		return true
+	})
+}
+
+// order chooses for every vnode which of its first n nodes stands last, so that
+// the nodes' shares of the slots before it are even.
+func (p *plan) order(n int) {
+	for i := range p.load {
+		p.load[i] = 0
+	}
+	for v, slots := range p.slots {
+		for _, node := range slots[:n] {
+			p.load[node]++
+		}
+		// Begin with the fullest node that may stand last.
+		last := n - 1
+		for i := p.fixed[v]; i < n; i++ {
+			if p.fairWithout(slots[:n], i) && (!p.fairWithout(slots[:n], last) || p.load[slots[i]] > p.load[slots[last]]) {
+				last = i
+			}
+		}
+		slots[last], slots[n-1] = slots[n-1], slots[last]
+	}
+	for _, slots := range p.slots {
+		p.load[slots[n-1]]--
+	}
+	p.balance(func(node int, visit func(vnode, other int)) {
+		for v, slots := range p.slots {
+			if i := slices.Index(slots[:n-1], node); i >= p.fixed[v] && p.fixed[v] < n && p.fairWithout(slots[:n], i) {
+				visit(v, slots[n-1])
+			}
+		}
+	}, func(vnode, node, other int) bool {
+		slots := p.slots[vnode]
+		i := slices.Index(slots[:n-1], node)
+		if i < 0 || slots[n-1] != other || !p.fairWithout(slots[:n], i) {
+			return false
+		}
+		slots[i], slots[n-1] = slots[n-1], slots[i]
+		return true
+	})
+}
+
+// balance takes a slot from a node and gives it to one with at least two slots
+// less, through others where there is no direct way, until no node can shed one.
+// edges visits the exchanges by which a node can pass one slot on; apply makes
+// one, and may refuse when an earlier step of the same path forbids it.
+func (p *plan) balance(edges func(node int, visit func(vnode, other int)), apply func(vnode, node, other int) bool) {
+	stuck := make([]bool, len(p.load))
+	for {
+		source := -1
+		for n := range p.load {
+			if !stuck[n] && (source < 0 || p.load[n] > p.load[source]) {
+				source = n
+			}
+		}
+		if source < 0 || p.load[source] <= slices.Min(p.load)+1 {
+			return
+		}
+		if !p.shed(source, edges, apply) {
+			stuck[source] = true
+			continue
+		}
+		clear(stuck)
+	}
+}
+
+// shed searches breadth first for a path by which source loses a slot, and walks
+// it from its end.
+func (p *plan) shed(source int, edges func(node int, visit func(vnode, other int)), apply func(vnode, node, other int) bool) bool {
+	// via is the vnode by which a node was reached, from the node before it.
+	via := make([]int, len(p.load))
+	from := make([]int, len(p.load))
+	for n := range via {
+		via[n] = -1
+	}
+	queue := []int{source}
+	for len(queue) > 0 {
+		n := queue[0]
+		queue = queue[1:]
+		if p.load[n] <= p.load[source]-2 {
+			return p.walk(source, n, via, from, apply)
+		}
+		edges(n, func(vnode, other int) {
+			if other != source && via[other] < 0 {
+				via[other], from[other] = vnode, n
+				queue = append(queue, other)
+			}
+		})
+	}
+	return false
+}
+
+// walk makes the exchanges of a path from its end to source. Should a step be
+// refused, the steps made so far still leave every vnode fair; the node before
+// the refused step then has one slot more, unless nothing was moved at all.
+func (p *plan) walk(source, end int, via, from []int, apply func(vnode, node, other int) bool) bool {
+	for n := end; n != source; n = from[n] {
+		if !apply(via[n], from[n], n) {
+			return n != end
+		}
+		p.load[n]++
+		p.load[from[n]]--
+	}
+	return true
+}
+
+// refine exchanges two nodes of a vnode's order, or one for a node outside, while
+// that lowers the sum of squares of the nodes' shares of the first 1 to width
+// slots. Each exchange lowers it by at least one, so it ends.
+func (p *plan) refine(width int) {
+	shares := make([][]int, width) // shares[i] counts the first i+1 slots
+	for i := range shares {
+		shares[i] = make([]int, len(p.load))
+		for _, slots := range p.slots {
+			for _, n := range slots[:i+1] {
+				shares[i][n]++
+			}
+		}
+	}
+	for improved := true; improved; {
+		improved = false
+		for v, slots := range p.slots {
+			for i := p.fixed[v]; i < width; i++ {
+				for other := range p.load {
+					if p.exchange(slots, i, other, shares) {
+						improved = true
+					}
+				}
+			}
+		}
+	}
+}
+
+// exchange puts another node at place i of slots, and the one that was there in
+// its place when it has one behind i, if that is fair and lowers the cost.
+func (p *plan) exchange(slots []int, i, other int, shares [][]int) bool {
+	j := slices.Index(slots, other)
+	if j >= 0 && j <= i {
+		return false
+	}
+	until := len(shares)
+	if j >= 0 {
+		until = min(until, j)
+	}
+	node, gain := slots[i], 0
+	for k := i; k < until; k++ {
+		gain += shares[k][node] - shares[k][other] - 1
+	}
+	if gain <= 0 {
+		return false
+	}
+	changed := slices.Clone(slots)
+	changed[i] = other
+	if j >= 0 {
+		changed[j] = node
+	}
+	for n := i + 1; n <= len(shares); n++ {
+		if !p.fair(p.zones(changed[:n])) {
+			return false
+		}
+	}
+	copy(slots, changed)
+	for k := i; k < until; k++ {
+		shares[k][node]--
+		shares[k][other]++
+	}
+	return true
+}
+
+// eligible returns the nodes that may join a vnode's set: those it does not have
+// yet, in the zones it has least of.
+func (p *plan) eligible(v int) []int {
+	used := p.zones(p.slots[v])
+	least := len(p.load)
+	for z, size := range p.zoneSize {
+		if used[z] < size {
+			least = min(least, used[z])
+		}
+	}
+	var out []int
+	for n, z := range p.zoneOf {
+		if used[z] == least && !slices.Contains(p.slots[v], n) {
+			out = append(out, n)
+		}
+	}
+	return out
+}
+
+func (p *plan) zones(slots []int) []int {
+	used := make([]int, len(p.zoneSize))
+	for _, n := range slots {
+		used[p.zoneOf[n]]++
+	}
+	return used
+}
+
+// fair reports whether no zone is used twice more than another with a free node.
+func (p *plan) fair(used []int) bool {
+	for z, size := range p.zoneSize {
+		if used[z] < size && used[z]+1 < slices.Max(used) {
+			return false
+		}
+	}
+	return true
+}
+
+// fairAfter reports whether slots stay fair with slot i given to another node.
+func (p *plan) fairAfter(slots []int, i, other int) bool {
+	if p.zoneOf[slots[i]] == p.zoneOf[other] {
+		return true
+	}
+	used := p.zones(slots)
+	used[p.zoneOf[slots[i]]]--
+	used[p.zoneOf[other]]++
+	return p.fair(used)
+}
+
+// fairWithout reports whether slots stay fair without slot i.
+func (p *plan) fairWithout(slots []int, i int) bool {
+	used := p.zones(slots)
+	used[p.zoneOf[slots[i]]]--
+	return p.fair(used)
+}

@@ -1,0 +1,187 @@
+package topology
+
+import (
+	"fmt"
+	"math"
+	"time"
+
+	"github.com/kvasirdb/kvasir/internal/quorum"
+)
+
+// NamespaceSettings is what a namespace can be given; nil fields keep their value,
+// or take the default when the namespace is made.
+type NamespaceSettings struct {
+	N            *int
+	W, R         *string
+	ReadRepair   *ReadRepair
+	RepairChance *float64
+	Hints        *bool
+	TTL          *time.Duration
+}
+
+// defaultN is the N of a namespace that names none, where there are enough nodes.
+const defaultN = 3
+
+// NewNamespace decides what a new namespace is to be. Its identifier and epoch are
+// filled in when it is created. The warnings are sentences for people. Errors are
+// *Refusal.
+func (t *Topology) NewNamespace(name string, set NamespaceSettings) (ns Namespace, warnings []string, err error) {
+	if err := CheckName("namespace", name); err != nil {
+		return ns, nil, refuse(Invalid, "BAD_NAME", err.Error(), "name", name)
+	}
+	if t.Namespace(name) != nil {
+		return ns, nil, errNamespaceExists(name)
+	}
+	if !t.Formed() {
+		return ns, nil, errNotFormed(t)
+	}
+	ns = Namespace{
+		Name:       name,
+		N:          min(defaultN, t.DataNodes()),
+		W:          quorum.Majority,
+		R:          quorum.Majority,
+		ReadRepair: RepairBlocking,
+		Hints:      true,
+	}
+	if err := set.applyTo(&ns); err != nil {
+		return ns, nil, err
+	}
+	if err := t.checkNamespace(&ns); err != nil {
+		return ns, nil, err
+	}
+	ns.LeastWriteAcks = ns.W.Need(ns.N)
+	return ns, ns.Warnings(), nil
+}
+
+// ChangedNamespace decides what a namespace becomes under new settings. Errors
+// are *Refusal.
+func (t *Topology) ChangedNamespace(name string, set NamespaceSettings) (ns Namespace, warnings []string, err error) {
+	old := t.Namespace(name)
+	if old == nil {
+		return ns, nil, ErrNamespaceNotFound(name)
+	}
+	ns = *old
+	if err := set.applyTo(&ns); err != nil {
+		return ns, nil, err
+	}
+	if err := t.checkNamespace(&ns); err != nil {
+		return ns, nil, err
+	}
+	if ns.N != old.N {
+		return ns, nil, refuse(Precondition, "N_NEEDS_MOVES",
+			fmt.Sprintf("namespace %s has N=%d and may hold records: N=%d would need them moved between replicas; create a namespace with N=%d and export and import the records", name, old.N, ns.N, ns.N),
+			"n", old.N, "wanted_n", ns.N)
+	}
+	ns.LeastWriteAcks = min(old.LeastWriteAcks, ns.W.Need(ns.N))
+	return ns, ns.Warnings(), nil
+}
+
+// DroppableNamespace returns the namespace of a name if it may be dropped. Errors
+// are *Refusal.
+func (t *Topology) DroppableNamespace(name string) (*Namespace, error) {
+	ns := t.Namespace(name)
+	if ns == nil {
+		return nil, ErrNamespaceNotFound(name)
+	}
+	if name == DefaultNamespace {
+		return nil, refuse(Precondition, "DEFAULT_NAMESPACE", "namespace default cannot be dropped", "namespace", name)
+	}
+	return ns, nil
+}
+
+func (set NamespaceSettings) applyTo(ns *Namespace) error {
+	if set.N != nil {
+		ns.N = *set.N
+	}
+	for _, q := range []struct {
+		field, flag string
+		value       *string
+		spec        *quorum.Spec
+	}{{"write_quorum", "W", set.W, &ns.W}, {"read_quorum", "R", set.R, &ns.R}} {
+		if q.value == nil {
+			continue
+		}
+		spec, err := quorum.Parse(*q.value)
+		if err == nil && spec.IsZero() {
+			err = fmt.Errorf("bad quorum \"\": want a count (2), a percent (40%%), one, quorum or all")
+		}
+		if err != nil {
+			return refuse(Invalid, "BAD_QUORUM", q.flag+": "+err.Error(), "field", q.field, "value", *q.value)
+		}
+		*q.spec = spec
+	}
+	if set.ReadRepair != nil {
+		ns.ReadRepair = *set.ReadRepair
+	}
+	if set.RepairChance != nil {
+		ns.RepairChance = *set.RepairChance
+	}
+	if set.Hints != nil {
+		ns.Hints = *set.Hints
+	}
+	if set.TTL != nil {
+		ns.TTL = *set.TTL
+	}
+	return nil
+}
+
+// checkNamespace refuses what the namespace or the number of nodes does not allow.
+func (t *Topology) checkNamespace(ns *Namespace) error {
+	if ns.N < 1 || ns.N > quorum.MaxN {
+		return refuse(Invalid, "BAD_N", fmt.Sprintf("N is %d: want 1 to %d", ns.N, quorum.MaxN), "field", "n", "value", ns.N, "limit", quorum.MaxN)
+	}
+	if nodes := t.DataNodes(); ns.N > nodes {
+		return refuse(Precondition, "N_ABOVE_NODES",
+			fmt.Sprintf("N=%d needs %d data nodes, the cluster has %d", ns.N, ns.N, nodes), "n", ns.N, "data_nodes", nodes)
+	}
+	for flag, q := range map[string]quorum.Spec{"W": ns.W, "R": ns.R} {
+		if err := q.Check(ns.N); err != nil {
+			return refuse(Invalid, "QUORUM_ABOVE_N", flag+": "+err.Error(), "value", q, "n", ns.N, "limit", ns.N)
+		}
+	}
+	if math.IsNaN(ns.RepairChance) || ns.RepairChance < 0 || ns.RepairChance > 1 {
+		return refuse(Invalid, "BAD_REPAIR_CHANCE", fmt.Sprintf("repair chance is %v: want 0 to 1", ns.RepairChance), "field", "repair_chance", "value", ns.RepairChance)
+	}
+	if ns.TTL < 0 {
+		return refuse(Invalid, "BAD_TTL", fmt.Sprintf("TTL is %s: want 0 (none) or more", ns.TTL), "field", "ttl_ms", "value", ns.TTL)
+	}
+	return nil
+}
+
+// Warnings returns sentences about what the namespace's quorums cost or leave open.
+func (ns *Namespace) Warnings() []string {
+	var out []string
+	for _, q := range []struct {
+		name string
+		spec quorum.Spec
+	}{{"W", ns.W}, {"R", ns.R}} {
+		if w := q.spec.Warning(ns.N); w != "" {
+			out = append(out, q.name+": "+w)
+		}
+	}
+	if s := ns.Strength(); s != quorum.Strong {
+		out = append(out, fmt.Sprintf("reads are %s: N=%d, W=%d, R=%d", s, ns.N, ns.W.Need(ns.N), ns.R.Need(ns.N)))
+	}
+	return out
+}
+
+// Strength judges the namespace's default reads against its default writes.
+func (ns *Namespace) Strength() quorum.Strength {
+	return quorum.StrengthOf(ns.N, ns.W.Need(ns.N), ns.R.Need(ns.N))
+}
+
+// ErrNamespaceNotFound returns the refusal of a request that names a namespace
+// that does not exist.
+func ErrNamespaceNotFound(name string) *Refusal {
+	return refuse(NotFound, "NAMESPACE_NOT_FOUND", fmt.Sprintf("there is no namespace %q", name), "namespace", name)
+}
+
+func errNamespaceExists(name string) *Refusal {
+	return refuse(Exists, "NAMESPACE_EXISTS", fmt.Sprintf("there is a namespace %q already", name), "namespace", name)
+}
+
+func errNotFormed(t *Topology) *Refusal {
+	return refuse(Precondition, "RING_NOT_FORMED",
+		fmt.Sprintf("the ring has not formed yet: %d of %d founding nodes have registered", t.DataNodes(), t.FoundingNodes),
+		"data_nodes", t.DataNodes(), "founding_nodes", t.FoundingNodes)
+}

@@ -1,0 +1,212 @@
+package topology
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/kvasirdb/kvasir/internal/quorum"
+	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
+)
+
+// FromProto checks and converts a topology. It shares no memory with pb.
+func FromProto(pb *topologyv1.Topology) (*Topology, error) {
+	t := &Topology{
+		ClusterID:     pb.GetClusterId(),
+		Epoch:         pb.GetEpoch(),
+		Vnodes:        pb.GetVnodes(),
+		FoundingNodes: int(pb.GetFoundingNodes()),
+		Settings:      settingsFromProto(pb.GetSettings()),
+	}
+	for _, n := range pb.GetNodes() {
+		t.Nodes = append(t.Nodes, nodeFromProto(n))
+	}
+	for _, v := range pb.GetRing() {
+		t.Ring = append(t.Ring, vnodeFromProto(v))
+	}
+	for _, n := range pb.GetNamespaces() {
+		ns, err := NamespaceFromProto(n)
+		if err != nil {
+			return nil, fmt.Errorf("topology: %w", err)
+		}
+		t.Namespaces = append(t.Namespaces, ns)
+	}
+	for _, o := range pb.GetOrchestrators() {
+		t.Orchestrators = append(t.Orchestrators, orchestratorFromProto(o))
+	}
+	for i, v := range t.Ring {
+		for j, s := range v.Slots {
+			if s.Phase < Stable || s.Phase > WriteNewReadNone {
+				return nil, fmt.Errorf("topology: vnode %d slot %d: unknown %s", i, j, s.Phase)
+			}
+		}
+	}
+	t.index()
+	if err := t.validate(); err != nil {
+		return nil, fmt.Errorf("topology: %w", err)
+	}
+	return t, nil
+}
+
+// Proto converts a topology to its wire form.
+func (t *Topology) Proto() *topologyv1.Topology {
+	pb := &topologyv1.Topology{
+		ClusterId:     t.ClusterID,
+		Epoch:         t.Epoch,
+		Vnodes:        t.Vnodes,
+		FoundingNodes: uint32(t.FoundingNodes),
+		Settings:      t.Settings.Proto(),
+	}
+	for i := range t.Nodes {
+		pb.Nodes = append(pb.Nodes, t.Nodes[i].Proto())
+	}
+	pb.Ring = RingProto(t.Ring)
+	for i := range t.Namespaces {
+		pb.Namespaces = append(pb.Namespaces, t.Namespaces[i].Proto())
+	}
+	for _, o := range t.Orchestrators {
+		pb.Orchestrators = append(pb.Orchestrators, o.Proto())
+	}
+	return pb
+}
+
+func nodeFromProto(n *topologyv1.Node) Node {
+	return Node{
+		Incarnation:   n.GetIncarnation(),
+		Name:          n.GetName(),
+		Zone:          n.GetZone(),
+		Role:          Role(n.GetRole()),
+		Address:       n.GetAddress(),
+		AdminAddress:  n.GetAdminAddress(),
+		GossipAddress: n.GetGossipAddress(),
+		DataID:        n.GetDataId(),
+	}
+}
+
+// Proto converts a node to its wire form.
+func (n *Node) Proto() *topologyv1.Node {
+	return &topologyv1.Node{
+		Incarnation:   n.Incarnation,
+		Name:          n.Name,
+		Zone:          n.Zone,
+		Role:          topologyv1.Role(n.Role),
+		Address:       n.Address,
+		AdminAddress:  n.AdminAddress,
+		GossipAddress: n.GossipAddress,
+		DataId:        n.DataID,
+	}
+}
+
+func vnodeFromProto(v *topologyv1.Vnode) Vnode {
+	out := Vnode{ChangedEpoch: v.GetChangedEpoch()}
+	for _, s := range v.GetSlots() {
+		out.Slots = append(out.Slots, Slot{Node: s.GetNode(), Incoming: s.GetIncoming(), Phase: Phase(s.GetPhase())})
+	}
+	return out
+}
+
+// RingProto converts a ring to its wire form.
+func RingProto(ring []Vnode) []*topologyv1.Vnode {
+	out := make([]*topologyv1.Vnode, 0, len(ring))
+	for i := range ring {
+		v := &topologyv1.Vnode{ChangedEpoch: ring[i].ChangedEpoch}
+		for _, s := range ring[i].Slots {
+			v.Slots = append(v.Slots, &topologyv1.Slot{Node: s.Node, Incoming: s.Incoming, Phase: topologyv1.Phase(s.Phase)})
+		}
+		out = append(out, v)
+	}
+	return out
+}
+
+// NamespaceFromProto converts a namespace. It returns an error for quorums that
+// do not parse; other rules are checked with the topology it becomes part of.
+func NamespaceFromProto(pb *topologyv1.Namespace) (Namespace, error) {
+	w, err := quorum.Parse(pb.GetWriteQuorum())
+	if err != nil {
+		return Namespace{}, fmt.Errorf("namespace %s: write: %w", pb.GetName(), err)
+	}
+	r, err := quorum.Parse(pb.GetReadQuorum())
+	if err != nil {
+		return Namespace{}, fmt.Errorf("namespace %s: read: %w", pb.GetName(), err)
+	}
+	return Namespace{
+		ID:             pb.GetId(),
+		Name:           pb.GetName(),
+		N:              int(pb.GetN()),
+		W:              w,
+		R:              r,
+		ReadRepair:     ReadRepair(pb.GetReadRepair()),
+		RepairChance:   pb.GetRepairChance(),
+		Hints:          pb.GetHints(),
+		TTL:            time.Duration(pb.GetTtlMs()) * time.Millisecond,
+		LeastWriteAcks: int(pb.GetLeastWriteAcks()),
+		ChangedEpoch:   pb.GetChangedEpoch(),
+	}, nil
+}
+
+// Proto converts a namespace to its wire form.
+func (ns *Namespace) Proto() *topologyv1.Namespace {
+	return &topologyv1.Namespace{
+		Id:             ns.ID,
+		Name:           ns.Name,
+		N:              uint32(ns.N),
+		WriteQuorum:    ns.W.String(),
+		ReadQuorum:     ns.R.String(),
+		ReadRepair:     topologyv1.ReadRepairMode(ns.ReadRepair),
+		RepairChance:   ns.RepairChance,
+		Hints:          ns.Hints,
+		TtlMs:          uint64(ns.TTL / time.Millisecond),
+		LeastWriteAcks: uint32(ns.LeastWriteAcks),
+		ChangedEpoch:   ns.ChangedEpoch,
+	}
+}
+
+func settingsFromProto(pb *topologyv1.Settings) Settings {
+	h := pb.GetHealthChecks()
+	return Settings{
+		HealthChecks: HealthChecks{
+			Interval:           time.Duration(h.GetIntervalMs()) * time.Millisecond,
+			Timeout:            time.Duration(h.GetTimeoutMs()) * time.Millisecond,
+			HealthyThreshold:   int(h.GetHealthyThreshold()),
+			UnhealthyThreshold: int(h.GetUnhealthyThreshold()),
+		},
+		MaxValueBytes: int(pb.GetMaxValueBytes()),
+		MaxBatchBytes: int(pb.GetMaxBatchBytes()),
+		MaxHintBytes:  int64(pb.GetMaxHintBytes()),
+		MaxHintAge:    time.Duration(pb.GetMaxHintAgeMs()) * time.Millisecond,
+	}
+}
+
+// Proto converts settings to their wire form.
+func (s Settings) Proto() *topologyv1.Settings {
+	return &topologyv1.Settings{
+		HealthChecks: &topologyv1.HealthChecks{
+			IntervalMs:         uint64(s.HealthChecks.Interval / time.Millisecond),
+			TimeoutMs:          uint64(s.HealthChecks.Timeout / time.Millisecond),
+			HealthyThreshold:   uint32(s.HealthChecks.HealthyThreshold),
+			UnhealthyThreshold: uint32(s.HealthChecks.UnhealthyThreshold),
+		},
+		MaxValueBytes: uint32(s.MaxValueBytes),
+		MaxBatchBytes: uint32(s.MaxBatchBytes),
+		MaxHintBytes:  uint64(s.MaxHintBytes),
+		MaxHintAgeMs:  uint64(s.MaxHintAge / time.Millisecond),
+	}
+}
+
+func orchestratorFromProto(pb *topologyv1.Orchestrator) Orchestrator {
+	return Orchestrator{
+		Name:          pb.GetName(),
+		Address:       pb.GetAddress(),
+		AdminAddress:  pb.GetAdminAddress(),
+		GossipAddress: pb.GetGossipAddress(),
+	}
+}
+
+// Proto converts an orchestrator to its wire form.
+func (o Orchestrator) Proto() *topologyv1.Orchestrator {
+	return &topologyv1.Orchestrator{
+		Name:          o.Name,
+		Address:       o.Address,
+		AdminAddress:  o.AdminAddress,
+		GossipAddress: o.GossipAddress,
+	}
+}

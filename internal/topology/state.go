@@ -1,0 +1,362 @@
+package topology
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+
+	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
+)
+
+// Change is one entry of the cluster's history.
+type Change struct {
+	Epoch uint64
+	// AtMillis is milliseconds since 1970 by the proposing orchestrator's clock.
+	AtMillis            int64
+	Subject, Name, What string
+}
+
+// boot is the last start of a node that the orchestrators know of.
+type boot struct {
+	count uint64
+	id    string
+}
+
+// State is what the orchestrators agree on: the topology and what only they need
+// to know. It is immutable, as a Topology is. A nil *State is the state before
+// the cluster was founded.
+//
+// Invariant 10: nextIncarnation only grows, and every incarnation in the topology
+// is below it.
+type State struct {
+	Topology *Topology
+	// History holds the newest changes, oldest first.
+	History         []Change
+	nextIncarnation uint64
+	nextNamespace   uint32
+	boots           map[uint64]boot
+}
+
+// Result tells the proposer of a command what came of it.
+type Result struct {
+	Epoch uint64
+	// Incarnation is set by a registration.
+	Incarnation uint64
+	// Namespace is set by the creation or update of one.
+	Namespace *Namespace
+}
+
+// Apply returns the state after a command. A command that is refused changes
+// nothing; the error is a *Refusal. Apply is deterministic.
+func (s *State) Apply(cmd *topologyv1.Command) (*State, Result, error) {
+	if s == nil {
+		return foundFrom(cmd)
+	}
+	if want := cmd.GetExpectEpoch(); want != 0 && want != s.Topology.Epoch {
+		return s, Result{}, refuse(Conflict, "EPOCH_CHANGED",
+			fmt.Sprintf("the topology is at epoch %s, the change was made for epoch %s", EpochString(s.Topology.Epoch), EpochString(want)),
+			"epoch", s.Topology.Epoch, "expected_epoch", want)
+	}
+	next := s.draft()
+	d := draft{State: next}
+	for _, m := range cmd.GetMutations() {
+		if err := d.mutate(m); err != nil {
+			return s, Result{}, err
+		}
+	}
+	if d.changed {
+		next.note(cmd.GetChange())
+	} else {
+		next.Topology.Epoch = s.Topology.Epoch
+	}
+	next.Topology.index()
+	if err := next.Topology.validate(); err != nil {
+		return s, Result{}, refuse(Invalid, "INVALID_TOPOLOGY", err.Error())
+	}
+	d.result.Epoch = next.Topology.Epoch
+	if d.result.Namespace != nil {
+		d.result.Namespace = next.Topology.NamespaceByID(d.result.Namespace.ID)
+	}
+	return next, d.result, nil
+}
+
+// foundFrom applies the first command there is.
+func foundFrom(cmd *topologyv1.Command) (*State, Result, error) {
+	if len(cmd.GetMutations()) != 1 || cmd.GetMutations()[0].GetFound() == nil {
+		return nil, Result{}, refuse(Precondition, "NOT_FOUNDED", "the cluster has not been founded yet: its orchestrators have no majority so far")
+	}
+	f := cmd.GetMutations()[0].GetFound()
+	s := &State{
+		Topology: &Topology{
+			ClusterID:     f.GetClusterId(),
+			Epoch:         1,
+			Vnodes:        f.GetVnodes(),
+			FoundingNodes: int(f.GetFoundingNodes()),
+			Settings:      settingsFromProto(f.GetSettings()),
+		},
+		nextIncarnation: 1,
+		nextNamespace:   1,
+		boots:           map[uint64]boot{},
+	}
+	s.note(cmd.GetChange())
+	s.Topology.index()
+	if err := s.Topology.validate(); err != nil {
+		return nil, Result{}, refuse(Invalid, "INVALID_TOPOLOGY", err.Error())
+	}
+	return s, Result{Epoch: 1}, nil
+}
+
+// draft returns a copy under the next epoch, deep enough to be changed.
+func (s *State) draft() *State {
+	t := *s.Topology
+	t.Epoch++
+	t.Nodes = slices.Clone(t.Nodes)
+	t.Ring = slices.Clone(t.Ring)
+	t.Namespaces = slices.Clone(t.Namespaces)
+	t.Orchestrators = slices.Clone(t.Orchestrators)
+	next := *s
+	next.Topology = &t
+	next.History = slices.Clone(s.History)
+	next.boots = make(map[uint64]boot, len(s.boots)+1)
+	for k, v := range s.boots {
+		next.boots[k] = v
+	}
+	return &next
+}
+
+// note appends to the history and forgets its oldest entries.
+func (s *State) note(c *topologyv1.Change) {
+	if c == nil {
+		return
+	}
+	s.History = append(s.History, Change{
+		Epoch:    s.Topology.Epoch,
+		AtMillis: int64(c.GetAtMs()),
+		Subject:  c.GetSubject(),
+		Name:     c.GetName(),
+		What:     c.GetWhat(),
+	})
+	if extra := len(s.History) - maxHistory; extra > 0 {
+		s.History = slices.Delete(s.History, 0, extra)
+	}
+}
+
+// draft is a state while a command is applied to it.
+type draft struct {
+	*State
+	// changed is set when the topology differs from the one before.
+	changed bool
+	result  Result
+}
+
+func (d *draft) mutate(m *topologyv1.Mutation) error {
+	switch m := m.GetKind().(type) {
+	case *topologyv1.Mutation_Found:
+		return refuse(Exists, "ALREADY_FOUNDED", "the cluster has been founded already")
+	case *topologyv1.Mutation_Register:
+		return d.register(m.Register)
+	case *topologyv1.Mutation_SetRing:
+		d.setRing(m.SetRing)
+		return nil
+	case *topologyv1.Mutation_CreateNamespace:
+		return d.createNamespace(m.CreateNamespace)
+	case *topologyv1.Mutation_UpdateNamespace:
+		return d.updateNamespace(m.UpdateNamespace)
+	case *topologyv1.Mutation_DropNamespace:
+		return d.dropNamespace(m.DropNamespace)
+	case *topologyv1.Mutation_SetOrchestrators:
+		d.setOrchestrators(m.SetOrchestrators)
+		return nil
+	}
+	return refuse(Invalid, "UNKNOWN_MUTATION", "the change is of a kind this software does not know: upgrade every orchestrator first")
+}
+
+// register makes a data directory a node, or notes a start of one.
+func (d *draft) register(r *topologyv1.Register) error {
+	n := nodeFromProto(r.GetNode())
+	if err := CheckName("node", n.Name); err != nil {
+		return refuse(Invalid, "BAD_NAME", err.Error(), "name", n.Name)
+	}
+	if err := CheckName("zone", n.Zone); err != nil {
+		return refuse(Invalid, "BAD_NAME", err.Error(), "name", n.Zone)
+	}
+	i := slices.IndexFunc(d.Topology.Nodes, func(o Node) bool { return o.DataID == n.DataID })
+	if i < 0 {
+		return d.admit(n, r)
+	}
+	known := d.Topology.Nodes[i]
+	if n.Incarnation != 0 && n.Incarnation != known.Incarnation {
+		return refuse(Precondition, "INCARNATION_MISMATCH",
+			fmt.Sprintf("the data directory says it is #%d, the cluster knows it as #%d", n.Incarnation, known.Incarnation),
+			"incarnation", known.Incarnation)
+	}
+	if n.Role != known.Role {
+		return refuse(Precondition, "ROLE_CHANGED",
+			fmt.Sprintf("node %s was registered with role %s and cannot become %s: use an empty data directory", known.Name, known.Role, n.Role),
+			"role", known.Role)
+	}
+	b := d.boots[known.Incarnation]
+	if r.GetBoot() < b.count || r.GetBoot() == b.count && r.GetBootId() != b.id {
+		return refuse(Precondition, "BOOT_REGRESSION",
+			fmt.Sprintf("the data directory of node %s has seen %d starts, the cluster has seen %d: it is an old copy, and serving it would undo acknowledged writes; start the node with an empty data directory", known.Name, r.GetBoot(), b.count),
+			"boot", r.GetBoot(), "known_boot", b.count)
+	}
+	d.boots[known.Incarnation] = boot{r.GetBoot(), r.GetBootId()}
+	n.Incarnation = known.Incarnation
+	if n != known {
+		d.Topology.Nodes[i] = n
+		d.changed = true
+	}
+	d.result.Incarnation = n.Incarnation
+	return nil
+}
+
+// admit gives a data directory its incarnation.
+func (d *draft) admit(n Node, r *topologyv1.Register) error {
+	if n.Incarnation != 0 {
+		return refuse(Precondition, "NODE_REMOVED",
+			fmt.Sprintf("data directory #%d is not part of this cluster any more: start the node with an empty data directory to join again", n.Incarnation),
+			"incarnation", n.Incarnation)
+	}
+	if n.DataID == "" || n.Address == "" || n.Role != Data && n.Role != Reporting {
+		return refuse(Invalid, "BAD_REGISTRATION", "a registration needs a data identity, an address and a role")
+	}
+	n.Incarnation = d.nextIncarnation
+	d.nextIncarnation++
+	d.boots[n.Incarnation] = boot{r.GetBoot(), r.GetBootId()}
+	d.Topology.Nodes = append(d.Topology.Nodes, n)
+	d.result.Incarnation = n.Incarnation
+	d.changed = true
+	return nil
+}
+
+// setRing replaces the slots of every vnode, keeping the epoch of those that stay.
+func (d *draft) setRing(r *topologyv1.SetRing) {
+	old := d.Topology.Ring
+	d.Topology.Ring = make([]Vnode, 0, len(r.GetRing()))
+	for i, pb := range r.GetRing() {
+		v := vnodeFromProto(pb)
+		v.ChangedEpoch = d.Topology.Epoch
+		if i < len(old) && slices.Equal(old[i].Slots, v.Slots) {
+			v.ChangedEpoch = old[i].ChangedEpoch
+		} else {
+			d.changed = true
+		}
+		d.Topology.Ring = append(d.Topology.Ring, v)
+	}
+}
+
+func (d *draft) createNamespace(c *topologyv1.CreateNamespace) error {
+	ns, err := NamespaceFromProto(c.GetNamespace())
+	if err != nil {
+		return refuse(Invalid, "BAD_NAMESPACE", err.Error())
+	}
+	if slices.ContainsFunc(d.Topology.Namespaces, func(o Namespace) bool { return o.Name == ns.Name }) {
+		return errNamespaceExists(ns.Name)
+	}
+	ns.ID = d.nextNamespace
+	d.nextNamespace++
+	ns.ChangedEpoch = d.Topology.Epoch
+	d.Topology.Namespaces = append(d.Topology.Namespaces, ns)
+	d.result.Namespace = &ns
+	d.changed = true
+	return nil
+}
+
+func (d *draft) updateNamespace(u *topologyv1.UpdateNamespace) error {
+	ns, err := NamespaceFromProto(u.GetNamespace())
+	if err != nil {
+		return refuse(Invalid, "BAD_NAMESPACE", err.Error())
+	}
+	i, err := d.namespaceIndex(ns.ID)
+	if err != nil {
+		return err
+	}
+	old := d.Topology.Namespaces[i]
+	d.result.Namespace = &old
+	ns.ChangedEpoch = old.ChangedEpoch
+	if ns == old {
+		return nil
+	}
+	ns.ChangedEpoch = d.Topology.Epoch
+	d.Topology.Namespaces[i] = ns
+	d.changed = true
+	return nil
+}
+
+func (d *draft) dropNamespace(u *topologyv1.DropNamespace) error {
+	i, err := d.namespaceIndex(u.GetId())
+	if err != nil {
+		return err
+	}
+	d.Topology.Namespaces = slices.Delete(d.Topology.Namespaces, i, i+1)
+	d.changed = true
+	return nil
+}
+
+func (d *draft) namespaceIndex(id uint32) (int, error) {
+	i, ok := slices.BinarySearchFunc(d.Topology.Namespaces, id, func(n Namespace, id uint32) int { return cmp.Compare(n.ID, id) })
+	if !ok {
+		return 0, refuse(NotFound, "NAMESPACE_NOT_FOUND", fmt.Sprintf("there is no namespace with identifier %d", id))
+	}
+	return i, nil
+}
+
+func (d *draft) setOrchestrators(s *topologyv1.SetOrchestrators) {
+	var next []Orchestrator
+	for _, o := range s.GetOrchestrators() {
+		next = append(next, orchestratorFromProto(o))
+	}
+	if !slices.Equal(next, d.Topology.Orchestrators) {
+		d.Topology.Orchestrators = next
+		d.changed = true
+	}
+}
+
+// Proto converts a state to the content of a snapshot.
+func (s *State) Proto() *topologyv1.ControlState {
+	pb := &topologyv1.ControlState{
+		Topology:        s.Topology.Proto(),
+		NextIncarnation: s.nextIncarnation,
+		NextNamespace:   s.nextNamespace,
+	}
+	for _, n := range s.Topology.Nodes {
+		b := s.boots[n.Incarnation]
+		pb.Boots = append(pb.Boots, &topologyv1.Boot{Incarnation: n.Incarnation, Count: b.count, BootId: b.id})
+	}
+	for _, c := range s.History {
+		pb.History = append(pb.History, c.Proto())
+	}
+	return pb
+}
+
+// Proto converts a change to its wire form.
+func (c Change) Proto() *topologyv1.Change {
+	return &topologyv1.Change{Epoch: c.Epoch, AtMs: uint64(c.AtMillis), Subject: c.Subject, Name: c.Name, What: c.What}
+}
+
+// StateFromProto checks and converts the content of a snapshot.
+func StateFromProto(pb *topologyv1.ControlState) (*State, error) {
+	t, err := FromProto(pb.GetTopology())
+	if err != nil {
+		return nil, err
+	}
+	s := &State{
+		Topology:        t,
+		nextIncarnation: pb.GetNextIncarnation(),
+		nextNamespace:   pb.GetNextNamespace(),
+		boots:           map[uint64]boot{},
+	}
+	for _, n := range t.Nodes {
+		if n.Incarnation >= s.nextIncarnation {
+			return nil, fmt.Errorf("control state: incarnation #%d is not below the next one, #%d (invariant 10)", n.Incarnation, s.nextIncarnation)
+		}
+	}
+	for _, b := range pb.GetBoots() {
+		s.boots[b.GetIncarnation()] = boot{b.GetCount(), b.GetBootId()}
+	}
+	for _, c := range pb.GetHistory() {
+		s.History = append(s.History, Change{Epoch: c.GetEpoch(), AtMillis: int64(c.GetAtMs()), Subject: c.GetSubject(), Name: c.GetName(), What: c.GetWhat()})
+	}
+	return s, nil
+}

@@ -1,0 +1,495 @@
+// Package topology is the value the orchestrators agree on: nodes, vnodes with
+// their slots, namespaces and settings, under an epoch. A Topology is immutable;
+// every change makes a new one. The package decides which changes are allowed and
+// never talks to anybody: agreement, distribution and health live elsewhere.
+package topology
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/kvasirdb/kvasir/internal/quorum"
+	"github.com/kvasirdb/kvasir/internal/ring"
+)
+
+// Role is what a node is for.
+type Role uint8
+
+// The roles. Their numbers are those of the wire format.
+const (
+	Data Role = iota + 1
+	Reporting
+)
+
+// String names a role.
+func (r Role) String() string {
+	switch r {
+	case Data:
+		return "data"
+	case Reporting:
+		return "reporting"
+	}
+	return fmt.Sprintf("role(%d)", uint8(r))
+}
+
+// Node is a registered data directory with the process that serves it.
+type Node struct {
+	// Incarnation identifies the data directory; it is never reused.
+	Incarnation uint64
+	Name        string
+	Zone        string
+	Role        Role
+	// Address is the host:port of the gRPC server, AdminAddress that of the admin
+	// HTTP server, GossipAddress that of the gossip listener.
+	Address       string
+	AdminAddress  string
+	GossipAddress string
+	// DataID is drawn once when the data directory is made.
+	DataID string
+}
+
+// Phase is how far the move of a slot has come.
+type Phase uint8
+
+// The phases. Their numbers are those of the wire format.
+const (
+	// Stable: no move; the slot's node is written and read.
+	Stable Phase = iota + 1
+	// WriteBothReadOld: the incoming node is being filled.
+	WriteBothReadOld
+	// WriteBothReadNew: the incoming node is complete.
+	WriteBothReadNew
+	// WriteNewReadNone: the old node is dead and the incoming one is being filled.
+	WriteNewReadNone
+)
+
+// String names a phase.
+func (p Phase) String() string {
+	switch p {
+	case Stable:
+		return "stable"
+	case WriteBothReadOld:
+		return "write both, read old"
+	case WriteBothReadNew:
+		return "write both, read new"
+	case WriteNewReadNone:
+		return "write new, read none"
+	}
+	return fmt.Sprintf("phase(%d)", uint8(p))
+}
+
+// Slot is one replica position of a vnode. Nodes are incarnations; Incoming is 0
+// unless the phase is a move's.
+type Slot struct {
+	Node     uint64
+	Incoming uint64
+	Phase    Phase
+}
+
+// Quorum returns the slot as requests see it.
+func (s Slot) Quorum() quorum.Slot {
+	switch s.Phase {
+	case Stable:
+		return quorum.Slot{Write: [2]uint64{s.Node}, Read: s.Node}
+	case WriteBothReadOld:
+		return quorum.Slot{Write: [2]uint64{s.Node, s.Incoming}, Read: s.Node}
+	case WriteBothReadNew:
+		return quorum.Slot{Write: [2]uint64{s.Node, s.Incoming}, Read: s.Incoming}
+	case WriteNewReadNone:
+		return quorum.Slot{Write: [2]uint64{s.Incoming}}
+	}
+	panic(fmt.Sprintf("topology: slot in %s (invariant 7)", s.Phase))
+}
+
+// Vnode is a slice of the ring with its replicas.
+type Vnode struct {
+	// Slots is ordered; a namespace of N replicas uses the first N.
+	Slots []Slot
+	// ChangedEpoch is the epoch in which the slots last changed.
+	ChangedEpoch uint64
+	quorum       []quorum.Slot
+}
+
+// ReadRepair is what a read does about stale replicas.
+type ReadRepair uint8
+
+// The settings of read repair. Their numbers are those of the wire format.
+const (
+	RepairBlocking ReadRepair = iota + 1
+	RepairAsync
+	RepairOff
+)
+
+// ParseReadRepair reads blocking, async or off.
+func ParseReadRepair(s string) (ReadRepair, error) {
+	for _, r := range []ReadRepair{RepairBlocking, RepairAsync, RepairOff} {
+		if s == r.String() {
+			return r, nil
+		}
+	}
+	return 0, fmt.Errorf("bad read repair %q: want blocking, async or off", s)
+}
+
+// String writes a setting as ParseReadRepair reads it.
+func (r ReadRepair) String() string {
+	switch r {
+	case RepairBlocking:
+		return "blocking"
+	case RepairAsync:
+		return "async"
+	case RepairOff:
+		return "off"
+	}
+	return fmt.Sprintf("read-repair(%d)", uint8(r))
+}
+
+// Namespace is a set of keys with its own replication.
+type Namespace struct {
+	// ID is never reused, so a namespace made under a dropped one's name is empty.
+	ID   uint32
+	Name string
+	N    int
+	// W and R are the default quorums.
+	W, R       quorum.Spec
+	ReadRepair ReadRepair
+	// RepairChance, 0 to 1, is how often a read also compares the replicas beyond R.
+	RepairChance float64
+	Hints        bool
+	// TTL is the default time to live; 0 means for ever.
+	TTL time.Duration
+	// LeastWriteAcks is the fewest slots a default write has needed since the
+	// namespace was made; reads are judged against it.
+	LeastWriteAcks int
+	ChangedEpoch   uint64
+}
+
+// HealthChecks says how fast a node is taken for unhealthy and for healthy again.
+type HealthChecks struct {
+	Interval, Timeout                    time.Duration
+	HealthyThreshold, UnhealthyThreshold int
+}
+
+// Settings of the cluster as a whole.
+type Settings struct {
+	HealthChecks HealthChecks
+	// MaxValueBytes bounds one value, MaxBatchBytes the keys and values of a batch.
+	MaxValueBytes, MaxBatchBytes int
+	// MaxHintBytes bounds the hints a node keeps for all targets together,
+	// MaxHintAge how long it keeps one.
+	MaxHintBytes int64
+	MaxHintAge   time.Duration
+}
+
+// Limits that are not settings.
+const (
+	MaxKeyBytes      = 4 << 10
+	HardMaxValue     = 16 << 20
+	HardMaxBatch     = 32 << 20
+	maxHistory       = 1000
+	generationShift  = 48
+	maxNameBytes     = 63
+	DefaultNamespace = "default"
+)
+
+// DefaultSettings returns the settings of a new cluster.
+func DefaultSettings() Settings {
+	return Settings{
+		HealthChecks: HealthChecks{
+			Interval: 30 * time.Second, Timeout: 10 * time.Second,
+			HealthyThreshold: 2, UnhealthyThreshold: 3,
+		},
+		MaxValueBytes: 1 << 20,
+		MaxBatchBytes: 8 << 20,
+		MaxHintBytes:  1 << 30,
+		MaxHintAge:    3 * time.Hour,
+	}
+}
+
+// Validate returns an error that names the first impossible setting.
+func (s Settings) Validate() error {
+	h := s.HealthChecks
+	switch {
+	case h.Interval < 10*time.Millisecond:
+		return fmt.Errorf("health_checks.interval is %s: want at least 10ms", h.Interval)
+	case h.Timeout < 10*time.Millisecond:
+		return fmt.Errorf("health_checks.timeout is %s: want at least 10ms", h.Timeout)
+	case h.HealthyThreshold < 1:
+		return fmt.Errorf("health_checks.healthy_threshold is %d: want at least 1", h.HealthyThreshold)
+	case h.UnhealthyThreshold < 1:
+		return fmt.Errorf("health_checks.unhealthy_threshold is %d: want at least 1", h.UnhealthyThreshold)
+	case s.MaxValueBytes < 1 || s.MaxValueBytes > HardMaxValue:
+		return fmt.Errorf("max_value_bytes is %d: want 1 to %d", s.MaxValueBytes, HardMaxValue)
+	case s.MaxBatchBytes < s.MaxValueBytes || s.MaxBatchBytes > HardMaxBatch:
+		return fmt.Errorf("max_batch_bytes is %d: want max_value_bytes (%d) to %d", s.MaxBatchBytes, s.MaxValueBytes, HardMaxBatch)
+	case s.MaxHintBytes < 0:
+		return fmt.Errorf("max_hint_bytes is %d: want 0 or more", s.MaxHintBytes)
+	case s.MaxHintAge < 0:
+		return fmt.Errorf("max_hint_age is %s: want 0 or more", s.MaxHintAge)
+	}
+	return nil
+}
+
+// Orchestrator is one process of the control plane.
+type Orchestrator struct {
+	Name, Address, AdminAddress, GossipAddress string
+}
+
+// Topology is an immutable agreement about the cluster. Make one with FromProto
+// or by applying commands to a State.
+//
+// Invariant 9: every vnode has as many slots as the largest N in use, on distinct
+// nodes.
+type Topology struct {
+	ClusterID     string
+	Epoch         uint64
+	Vnodes        uint32
+	FoundingNodes int
+	// Nodes is in order of incarnation, Ring in ring order and empty until the ring
+	// has formed, Namespaces in order of identifier.
+	Nodes         []Node
+	Ring          []Vnode
+	Namespaces    []Namespace
+	Settings      Settings
+	Orchestrators []Orchestrator
+
+	byIncarnation map[uint64]*Node
+	byName        map[string]*Namespace
+	byID          map[uint32]*Namespace
+}
+
+// EpochString writes an epoch as people read it: its number, behind its
+// generation when the control plane has been recovered.
+func EpochString(epoch uint64) string {
+	number := epoch & (1<<generationShift - 1)
+	if g := epoch >> generationShift; g > 0 {
+		return fmt.Sprintf("%d.%d", g, number)
+	}
+	return strconv.FormatUint(number, 10)
+}
+
+// index builds what lookups need. It is called once, before the value is shared.
+func (t *Topology) index() {
+	t.byIncarnation = make(map[uint64]*Node, len(t.Nodes))
+	for i := range t.Nodes {
+		t.byIncarnation[t.Nodes[i].Incarnation] = &t.Nodes[i]
+	}
+	t.byName = make(map[string]*Namespace, len(t.Namespaces))
+	t.byID = make(map[uint32]*Namespace, len(t.Namespaces))
+	for i := range t.Namespaces {
+		t.byName[t.Namespaces[i].Name] = &t.Namespaces[i]
+		t.byID[t.Namespaces[i].ID] = &t.Namespaces[i]
+	}
+	for i := range t.Ring {
+		v := &t.Ring[i]
+		v.quorum = make([]quorum.Slot, len(v.Slots))
+		for j, s := range v.Slots {
+			v.quorum[j] = s.Quorum()
+		}
+	}
+}
+
+// Formed reports whether the vnodes have slots.
+func (t *Topology) Formed() bool { return len(t.Ring) > 0 }
+
+// Node returns the node of an incarnation, or nil.
+func (t *Topology) Node(incarnation uint64) *Node { return t.byIncarnation[incarnation] }
+
+// NodeName returns the name of an incarnation, or "#17" when it is unknown.
+func (t *Topology) NodeName(incarnation uint64) string {
+	if n := t.Node(incarnation); n != nil {
+		return n.Name
+	}
+	return "#" + strconv.FormatUint(incarnation, 10)
+}
+
+// Resolve finds a node by its name, or by its incarnation written "#17". Of
+// several nodes with one name it returns the newest. It returns nil when there
+// is none.
+func (t *Topology) Resolve(name string) *Node {
+	if digits, ok := strings.CutPrefix(name, "#"); ok {
+		inc, err := strconv.ParseUint(digits, 10, 64)
+		if err != nil {
+			return nil
+		}
+		return t.Node(inc)
+	}
+	for i := len(t.Nodes) - 1; i >= 0; i-- {
+		if t.Nodes[i].Name == name {
+			return &t.Nodes[i]
+		}
+	}
+	return nil
+}
+
+// Namespace returns the namespace of a name, or nil.
+func (t *Topology) Namespace(name string) *Namespace { return t.byName[name] }
+
+// NamespaceByID returns the namespace of an identifier, or nil.
+func (t *Topology) NamespaceByID(id uint32) *Namespace { return t.byID[id] }
+
+// VnodeOf returns the vnode of a key.
+// REQUIRES: t.Formed().
+func (t *Topology) VnodeOf(key []byte) uint32 {
+	return ring.VnodeOf(ring.TokenOf(key), t.Vnodes)
+}
+
+// Slots returns the slots that a namespace of n replicas uses of a vnode. The
+// result is shared and must not be changed.
+// REQUIRES: t.Formed(), and n is the N of one of t's namespaces.
+func (t *Topology) Slots(vnode uint32, n int) []quorum.Slot {
+	return t.Ring[vnode].quorum[:n:n]
+}
+
+// Owns reports whether a node has to hold a vnode's records of a namespace with
+// n replicas, as old or incoming node of a slot.
+func (t *Topology) Owns(incarnation uint64, vnode uint32, n int) bool {
+	if int(vnode) >= len(t.Ring) {
+		return false
+	}
+	v := &t.Ring[vnode]
+	for _, s := range v.quorum[:min(n, len(v.quorum))] {
+		if s.Write[0] == incarnation || s.Write[1] == incarnation || s.Read == incarnation {
+			return true
+		}
+	}
+	return false
+}
+
+// DataNodes returns how many data nodes are registered.
+func (t *Topology) DataNodes() int {
+	n := 0
+	for i := range t.Nodes {
+		if t.Nodes[i].Role == Data {
+			n++
+		}
+	}
+	return n
+}
+
+// Width returns the largest N in use, and at least one once the ring has formed.
+func (t *Topology) Width() int {
+	w := 0
+	for i := range t.Namespaces {
+		w = max(w, t.Namespaces[i].N)
+	}
+	return w
+}
+
+// SlotCounts returns how many of the first n slots of all vnodes each node has.
+func (t *Topology) SlotCounts(n int) map[uint64]int {
+	counts := make(map[uint64]int, len(t.Nodes))
+	for i := range t.Ring {
+		for _, s := range t.Ring[i].Slots[:min(n, len(t.Ring[i].Slots))] {
+			counts[s.Node]++
+		}
+	}
+	return counts
+}
+
+// validate returns an error that names the first broken rule.
+func (t *Topology) validate() error {
+	if err := ring.CheckVnodes(t.Vnodes); err != nil {
+		return err
+	}
+	if err := t.Settings.Validate(); err != nil {
+		return err
+	}
+	if !slices.IsSortedFunc(t.Nodes, func(a, b Node) int { return cmp.Compare(a.Incarnation, b.Incarnation) }) {
+		return fmt.Errorf("nodes are not in order of incarnation")
+	}
+	if len(t.Ring) != 0 && len(t.Ring) != int(t.Vnodes) {
+		return fmt.Errorf("ring has %d vnodes, want %d", len(t.Ring), t.Vnodes)
+	}
+	for i := range t.Namespaces {
+		if err := t.Namespaces[i].validate(); err != nil {
+			return err
+		}
+	}
+	width := t.Width()
+	for i := range t.Ring {
+		if err := t.validateVnode(i, width); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// validateVnode checks invariant 9 for one vnode.
+func (t *Topology) validateVnode(i, width int) error {
+	slots := t.Ring[i].Slots
+	if len(slots) < width || len(slots) > quorum.MaxN {
+		return fmt.Errorf("vnode %d has %d slots, want at least %d (invariant 9)", i, len(slots), width)
+	}
+	var seen []uint64
+	for j, s := range slots {
+		moving := s.Phase == WriteBothReadOld || s.Phase == WriteBothReadNew || s.Phase == WriteNewReadNone
+		if !moving && s.Phase != Stable {
+			return fmt.Errorf("vnode %d slot %d: unknown %s", i, j, s.Phase)
+		}
+		if moving != (s.Incoming != 0) {
+			return fmt.Errorf("vnode %d slot %d: phase %q with incoming node %d", i, j, s.Phase, s.Incoming)
+		}
+		for _, n := range []uint64{s.Node, s.Incoming} {
+			if n == 0 && n == s.Incoming {
+				continue
+			}
+			node := t.Node(n)
+			dead := n == s.Node && s.Phase == WriteNewReadNone
+			if node == nil && !dead {
+				return fmt.Errorf("vnode %d slot %d: node #%d is not registered", i, j, n)
+			}
+			if node != nil && node.Role != Data {
+				return fmt.Errorf("vnode %d slot %d: node %s is not a data node", i, j, node.Name)
+			}
+			if slices.Contains(seen, n) {
+				return fmt.Errorf("vnode %d: node #%d has two slots (invariant 9)", i, n)
+			}
+			seen = append(seen, n)
+		}
+	}
+	return nil
+}
+
+func (ns *Namespace) validate() error {
+	if err := CheckName("namespace", ns.Name); err != nil {
+		return err
+	}
+	switch {
+	case ns.N < 1 || ns.N > quorum.MaxN:
+		return fmt.Errorf("namespace %s: N is %d: want 1 to %d", ns.Name, ns.N, quorum.MaxN)
+	case ns.W.IsZero() || ns.R.IsZero():
+		return fmt.Errorf("namespace %s: W and R must be set", ns.Name)
+	case !(ns.RepairChance >= 0 && ns.RepairChance <= 1):
+		return fmt.Errorf("namespace %s: repair chance is %v: want 0 to 1", ns.Name, ns.RepairChance)
+	case ns.TTL < 0:
+		return fmt.Errorf("namespace %s: TTL is %s: want 0 (none) or more", ns.Name, ns.TTL)
+	case ns.ReadRepair < RepairBlocking || ns.ReadRepair > RepairOff:
+		return fmt.Errorf("namespace %s: unknown %s", ns.Name, ns.ReadRepair)
+	}
+	if err := ns.W.Check(ns.N); err != nil {
+		return fmt.Errorf("namespace %s: write %w", ns.Name, err)
+	}
+	if err := ns.R.Check(ns.N); err != nil {
+		return fmt.Errorf("namespace %s: read %w", ns.Name, err)
+	}
+	return nil
+}
+
+// CheckName returns an error unless a name of the given kind of thing is 1 to 63
+// letters, digits, dots, dashes or underscores and begins with a letter or digit.
+func CheckName(kind, name string) error {
+	ok := len(name) >= 1 && len(name) <= maxNameBytes
+	for i := 0; ok && i < len(name); i++ {
+		c := name[i]
+		alnum := c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9'
+		ok = alnum || i > 0 && (c == '.' || c == '-' || c == '_')
+	}
+	if !ok {
+		return fmt.Errorf("bad %s name %q: want 1 to %d letters, digits, dots, dashes or underscores, beginning with a letter or digit", kind, name, maxNameBytes)
+	}
+	return nil
+}
