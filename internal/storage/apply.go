@@ -1,0 +1,244 @@
+package storage
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/cockroachdb/pebble/v2"
+
+	"github.com/kvasirdb/kvasir/internal/record"
+)
+
+// Write is a record on its way into the store.
+type Write struct {
+	Namespace, Vnode uint32
+	Key              []byte
+	// Record is in storage encoding.
+	Record []byte
+}
+
+// Commit is a batch that has been applied. Whoever applied it must call Wait.
+type Commit struct {
+	store *Store
+	batch *pebble.Batch
+	keys  []string
+	// applied is set when the batch has something to sync.
+	applied bool
+	// behind are the commits whose records made some of this one's superfluous.
+	behind []*Commit
+	done   chan struct{}
+	err    error
+}
+
+// Apply joins records into the store and adds hints, as one commit. On return the
+// records are visible; what a caller tells others about them must wait for
+// Commit.Wait. Records that the store knows to be superseded are not written
+// again. Errors are ErrDiskFull, ErrCorrupt for a record that does not decode (then
+// nothing is applied), or Pebble's.
+func (s *Store) Apply(writes []Write, hints []Hint) (*Commit, error) {
+	if s.diskFull.Load() {
+		return nil, ErrDiskFull
+	}
+	keys := make([]string, len(writes))
+	versions := make([]record.Version, len(writes))
+	var set stripeSet
+	var scratch []byte
+	for i, w := range writes {
+		rec, err := record.Decode(w.Record)
+		if err != nil {
+			return nil, fmt.Errorf("%w: record of key %q: %w", ErrCorrupt, w.Key, err)
+		}
+		versions[i] = rec.Version
+		scratch = appendRecordKey(scratch[:0], w.Namespace, w.Vnode, w.Key)
+		keys[i] = string(scratch)
+		set.add(stripeOf(scratch))
+	}
+	c := &Commit{store: s, batch: s.db.NewBatch(), keys: keys, done: make(chan struct{})}
+	for _, h := range hints {
+		if err := c.batch.Set(hintKey(h.Target, h.Seq), encodeHint(h), nil); err != nil {
+			return nil, errors.Join(err, c.batch.Close())
+		}
+	}
+
+	// The latches are held from the decision until the batch is applied.
+	s.latches.lock(&set)
+	defer s.latches.unlock(&set)
+	for i, w := range writes {
+		if err := s.decide(c, keys[i], versions[i], w.Record); err != nil {
+			s.forget(keys[:i+1])
+			return nil, errors.Join(err, c.batch.Close())
+		}
+	}
+	if c.batch.Empty() {
+		return c, nil
+	}
+	s.begin(c)
+	if err := s.db.ApplyNoSyncWait(c.batch, pebble.Sync); err != nil {
+		s.forget(keys)
+		return nil, fmt.Errorf("apply batch: %w", err)
+	}
+	c.applied = true
+	return c, nil
+}
+
+// forget removes the cached versions of keys whose decisions were not carried out.
+// REQUIRES: the latches of keys are held.
+func (s *Store) forget(keys []string) {
+	for _, k := range keys {
+		s.latches.of([]byte(k)).mu.versions.Remove(k)
+	}
+}
+
+// decide adds a record to the batch: as a Set where the stored version is known
+// to be lower, not at all where it is known to be higher, and as a Merge
+// otherwise.
+// REQUIRES: the latch of key is held.
+func (s *Store) decide(c *Commit, key string, v record.Version, rec []byte) error {
+	st := s.latches.of([]byte(key))
+	if !s.latches.cacheable(key) {
+		return c.batch.Merge([]byte(key), rec, nil)
+	}
+	e, _ := st.mu.versions.Get(key)
+	if !e.exact && e.blind >= blindLimit {
+		stored, err := s.storedVersion(c.batch, key)
+		if err != nil {
+			return err
+		}
+		e = entry{version: stored, exact: true}
+		st.mu.versions.Add(key, e)
+	}
+	if !e.exact {
+		e.blind++
+		st.mu.versions.Add(key, e)
+		return c.batch.Merge([]byte(key), rec, nil)
+	}
+	switch e.version.Compare(v) {
+	case -1:
+		st.mu.versions.Add(key, entry{version: v, exact: true})
+		return c.batch.Set([]byte(key), rec, nil)
+	case 0:
+		// Equal versions may still differ in kind, expiry or bytes.
+		return c.batch.Merge([]byte(key), rec, nil)
+	}
+	if p := st.mu.unsynced[key]; p != nil {
+		c.behind = append(c.behind, p)
+	}
+	return nil
+}
+
+// storedVersion returns the version of a key's stored record, or zero.
+// REQUIRES: the latch of key is held, and the batch has no operation on key that a
+// cache entry does not tell of: blind merges of this batch are counted, not read,
+// so they are looked up in the batch first.
+func (s *Store) storedVersion(b *pebble.Batch, key string) (record.Version, error) {
+	greatest := record.Version{}
+	r := b.Reader()
+	for {
+		_, k, value, ok, err := r.Next()
+		if err != nil {
+			return greatest, err
+		}
+		if !ok {
+			break
+		}
+		if string(k) == key {
+			rec, err := record.Decode(value)
+			if err != nil {
+				return greatest, err
+			}
+			if greatest.Compare(rec.Version) < 0 {
+				greatest = rec.Version
+			}
+		}
+	}
+	value, closer, err := s.db.Get([]byte(key))
+	if err == pebble.ErrNotFound {
+		return greatest, nil
+	}
+	if err != nil {
+		return greatest, fmt.Errorf("read before write: %w", err)
+	}
+	defer closer.Close()
+	rec, err := record.Decode(value)
+	if err != nil {
+		return greatest, err
+	}
+	if greatest.Compare(rec.Version) < 0 {
+		greatest = rec.Version
+	}
+	return greatest, nil
+}
+
+// begin registers a commit before it becomes visible, so that whoever sees its
+// records finds it.
+// REQUIRES: the latches of its keys are held.
+func (s *Store) begin(c *Commit) {
+	for _, k := range c.keys {
+		st := s.latches.of([]byte(k))
+		if _, ok := st.mu.unsynced[k]; !ok {
+			st.dirty.Add(1)
+		}
+		st.mu.unsynced[k] = c
+	}
+	s.inflight.Lock()
+	s.inflight.commits[c] = struct{}{}
+	s.inflight.Unlock()
+}
+
+// Wait returns when all that was applied, or what superseded it, is on disk. It
+// must be called exactly once.
+func (c *Commit) Wait() error {
+	if c.applied {
+		c.err = c.sync()
+	} else {
+		c.err = c.batch.Close()
+	}
+	close(c.done)
+	for _, p := range c.behind {
+		if err := p.wait(); err != nil {
+			return err
+		}
+	}
+	return c.err
+}
+
+func (c *Commit) sync() error {
+	s := c.store
+	err := c.batch.SyncWait()
+	if err == nil {
+		// A batch too large for a memtable gives its contents away and has no number;
+		// the mark then vouches for it with the next commit.
+		end := uint64(c.batch.SeqNum()) + uint64(c.batch.Count())
+		for {
+			was := s.synced.Load()
+			if was >= end || s.synced.CompareAndSwap(was, end) {
+				break
+			}
+		}
+	}
+	for _, k := range c.keys {
+		st := s.latches.of([]byte(k))
+		st.mu.Lock()
+		if st.mu.unsynced[k] == c {
+			delete(st.mu.unsynced, k)
+			st.dirty.Add(-1)
+		}
+		st.mu.Unlock()
+	}
+	s.inflight.Lock()
+	delete(s.inflight.commits, c)
+	s.inflight.Unlock()
+	if cerr := c.batch.Close(); err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return fmt.Errorf("sync batch: %w", err)
+	}
+	return nil
+}
+
+// wait is for others than the one who applied the commit.
+func (c *Commit) wait() error {
+	<-c.done
+	return c.err
+}

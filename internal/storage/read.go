@@ -1,0 +1,229 @@
+package storage
+
+import (
+	"bytes"
+	"container/heap"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/cockroachdb/pebble/v2"
+
+	"github.com/kvasirdb/kvasir/internal/record"
+)
+
+// Get returns a copy of a key's record in storage encoding, after waiting until
+// it is on disk. Errors are ErrNotFound, ErrCorrupt or Pebble's.
+func (s *Store) Get(namespace, vnode uint32, key []byte) ([]byte, error) {
+	var scratch [128]byte
+	k := appendRecordKey(scratch[:0], namespace, vnode, key)
+	st := s.latches.of(k)
+	before := st.generation.Load()
+	value, err := s.get(k)
+	if err != nil && !errors.Is(err, ErrNotFound) {
+		return nil, err
+	}
+	if err == nil {
+		s.learn(st, k, value, before)
+	}
+	// A record is visible before it is synced. Its commit was registered before it
+	// became visible, so looking for the commit after the read cannot miss it.
+	if c := st.pending(k); c != nil {
+		if err := c.wait(); err != nil {
+			return nil, err
+		}
+	}
+	return value, err
+}
+
+func (s *Store) get(k []byte) ([]byte, error) {
+	value, closer, err := s.db.Get(k)
+	if err == pebble.ErrNotFound {
+		return nil, ErrNotFound
+	}
+	if err != nil {
+		return nil, readError(err)
+	}
+	out := slices.Clone(value)
+	return out, closer.Close()
+}
+
+// learn makes the entry of a key exact that has gathered blind merges, when no
+// writer was active in its stripe since before.
+func (s *Store) learn(st *stripe, k, value []byte, before uint64) {
+	if before%2 != 0 || len(k) > maxCachedKeyBytes || !st.mu.TryLock() {
+		return
+	}
+	defer st.mu.Unlock()
+	if st.generation.Load() != before {
+		return
+	}
+	e, ok := st.mu.versions.Peek(string(k))
+	if !ok || e.exact || !s.latches.cacheable(string(k)) {
+		return
+	}
+	if rec, err := record.Decode(value); err == nil {
+		st.mu.versions.Add(string(k), entry{version: rec.Version, exact: true})
+	}
+}
+
+func readError(err error) error {
+	if pebble.IsCorruptionError(err) || errors.Is(err, record.ErrCorrupt) {
+		return fmt.Errorf("%w: %w", ErrCorrupt, err)
+	}
+	return fmt.Errorf("read: %w", err)
+}
+
+// Scan visits the records of some vnodes of a namespace with keys in [start, end),
+// tombstones included, in key order over all of them, until visit returns false.
+// An empty end means no end. All are of one moment, and on disk before the first
+// is visited. The slices are valid during the visit only.
+func (s *Store) Scan(namespace uint32, vnodes []uint32, start, end []byte, visit func(vnode uint32, key, rec []byte) bool) error {
+	if len(vnodes) == 0 {
+		return nil
+	}
+	base, err := s.db.NewIter(&pebble.IterOptions{})
+	if err != nil {
+		return readError(err)
+	}
+	m := &merge{base: base}
+	defer m.close()
+	if err := s.waitInflight(); err != nil {
+		return err
+	}
+	for _, v := range vnodes {
+		if err := m.add(namespace, v, start, end); err != nil {
+			return readError(err)
+		}
+	}
+	for m.Len() > 0 {
+		c := m.cursors[0]
+		value, err := c.iter.ValueAndErr()
+		if err != nil {
+			return readError(err)
+		}
+		if !visit(c.vnode, c.key, value) {
+			return nil
+		}
+		if c.next() {
+			heap.Fix(m, 0)
+			continue
+		}
+		if err := c.iter.Error(); err != nil {
+			return readError(err)
+		}
+		heap.Pop(m)
+	}
+	return nil
+}
+
+// waitInflight returns when every commit that is visible now is on disk.
+func (s *Store) waitInflight() error {
+	s.inflight.Lock()
+	commits := make([]*Commit, 0, len(s.inflight.commits))
+	for c := range s.inflight.commits {
+		commits = append(commits, c)
+	}
+	s.inflight.Unlock()
+	for _, c := range commits {
+		if err := c.wait(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// cursor is a place in one vnode.
+type cursor struct {
+	vnode uint32
+	iter  *pebble.Iterator
+	key   []byte
+}
+
+func (c *cursor) at(valid bool) bool {
+	if valid {
+		c.key = c.iter.Key()[recordPrefixLen:]
+	}
+	return valid
+}
+
+func (c *cursor) next() bool { return c.at(c.iter.Next()) }
+
+// merge is a heap of cursors, the smallest key first.
+type merge struct {
+	base    *pebble.Iterator
+	all     []*pebble.Iterator
+	cursors []*cursor
+}
+
+func (m *merge) add(namespace, vnode uint32, start, end []byte) error {
+	lower, upper := vnodeRange(namespace, vnode, start, end)
+	if len(end) > 0 && bytes.Compare(lower, upper) >= 0 {
+		return nil
+	}
+	it, err := m.base.Clone(pebble.CloneOptions{IterOptions: &pebble.IterOptions{LowerBound: lower, UpperBound: upper}})
+	if err != nil {
+		return err
+	}
+	m.all = append(m.all, it)
+	c := &cursor{vnode: vnode, iter: it}
+	if c.at(it.First()) {
+		heap.Push(m, c)
+	}
+	return it.Error()
+}
+
+func (m *merge) close() {
+	for _, it := range m.all {
+		it.Close() // errors were seen when the iterator was used
+	}
+	m.base.Close()
+}
+
+func (m *merge) Len() int           { return len(m.cursors) }
+func (m *merge) Less(i, j int) bool { return bytes.Compare(m.cursors[i].key, m.cursors[j].key) < 0 }
+func (m *merge) Swap(i, j int)      { m.cursors[i], m.cursors[j] = m.cursors[j], m.cursors[i] }
+func (m *merge) Push(x any)         { m.cursors = append(m.cursors, x.(*cursor)) }
+func (m *merge) Pop() any {
+	last := m.cursors[len(m.cursors)-1]
+	m.cursors = m.cursors[:len(m.cursors)-1]
+	return last
+}
+
+// DropNamespace removes all records of a namespace and returns when that is on
+// disk.
+// REQUIRES: the namespace is not in use any more.
+func (s *Store) DropNamespace(namespace uint32) error {
+	lower, upper := namespaceRange(namespace)
+	resume := s.latches.suspend(lower, upper)
+	defer resume()
+	if err := s.db.DeleteRange(lower, upper, pebble.Sync); err != nil {
+		return fmt.Errorf("drop namespace %d: %w", namespace, err)
+	}
+	return nil
+}
+
+// Namespaces returns the identifiers of all namespaces that have records, in
+// ascending order.
+func (s *Store) Namespaces() ([]uint32, error) {
+	it, err := s.db.NewIter(&pebble.IterOptions{LowerBound: []byte{kindRecord}, UpperBound: []byte{kindRecord + 1}})
+	if err != nil {
+		return nil, readError(err)
+	}
+	defer it.Close()
+	var out []uint32
+	for valid := it.First(); valid; {
+		k := it.Key()
+		if len(k) < recordPrefixLen {
+			return nil, fmt.Errorf("%w: record key %x", ErrCorrupt, k)
+		}
+		id := uint32(k[1])<<24 | uint32(k[2])<<16 | uint32(k[3])<<8 | uint32(k[4])
+		out = append(out, id)
+		_, upper := namespaceRange(id)
+		valid = it.SeekGE(upper)
+	}
+	if err := it.Error(); err != nil {
+		return nil, readError(err)
+	}
+	return out, nil
+}

@@ -1,0 +1,420 @@
+// Package storage keeps records, hints and what a node must remember, in one
+// Pebble. It is the only place that implements the join on disk: every record
+// enters through Apply, and none is ever overwritten in another way. It knows
+// nothing of nodes, quorums or the network.
+package storage
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2"
+	"github.com/cockroachdb/pebble/v2/bloom"
+	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"github.com/kvasirdb/kvasir/internal/hlc"
+	"github.com/kvasirdb/kvasir/internal/record"
+)
+
+// Errors of this package. Others come from Pebble and the file system.
+var (
+	// ErrInUse: another process has the data directory open.
+	ErrInUse = errors.New("data directory is in use by another process")
+	// ErrNotOurs: the directory holds something else.
+	ErrNotOurs = errors.New("not a Kvasir node's data directory")
+	// ErrNewerFormat: the directory was written by newer software.
+	ErrNewerFormat = errors.New("on-disk format is newer than this software")
+	// ErrCorrupt: bytes on disk are not what was written.
+	ErrCorrupt = errors.New("corrupt data")
+	// ErrDiskFull: writes are refused because the disk is nearly full.
+	ErrDiskFull = errors.New("disk is nearly full: free space, or add nodes")
+	// ErrNotFound: there is no such entry.
+	ErrNotFound = errors.New("not found")
+)
+
+// pebbleFormat is pinned: raising it is a decision, since older software cannot
+// open the store afterwards.
+const pebbleFormat = pebble.FormatValueSeparation
+
+// formatName is the file that says what the directory is; formatLine its content.
+const (
+	formatName    = "FORMAT"
+	formatPrefix  = "kvasir node "
+	formatVersion = 1
+)
+
+// Config says where and how a store is kept. Fields without a remark are required.
+type Config struct {
+	// FS is the file system; vfs.Default in production.
+	FS  vfs.FS
+	Dir string
+	// CacheBytes is the size of the block cache. Default 64 MiB.
+	CacheBytes int64
+	// MemTableBytes is the size of one memtable. Default 32 MiB.
+	MemTableBytes uint64
+	// VersionCacheEntries bounds the cache of versions. Default 131072.
+	VersionCacheEntries int
+	// MarkInterval is how often the mark that vouches for the log is written while
+	// there are commits. A lost tail of commits younger than this goes unnoticed
+	// after a crash; a clean stop leaves no such window. Default 50 ms.
+	MarkInterval time.Duration
+	Logger       *slog.Logger
+	// Fatal is called when the disk fails in a way the store cannot survive. It must
+	// not return in production.
+	Fatal func(error)
+}
+
+func (c *Config) setDefaults() {
+	if c.CacheBytes == 0 {
+		c.CacheBytes = 64 << 20
+	}
+	if c.MemTableBytes == 0 {
+		c.MemTableBytes = 32 << 20
+	}
+	if c.VersionCacheEntries == 0 {
+		c.VersionCacheEntries = 128 << 10
+	}
+	if c.MarkInterval == 0 {
+		c.MarkInterval = 50 * time.Millisecond
+	}
+}
+
+// Store is an open data directory. It is safe for concurrent use.
+type Store struct {
+	cfg     Config
+	db      *pebble.DB
+	lock    *pebble.Lock
+	mark    *markFile
+	latches *latches
+
+	// synced is the sequence number after the last commit known to be on disk.
+	synced   atomic.Uint64
+	lostTail string
+	diskFull atomic.Bool
+	hintSeq  atomic.Uint64
+
+	inflight struct {
+		sync.Mutex
+		commits map[*Commit]struct{}
+	}
+
+	stop    chan struct{}
+	stopped sync.WaitGroup
+}
+
+// Open opens a data directory, making it when it is missing or empty. Errors are
+// ErrInUse, ErrNotOurs, ErrNewerFormat, ErrCorrupt, or the file system's; each
+// names the path.
+func Open(cfg Config) (*Store, error) {
+	cfg.setDefaults()
+	if err := cfg.FS.MkdirAll(cfg.Dir, 0o755); err != nil {
+		return nil, fmt.Errorf("make data directory %s: %w", cfg.Dir, err)
+	}
+	lock, err := pebble.LockDirectory(cfg.Dir, cfg.FS)
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		return nil, fmt.Errorf("lock data directory %s: %w", cfg.Dir, err)
+	case err != nil:
+		return nil, fmt.Errorf("%w: %s (%w)", ErrInUse, cfg.Dir, err)
+	}
+	s := &Store{cfg: cfg, lock: lock, latches: newLatches(cfg.VersionCacheEntries), stop: make(chan struct{})}
+	s.inflight.commits = map[*Commit]struct{}{}
+	if err := s.open(); err != nil {
+		if s.db != nil {
+			err = errors.Join(err, s.db.Close())
+		}
+		if s.mark != nil {
+			err = errors.Join(err, s.mark.close())
+		}
+		return nil, errors.Join(err, lock.Close())
+	}
+	s.stopped.Go(s.keepMark)
+	return s, nil
+}
+
+func (s *Store) open() error {
+	fresh, err := checkFormat(s.cfg.FS, s.cfg.Dir)
+	if err != nil {
+		return err
+	}
+	if fresh {
+		// A new store's first log has no sync offsets, and so cannot tell a flipped
+		// byte from its end. The second open starts a log that can.
+		db, err := pebble.Open(s.cfg.Dir, s.options())
+		if err != nil {
+			return s.openError(err)
+		}
+		if err := db.Close(); err != nil {
+			return fmt.Errorf("create store in %s: %w", s.cfg.Dir, err)
+		}
+	}
+	if s.db, err = pebble.Open(s.cfg.Dir, s.options()); err != nil {
+		return s.openError(err)
+	}
+	var markErr error
+	if s.mark, markErr = openMark(s.cfg.FS, s.cfg.Dir); markErr != nil && !errors.Is(markErr, errNoMark) {
+		return markErr
+	}
+	if err := s.checkTail(fresh, markErr); err != nil {
+		return err
+	}
+	if fresh {
+		if err := writeFormat(s.cfg.FS, s.cfg.Dir); err != nil {
+			return err
+		}
+	}
+	return s.loadHintSeq()
+}
+
+// metaBoots counts how often the directory was opened.
+const metaBoots = "boots"
+
+// checkTail compares the log with the mark that vouches for it.
+func (s *Store) checkTail(fresh bool, markErr error) error {
+	boots, err := s.Boots()
+	if err != nil {
+		return err
+	}
+	b := s.db.NewBatch()
+	defer b.Close()
+	if err := b.Set(metaKey(metaBoots), strconv.AppendUint(nil, boots+1, 10), nil); err != nil {
+		return err
+	}
+	if err := b.Commit(pebble.Sync); err != nil {
+		return err
+	}
+	first := uint64(b.SeqNum())
+	m := s.mark.load()
+	switch {
+	case fresh:
+	case markErr != nil:
+		s.lostTail = fmt.Sprintf("%s is missing or damaged, so nothing vouches for the write-ahead log", filepath.Join(s.cfg.Dir, markName))
+	case m.lostTail:
+		s.lostTail = "the write-ahead log had lost its tail at an earlier start"
+	case first < m.synced:
+		s.lostTail = fmt.Sprintf("the write-ahead log in %s ends at commit %d, but commit %d had been synced", s.cfg.Dir, first, m.synced)
+	}
+	s.synced.Store(first + uint64(b.Count()))
+	return s.mark.update(func(m *mark) {
+		m.lostTail = s.lostTail != ""
+		m.synced = max(m.synced, s.synced.Load())
+	})
+}
+
+// LostTail returns why the store may lack records that it had acknowledged, or ""
+// when it has them all. Such a store must not vote in any quorum; it stays so
+// until the directory is wiped.
+func (s *Store) LostTail() string { return s.lostTail }
+
+// Boots returns how often the directory has been opened, this time included.
+func (s *Store) Boots() (uint64, error) {
+	b, err := s.Meta(metaBoots)
+	if errors.Is(err, ErrNotFound) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	n, err := strconv.ParseUint(string(b), 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("%w: boot counter %q in %s", ErrCorrupt, b, s.cfg.Dir)
+	}
+	return n, nil
+}
+
+// Reserved returns the greatest timestamp that ReserveClock has made durable.
+func (s *Store) Reserved() hlc.Timestamp { return s.mark.load().reserved }
+
+// ReserveClock returns when it is on disk that timestamps up to t may have been
+// issued.
+func (s *Store) ReserveClock(t hlc.Timestamp) error {
+	return s.mark.update(func(m *mark) {
+		m.reserved = max(m.reserved, t)
+		m.synced = max(m.synced, s.synced.Load())
+	})
+}
+
+// keepMark writes the mark while commits go on.
+func (s *Store) keepMark() {
+	tick := time.NewTicker(s.cfg.MarkInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-s.stop:
+			return
+		case <-tick.C:
+			if err := s.writeMark(); err != nil {
+				s.fatal(err)
+				return
+			}
+		}
+	}
+}
+
+func (s *Store) writeMark() error {
+	synced := s.synced.Load()
+	return s.mark.update(func(m *mark) { m.synced = max(m.synced, synced) })
+}
+
+func (s *Store) fatal(err error) {
+	s.cfg.Fatal(fmt.Errorf("data directory %s: %w", s.cfg.Dir, err))
+}
+
+// SetDiskFull makes Apply refuse records (true) or take them again.
+func (s *Store) SetDiskFull(full bool) { s.diskFull.Store(full) }
+
+// DiskUsage returns the space of the file system the store is on, in bytes.
+func (s *Store) DiskUsage() (available, total uint64, err error) {
+	u, err := s.cfg.FS.GetDiskUsage(s.cfg.Dir)
+	return u.AvailBytes, u.TotalBytes, err
+}
+
+// Metrics returns Pebble's own figures.
+func (s *Store) Metrics() *pebble.Metrics { return s.db.Metrics() }
+
+// Close waits for commits to reach the disk and closes the directory.
+// REQUIRES: no other call is running or follows.
+func (s *Store) Close() error {
+	close(s.stop)
+	s.stopped.Wait()
+	var errs []error
+	// Unsynced entries, such as deleted hints, become durable with this one.
+	errs = append(errs, s.db.LogData(nil, pebble.Sync), s.writeMark(), s.db.Close(), s.mark.close(), s.lock.Close())
+	return errors.Join(errs...)
+}
+
+func (s *Store) options() *pebble.Options {
+	o := &pebble.Options{
+		FS:                 s.cfg.FS,
+		Lock:               s.lock,
+		FormatMajorVersion: pebbleFormat,
+		Merger:             joinMerger,
+		CacheSize:          s.cfg.CacheBytes,
+		MemTableSize:       s.cfg.MemTableBytes,
+		Logger:             pebbleLogger{s},
+		// Two memtables may wait to be flushed before writes stall.
+		MemTableStopWritesThreshold: 4,
+		L0CompactionThreshold:       4,
+		L0StopWritesThreshold:       20,
+		LBaseMaxBytes:               64 << 20,
+	}
+	for i := range o.Levels {
+		// Filters on the last level too: a miss must not cost a read.
+		o.Levels[i].FilterPolicy = bloom.FilterPolicy(10)
+	}
+	return o
+}
+
+// openError says which file keeps the store from opening.
+func (s *Store) openError(err error) error {
+	switch {
+	case strings.Contains(err.Error(), "format major version"), strings.Contains(err.Error(), "unknown to this version"):
+		return fmt.Errorf("%w: %s: %w", ErrNewerFormat, s.cfg.Dir, err)
+	case pebble.IsCorruptionError(err), errors.Is(err, record.ErrCorrupt):
+		return fmt.Errorf("%w in %s: %w: start the node with an empty data directory, it will be filled from its peers", ErrCorrupt, s.cfg.Dir, err)
+	}
+	return fmt.Errorf("open store in %s: %w", s.cfg.Dir, err)
+}
+
+// checkFormat reports whether the directory is new. A directory with files but
+// without a format file is new if making it was interrupted, which leaves nothing
+// but an empty store.
+func checkFormat(disk vfs.FS, dir string) (fresh bool, err error) {
+	path := filepath.Join(dir, formatName)
+	f, err := disk.Open(path)
+	if err == nil {
+		b, err := io.ReadAll(io.LimitReader(f, 256))
+		if err = errors.Join(err, f.Close()); err != nil {
+			return false, fmt.Errorf("read %s: %w", path, err)
+		}
+		return false, parseFormat(path, string(b))
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return false, fmt.Errorf("open %s: %w", path, err)
+	}
+	names, err := disk.List(dir)
+	if err != nil {
+		return false, fmt.Errorf("list %s: %w", dir, err)
+	}
+	for _, n := range names {
+		if !ownFile(n) {
+			return false, fmt.Errorf("%w: %s holds %s but no %s file", ErrNotOurs, dir, n, formatName)
+		}
+	}
+	return true, nil
+}
+
+func parseFormat(path, line string) error {
+	digits, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), formatPrefix)
+	if !ok {
+		return fmt.Errorf("%w: %s reads %q", ErrNotOurs, path, line)
+	}
+	v, err := strconv.Atoi(digits)
+	switch {
+	case err != nil || v < 1:
+		return fmt.Errorf("%w: %s reads %q", ErrCorrupt, path, line)
+	case v > formatVersion:
+		return fmt.Errorf("%w: %s says format %d, this software knows %d", ErrNewerFormat, path, v, formatVersion)
+	}
+	return nil
+}
+
+func writeFormat(disk vfs.FS, dir string) error {
+	path := filepath.Join(dir, formatName)
+	f, err := disk.Create(path+".tmp", vfs.WriteCategoryUnspecified)
+	if err != nil {
+		return fmt.Errorf("create %s: %w", path, err)
+	}
+	_, err = fmt.Fprintf(f, "%s%d\n", formatPrefix, formatVersion)
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	if err := disk.Rename(path+".tmp", path); err != nil {
+		return fmt.Errorf("rename %s: %w", path, err)
+	}
+	d, err := disk.OpenDir(dir)
+	if err != nil {
+		return fmt.Errorf("open %s: %w", dir, err)
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// ownFile reports whether a file is one that opening a new store leaves.
+func ownFile(name string) bool {
+	for _, ext := range []string{".log", ".sst", ".blob", ".dbtmp", ".tmp"} {
+		if strings.HasSuffix(name, ext) {
+			return true
+		}
+	}
+	for _, prefix := range []string{"MANIFEST-", "OPTIONS-", "CURRENT", "LOCK", "marker.", markName} {
+		if strings.HasPrefix(name, prefix) {
+			return true
+		}
+	}
+	return name == "lost+found"
+}
+
+// pebbleLogger passes Pebble's messages on; its fatal ones end the store.
+type pebbleLogger struct{ s *Store }
+
+func (l pebbleLogger) Infof(format string, args ...any) {
+	if l.s.cfg.Logger.Enabled(context.Background(), slog.LevelDebug) {
+		l.s.cfg.Logger.Debug("pebble: " + fmt.Sprintf(format, args...))
+	}
+}
+
+func (l pebbleLogger) Errorf(format string, args ...any) {
+	l.s.cfg.Logger.Error("pebble: " + fmt.Sprintf(format, args...))
+}
+
+func (l pebbleLogger) Fatalf(format string, args ...any) { l.s.fatal(fmt.Errorf(format, args...)) }
