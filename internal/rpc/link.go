@@ -1,0 +1,496 @@
+package rpc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+)
+
+// LinkConfig says whom a link leads to and what it puts up with.
+type LinkConfig struct {
+	Transport Transport
+	Address   string
+	// Peer names the other side in errors.
+	Peer string
+	// Metadata is sent when the stream opens. May be nil.
+	Metadata func() metadata.MD
+	// Greeted checks the metadata the other side answers with. May be nil.
+	Greeted func(metadata.MD) error
+	// MaxPending bounds the calls without a reply; more are refused. Default 16384.
+	MaxPending int
+	// OpenTimeout bounds one attempt to connect. Default 1 s.
+	OpenTimeout time.Duration
+	// PingInterval is how often the other side is pinged. Default 500 ms.
+	PingInterval time.Duration
+	// StallAfter is how long the other side may owe replies without sending any,
+	// before it counts as gone. Default 1.5 s.
+	StallAfter time.Duration
+	// WallClock returns milliseconds since 1970.
+	WallClock func() int64
+	// Offset, when set, is told how far the other side's wall clock is ahead, and the
+	// round trip it was measured by.
+	Offset func(ahead, roundTrip time.Duration)
+}
+
+func (c *LinkConfig) setDefaults() {
+	if c.MaxPending == 0 {
+		c.MaxPending = 16384
+	}
+	if c.OpenTimeout == 0 {
+		c.OpenTimeout = time.Second
+	}
+	if c.PingInterval == 0 {
+		c.PingInterval = 500 * time.Millisecond
+	}
+	if c.StallAfter == 0 {
+		c.StallAfter = 1500 * time.Millisecond
+	}
+}
+
+// Backoff between attempts to connect, doubled from the first to the last.
+const (
+	minBackoff = 50 * time.Millisecond
+	maxBackoff = time.Second
+)
+
+// Link carries calls to one peer over one stream that it opens, watches and opens
+// again. It is safe for concurrent use.
+type Link[C, R any] struct {
+	cfg   LinkConfig
+	proto Protocol[C, R]
+	// up is whether the other side answers at the moment.
+	up    atomic.Bool
+	ready chan struct{} // closed when the first attempt to connect has ended
+
+	mu struct {
+		sync.Mutex
+		queue   *queue[*pending[C, R]] // nil while no stream is open or opening
+		pending map[uint64]*pending[C, R]
+		nextID  uint64
+		conn    *grpc.ClientConn
+		closed  bool
+		lastErr error
+	}
+	cancel  context.CancelFunc
+	stopped sync.WaitGroup
+}
+
+// pending is a call without a reply.
+type pending[C, R any] struct {
+	id       uint64
+	call     C
+	size     int
+	deadline time.Time
+	sentAt   time.Time // zero while in the queue
+	done     func(R, error)
+}
+
+// NewLink starts a link. Close must be called.
+func NewLink[C, R any](cfg LinkConfig, proto Protocol[C, R]) *Link[C, R] {
+	cfg.setDefaults()
+	ctx, cancel := context.WithCancel(context.Background())
+	l := &Link[C, R]{cfg: cfg, proto: proto, cancel: cancel, ready: make(chan struct{})}
+	l.mu.pending = map[uint64]*pending[C, R]{}
+	l.mu.queue = newQueue[*pending[C, R]]()
+	l.stopped.Go(func() { l.run(ctx) })
+	return l
+}
+
+// Up reports whether the other side answers at the moment.
+func (l *Link[C, R]) Up() bool { return l.up.Load() }
+
+// Ready is closed once the first attempt to connect has ended, well or not.
+func (l *Link[C, R]) Ready() <-chan struct{} { return l.ready }
+
+// Address returns where the link leads to.
+func (l *Link[C, R]) Address() string { return l.cfg.Address }
+
+// Pending returns how many calls wait for a reply.
+func (l *Link[C, R]) Pending() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.mu.pending)
+}
+
+// Conn returns the connection the link uses now, for unary calls to the same peer,
+// or nil.
+func (l *Link[C, R]) Conn() *grpc.ClientConn {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.mu.conn
+}
+
+// Go sends a call and returns at once. When it returns nil, done is called exactly
+// once, from a goroutine of the link: it must not block. Errors, whether returned
+// or given to done, are *Error; ReasonNotSent and ReasonOverloaded mean that the
+// peer never saw the call.
+func (l *Link[C, R]) Go(call C, deadline time.Time, done func(R, error)) error {
+	p := &pending[C, R]{call: call, size: l.proto.Size(call), deadline: deadline, done: done}
+	l.mu.Lock()
+	q := l.mu.queue
+	switch {
+	case q == nil:
+		err := l.mu.lastErr
+		l.mu.Unlock()
+		return l.notSent(err)
+	case len(l.mu.pending) >= l.cfg.MaxPending:
+		l.mu.Unlock()
+		return &Error{
+			Code: codes.ResourceExhausted, Reason: ReasonOverloaded, RetryAfter: 50 * time.Millisecond,
+			Message: fmt.Sprintf("%d calls to %s wait for replies already", l.cfg.MaxPending, l.cfg.Peer),
+			Details: map[string]string{"limit": fmt.Sprint(l.cfg.MaxPending), "peer": l.cfg.Peer},
+		}
+	}
+	l.mu.nextID++
+	p.id = l.mu.nextID
+	l.mu.pending[p.id] = p
+	l.mu.Unlock()
+	if !q.push(p) {
+		// The stream ended in between, and failed all pending calls, this one too
+		// unless it came too late for that.
+		if l.forget(p.id) {
+			return l.notSent(nil)
+		}
+	}
+	return nil
+}
+
+// Do sends a call and waits for its reply, at most until ctx ends.
+func (l *Link[C, R]) Do(ctx context.Context, call C) (R, error) {
+	type result struct {
+		reply R
+		err   error
+	}
+	var zero R
+	deadline, ok := ctx.Deadline()
+	if !ok {
+		deadline = time.Now().Add(defaultTimeout)
+	}
+	c := make(chan result, 1)
+	if err := l.Go(call, deadline, func(r R, err error) { c <- result{r, err} }); err != nil {
+		return zero, err
+	}
+	select {
+	case r := <-c:
+		return r.reply, r.err
+	case <-ctx.Done():
+		return zero, AsError(ctx.Err())
+	}
+}
+
+// defaultTimeout bounds a call whose context has no deadline.
+const defaultTimeout = 10 * time.Second
+
+func (l *Link[C, R]) notSent(cause error) *Error {
+	e := Errorf(codes.Unavailable, ReasonNotSent, "%s at %s is not reachable", l.cfg.Peer, l.cfg.Address)
+	if cause != nil {
+		e.Message += ": " + AsError(cause).Message
+	}
+	return e.With("peer", l.cfg.Peer)
+}
+
+// forget removes a pending call and reports whether it was there.
+func (l *Link[C, R]) forget(id uint64) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	_, ok := l.mu.pending[id]
+	delete(l.mu.pending, id)
+	return ok
+}
+
+// Close fails what is pending and waits until the link's goroutines have ended.
+func (l *Link[C, R]) Close() {
+	l.mu.Lock()
+	l.mu.closed = true
+	l.mu.Unlock()
+	l.cancel()
+	l.stopped.Wait()
+}
+
+// run keeps a stream open until ctx ends.
+func (l *Link[C, R]) run(ctx context.Context) {
+	defer l.down(nil)
+	backoff := minBackoff
+	for first := true; ; first = false {
+		opened, err := l.serve(ctx, first)
+		l.down(err)
+		if ctx.Err() != nil {
+			return
+		}
+		if opened {
+			backoff = minBackoff
+		}
+		// Jitter keeps the clients of a restarted node from returning in step.
+		pause := backoff/2 + rand.N(backoff)
+		backoff = min(2*backoff, maxBackoff)
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(pause):
+		}
+	}
+}
+
+// down fails all pending calls and refuses new ones.
+func (l *Link[C, R]) down(cause error) {
+	l.up.Store(false)
+	l.mu.Lock()
+	if l.mu.queue != nil {
+		l.mu.queue.close()
+	}
+	l.mu.queue = nil
+	l.mu.lastErr = cause
+	failed := l.mu.pending
+	l.mu.pending = map[uint64]*pending[C, R]{}
+	l.mu.Unlock()
+	var zero R
+	for _, p := range failed {
+		p.done(zero, l.lost(p, cause))
+	}
+}
+
+// lost is the error of a call whose stream ended.
+func (l *Link[C, R]) lost(p *pending[C, R], cause error) error {
+	l.mu.Lock()
+	sent := !p.sentAt.IsZero()
+	l.mu.Unlock()
+	if !sent {
+		return l.notSent(cause)
+	}
+	e := Errorf(codes.Unavailable, ReasonLinkBroken, "the connection to %s at %s broke before it replied", l.cfg.Peer, l.cfg.Address)
+	if cause != nil {
+		e.Message += ": " + AsError(cause).Message
+	}
+	return e.With("peer", l.cfg.Peer)
+}
+
+// serve opens a stream and uses it until it ends. It reports whether the stream
+// had been opened.
+func (l *Link[C, R]) serve(ctx context.Context, first bool) (opened bool, err error) {
+	signalReady := func() {
+		if first {
+			close(l.ready)
+			first = false
+		}
+	}
+	defer signalReady()
+	cc, err := l.cfg.Transport.NewConn(l.cfg.Address)
+	if err != nil {
+		return false, err
+	}
+	// A new connection for each stream: one that hangs, because the peer is paused or
+	// cut off, must not be waited for after it has healed.
+	defer cc.Close()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	q := l.opening(cc)
+	if q == nil {
+		return false, context.Canceled
+	}
+	stream, err := l.open(ctx, cancel, cc)
+	if err != nil {
+		return false, err
+	}
+	l.up.Store(true)
+	signalReady()
+
+	var wg sync.WaitGroup
+	var heard atomic.Int64 // when the last frame came, in nanoseconds since start
+	start := time.Now()
+	var sendErr, recvErr error
+	wg.Go(func() { sendErr = l.send(ctx, stream, q); cancel() })
+	wg.Go(func() {
+		recvErr = l.receive(stream, func() { heard.Store(int64(time.Since(start))) })
+		cancel()
+	})
+	stalled := l.watch(ctx, func() time.Time { return start.Add(time.Duration(heard.Load())) })
+	cancel()
+	wg.Wait()
+	switch {
+	case stalled:
+		return true, fmt.Errorf("no reply for %s", l.cfg.StallAfter)
+	case recvErr != nil:
+		return true, recvErr
+	}
+	return true, sendErr
+}
+
+// opening accepts calls for the stream that is about to be opened.
+func (l *Link[C, R]) opening(cc *grpc.ClientConn) *queue[*pending[C, R]] {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.mu.closed {
+		return nil
+	}
+	if l.mu.queue == nil {
+		l.mu.queue = newQueue[*pending[C, R]]()
+	}
+	l.mu.conn = cc
+	return l.mu.queue
+}
+
+// open opens a stream and waits for the other side's greeting.
+func (l *Link[C, R]) open(ctx context.Context, cancel context.CancelFunc, cc *grpc.ClientConn) (ClientStream[C, R], error) {
+	timer := time.AfterFunc(l.cfg.OpenTimeout, cancel)
+	defer timer.Stop()
+	if l.cfg.Metadata != nil {
+		ctx = metadata.NewOutgoingContext(ctx, l.cfg.Metadata())
+	}
+	stream, err := l.proto.Open(ctx, cc)
+	var md metadata.MD
+	if err == nil {
+		md, err = stream.Header()
+	}
+	if err == nil && md == nil {
+		// The other side refused the stream; Recv tells why.
+		if _, err = stream.RecvFrame(); err == nil {
+			err = errors.New("a reply before the greeting")
+		}
+	}
+	if !timer.Stop() {
+		return nil, fmt.Errorf("no greeting within %s", l.cfg.OpenTimeout)
+	}
+	if err == nil && l.cfg.Greeted != nil {
+		err = l.cfg.Greeted(md)
+	}
+	return stream, err
+}
+
+// send drains the queue into frames until the stream or ctx ends.
+func (l *Link[C, R]) send(ctx context.Context, stream ClientStream[C, R], q *queue[*pending[C, R]]) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-q.wake:
+		}
+		frame := q.take(func(p *pending[C, R]) int { return p.size })
+		if calls := l.prepare(frame); len(calls) > 0 {
+			if err := stream.SendFrame(calls); err != nil {
+				return nil // Recv tells why
+			}
+		}
+	}
+}
+
+// prepare numbers the calls of a frame and drops those whose deadline has passed.
+func (l *Link[C, R]) prepare(frame []*pending[C, R]) []C {
+	if len(frame) == 0 {
+		return nil
+	}
+	now := time.Now()
+	calls := make([]C, 0, len(frame))
+	var late []*pending[C, R]
+	l.mu.Lock()
+	for _, p := range frame {
+		left := p.deadline.Sub(now)
+		if left <= 0 {
+			if _, ok := l.mu.pending[p.id]; ok {
+				delete(l.mu.pending, p.id)
+				late = append(late, p)
+			}
+			continue
+		}
+		p.sentAt = now
+		l.proto.Prepare(p.call, p.id, uint32(max(1, left.Milliseconds())))
+		calls = append(calls, p.call)
+	}
+	l.mu.Unlock()
+	var zero R
+	for _, p := range late {
+		p.done(zero, l.notSent(context.DeadlineExceeded))
+	}
+	return calls
+}
+
+// receive hands replies out until the stream ends.
+func (l *Link[C, R]) receive(stream ClientStream[C, R], heard func()) error {
+	var found []*pending[C, R]
+	for {
+		replies, err := stream.RecvFrame()
+		if err != nil {
+			return err
+		}
+		heard()
+		found = found[:0]
+		l.mu.Lock()
+		for _, r := range replies {
+			id := l.proto.ReplyID(r)
+			found = append(found, l.mu.pending[id])
+			delete(l.mu.pending, id)
+		}
+		l.mu.Unlock()
+		for i, p := range found {
+			if p == nil {
+				continue // given up on
+			}
+			if e := ErrorFromProto(l.proto.ReplyError(replies[i])); e != nil {
+				p.done(replies[i], e)
+			} else {
+				p.done(replies[i], nil)
+			}
+		}
+	}
+}
+
+// watch pings the other side, gives up calls past their deadline, and returns true
+// when the other side owes replies and sends none.
+func (l *Link[C, R]) watch(ctx context.Context, heard func() time.Time) (stalled bool) {
+	tick := time.NewTicker(l.cfg.PingInterval)
+	defer tick.Stop()
+	for {
+		l.ping()
+		select {
+		case <-ctx.Done():
+			return false
+		case now := <-tick.C:
+			if oldest := l.expire(now); !oldest.IsZero() && now.Sub(oldest) > l.cfg.StallAfter && now.Sub(heard()) > l.cfg.StallAfter {
+				return true
+			}
+		}
+	}
+}
+
+func (l *Link[C, R]) ping() {
+	sent, wall := time.Now(), l.cfg.WallClock()
+	// A ping that cannot be sent is no news: the queue is full or the stream ends.
+	_ = l.Go(l.proto.Ping(wall), sent.Add(10*l.cfg.StallAfter), func(r R, err error) {
+		if err != nil || l.cfg.Offset == nil {
+			return
+		}
+		trip := time.Since(sent)
+		ahead := time.Duration(l.proto.Pong(r)-wall)*time.Millisecond - trip/2
+		l.cfg.Offset(ahead, trip)
+	})
+}
+
+// expire gives up calls past their deadline, and returns when the oldest of the
+// others was sent.
+func (l *Link[C, R]) expire(now time.Time) (oldest time.Time) {
+	var late []*pending[C, R]
+	l.mu.Lock()
+	for id, p := range l.mu.pending {
+		if now.After(p.deadline) {
+			late = append(late, p)
+			delete(l.mu.pending, id)
+		}
+		// A call given up still shows that the other side owes a reply.
+		if !p.sentAt.IsZero() && (oldest.IsZero() || p.sentAt.Before(oldest)) {
+			oldest = p.sentAt
+		}
+	}
+	l.mu.Unlock()
+	var zero R
+	for _, p := range late {
+		p.done(zero, Errorf(codes.DeadlineExceeded, ReasonDeadline, "%s did not reply in time", l.cfg.Peer).With("peer", l.cfg.Peer))
+	}
+	return oldest
+}
