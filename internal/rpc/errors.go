@@ -100,7 +100,7 @@ func (e *Error) Error() string { return e.Message }
 func (e *Error) NothingDone() bool {
 	switch e.Reason {
 	case ReasonNotSent, ReasonStopping, ReasonNotReady, ReasonOverloaded, ReasonNotEnoughReplicas,
-		ReasonStaleEpoch, ReasonEpochAhead, ReasonNotOwner, ReasonWrongPeer, ReasonClockSkew, ReasonNoLeader:
+		ReasonStaleEpoch, ReasonEpochAhead, ReasonNotOwner, ReasonWrongPeer, ReasonClockSkew, ReasonDiskFull, ReasonNoLeader:
 		return true
 	}
 	return false

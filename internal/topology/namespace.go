@@ -37,7 +37,7 @@ func (t *Topology) NewNamespace(name string, set NamespaceSettings) (ns Namespac
 	}
 	ns = Namespace{
 		Name:       name,
-		N:          min(defaultN, t.DataNodes()),
+		N:          min(defaultN, len(t.Members())),
 		W:          quorum.Majority,
 		R:          quorum.Majority,
 		ReadRepair: RepairBlocking,
@@ -130,9 +130,9 @@ func (t *Topology) checkNamespace(ns *Namespace) error {
 	if ns.N < 1 || ns.N > quorum.MaxN {
 		return refuse(Invalid, "BAD_N", fmt.Sprintf("N is %d: want 1 to %d", ns.N, quorum.MaxN), "field", "n", "value", ns.N, "limit", quorum.MaxN)
 	}
-	if nodes := t.DataNodes(); ns.N > nodes {
+	if nodes := len(t.Members()); ns.N > nodes {
 		return refuse(Precondition, "N_ABOVE_NODES",
-			fmt.Sprintf("N=%d needs %d data nodes, the cluster has %d", ns.N, ns.N, nodes), "n", ns.N, "data_nodes", nodes)
+			fmt.Sprintf("N=%d needs %d active data nodes, the ring has %d", ns.N, ns.N, nodes), "n", ns.N, "data_nodes", nodes)
 	}
 	for flag, q := range map[string]quorum.Spec{"W": ns.W, "R": ns.R} {
 		if err := q.Check(ns.N); err != nil {

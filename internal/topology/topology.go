@@ -370,6 +370,19 @@ func (t *Topology) DataNodes() int {
 	return n
 }
 
+// Members returns the data nodes that have a slot, in order of incarnation. The
+// others are spares.
+func (t *Topology) Members() []*Node {
+	has := t.SlotCounts(quorum.MaxN)
+	var out []*Node
+	for i := range t.Nodes {
+		if has[t.Nodes[i].Incarnation] > 0 {
+			out = append(out, &t.Nodes[i])
+		}
+	}
+	return out
+}
+
 // Width returns the largest N in use, and at least one once the ring has formed.
 func (t *Topology) Width() int {
 	w := 0

@@ -145,7 +145,6 @@ const (
 	TraceEvent_KIND_STALE          TraceEvent_Kind = 10
 	TraceEvent_KIND_REPAIR         TraceEvent_Kind = 11
 	TraceEvent_KIND_HEDGE          TraceEvent_Kind = 12
-	TraceEvent_KIND_DONE           TraceEvent_Kind = 13
 )
 
 // Enum value maps for TraceEvent_Kind.
@@ -164,7 +163,6 @@ var (
 		10: "KIND_STALE",
 		11: "KIND_REPAIR",
 		12: "KIND_HEDGE",
-		13: "KIND_DONE",
 	}
 	TraceEvent_Kind_value = map[string]int32{
 		"KIND_UNSPECIFIED":    0,
@@ -180,7 +178,6 @@ var (
 		"KIND_STALE":          10,
 		"KIND_REPAIR":         11,
 		"KIND_HEDGE":          12,
-		"KIND_DONE":           13,
 	}
 )
 
@@ -2160,13 +2157,13 @@ const file_kvasir_kv_v1_kv_proto_rawDesc = "" +
 	"\fScanResponse\x122\n" +
 	"\arecords\x18\x01 \x03(\v2\x18.kvasir.kv.v1.ScanRecordR\arecords\x12!\n" +
 	"\fresume_token\x18\x02 \x01(\fR\vresumeToken\x12\x14\n" +
-	"\x05epoch\x18\x03 \x01(\x06R\x05epoch\"\x85\x03\n" +
+	"\x05epoch\x18\x03 \x01(\x06R\x05epoch\"\xf6\x02\n" +
 	"\n" +
 	"TraceEvent\x12\x13\n" +
 	"\x05at_us\x18\x01 \x01(\x04R\x04atUs\x121\n" +
 	"\x04kind\x18\x02 \x01(\x0e2\x1d.kvasir.kv.v1.TraceEvent.KindR\x04kind\x12\x12\n" +
 	"\x04node\x18\x03 \x01(\tR\x04node\x12\x16\n" +
-	"\x06detail\x18\x04 \x01(\tR\x06detail\"\x82\x02\n" +
+	"\x06detail\x18\x04 \x01(\tR\x06detail\"\xf3\x01\n" +
 	"\x04Kind\x12\x14\n" +
 	"\x10KIND_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rKIND_RECEIVED\x10\x01\x12\r\n" +
@@ -2183,8 +2180,7 @@ const file_kvasir_kv_v1_kv_proto_rawDesc = "" +
 	"\x12\x0f\n" +
 	"\vKIND_REPAIR\x10\v\x12\x0e\n" +
 	"\n" +
-	"KIND_HEDGE\x10\f\x12\r\n" +
-	"\tKIND_DONE\x10\r\"B\n" +
+	"KIND_HEDGE\x10\f\"B\n" +
 	"\fTraceRequest\x12\x19\n" +
 	"\btrace_id\x18\x01 \x01(\x06R\atraceId\x12\x17\n" +
 	"\await_ms\x18\x02 \x01(\rR\x06waitMs\"]\n" +

@@ -134,11 +134,14 @@ func (x *Entry) GetRecord() []byte {
 // Apply joins records of one vnode, as one commit. It is acknowledged when all
 // of them, or newer ones, are on disk.
 type Apply struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Namespace     uint32                 `protobuf:"varint,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
-	Vnode         uint32                 `protobuf:"varint,2,opt,name=vnode,proto3" json:"vnode,omitempty"`
-	Source        Source                 `protobuf:"varint,3,opt,name=source,proto3,enum=kvasir.replica.v1.Source" json:"source,omitempty"`
-	Entries       []*Entry               `protobuf:"bytes,4,rep,name=entries,proto3" json:"entries,omitempty"`
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Namespace uint32                 `protobuf:"varint,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Vnode     uint32                 `protobuf:"varint,2,opt,name=vnode,proto3" json:"vnode,omitempty"`
+	Source    Source                 `protobuf:"varint,3,opt,name=source,proto3,enum=kvasir.replica.v1.Source" json:"source,omitempty"`
+	Entries   []*Entry               `protobuf:"bytes,4,rep,name=entries,proto3" json:"entries,omitempty"`
+	// Incarnations known to be down, for which the receiver keeps hints in the same
+	// commit.
+	HintTargets   []uint64 `protobuf:"varint,5,rep,packed,name=hint_targets,json=hintTargets,proto3" json:"hint_targets,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -197,6 +200,13 @@ func (x *Apply) GetSource() Source {
 func (x *Apply) GetEntries() []*Entry {
 	if x != nil {
 		return x.Entries
+	}
+	return nil
+}
+
+func (x *Apply) GetHintTargets() []uint64 {
+	if x != nil {
+		return x.HintTargets
 	}
 	return nil
 }
@@ -972,12 +982,13 @@ const file_kvasir_replica_v1_replica_proto_rawDesc = "" +
 	"\x1fkvasir/replica/v1/replica.proto\x12\x11kvasir.replica.v1\x1a\x18kvasir/kv/v1/error.proto\"1\n" +
 	"\x05Entry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\fR\x03key\x12\x16\n" +
-	"\x06record\x18\x02 \x01(\fR\x06record\"\xa2\x01\n" +
+	"\x06record\x18\x02 \x01(\fR\x06record\"\xc5\x01\n" +
 	"\x05Apply\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\rR\tnamespace\x12\x14\n" +
 	"\x05vnode\x18\x02 \x01(\rR\x05vnode\x121\n" +
 	"\x06source\x18\x03 \x01(\x0e2\x19.kvasir.replica.v1.SourceR\x06source\x122\n" +
-	"\aentries\x18\x04 \x03(\v2\x18.kvasir.replica.v1.EntryR\aentries\"\r\n" +
+	"\aentries\x18\x04 \x03(\v2\x18.kvasir.replica.v1.EntryR\aentries\x12!\n" +
+	"\fhint_targets\x18\x05 \x03(\x04R\vhintTargets\"\r\n" +
 	"\vApplyResult\"m\n" +
 	"\x04Read\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\rR\tnamespace\x12\x14\n" +

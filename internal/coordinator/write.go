@@ -1,0 +1,440 @@
+package coordinator
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc/codes"
+
+	"github.com/kvasirdb/kvasir/internal/quorum"
+	"github.com/kvasirdb/kvasir/internal/record"
+	"github.com/kvasirdb/kvasir/internal/rpc"
+	"github.com/kvasirdb/kvasir/internal/storage"
+	"github.com/kvasirdb/kvasir/internal/topology"
+	kvv1 "github.com/kvasirdb/kvasir/proto/kvasir/kv/v1"
+	replicav1 "github.com/kvasirdb/kvasir/proto/kvasir/replica/v1"
+)
+
+// Put stores a value.
+func (c *Coordinator) Put(ctx context.Context, r *kvv1.PutRequest) (*kvv1.PutResponse, error) {
+	receipt, err := c.writeOne(ctx, request{r.GetNamespace(), r.GetEpoch(), r.GetToken(), r.GetTrace()}, r.GetWriteQuorum(),
+		&kvv1.BatchOperation{Key: r.GetKey(), Value: r.GetValue(), TtlMs: r.GetTtlMs()})
+	if err != nil {
+		return nil, err
+	}
+	return &kvv1.PutResponse{Receipt: receipt}, nil
+}
+
+// Delete stores a tombstone.
+func (c *Coordinator) Delete(ctx context.Context, r *kvv1.DeleteRequest) (*kvv1.DeleteResponse, error) {
+	receipt, err := c.writeOne(ctx, request{r.GetNamespace(), r.GetEpoch(), r.GetToken(), r.GetTrace()}, r.GetWriteQuorum(),
+		&kvv1.BatchOperation{Key: r.GetKey(), Delete: true})
+	if err != nil {
+		return nil, err
+	}
+	return &kvv1.DeleteResponse{Receipt: receipt}, nil
+}
+
+// writeOne writes one key.
+func (c *Coordinator) writeOne(ctx context.Context, r request, w string, op *kvv1.BatchOperation) (_ *kvv1.Receipt, err error) {
+	ctx, end, aerr := c.begin(ctx, opPut, r)
+	if aerr != nil {
+		return nil, aerr
+	}
+	defer func() { end(err) }()
+	t, ns, nerr := c.namespaceRetry(ctx, r.namespace)
+	if nerr != nil {
+		return nil, nerr
+	}
+	if err := checkOperation(op, t); err != nil {
+		return nil, err
+	}
+	need, qerr := needed("write_quorum", w, ns.W, ns)
+	if qerr != nil {
+		return nil, qerr
+	}
+	entry, version, eerr := c.entry(op, ns)
+	if eerr != nil {
+		return nil, eerr
+	}
+	tr := c.traces.begin(r.trace, time.Now())
+	tr.add(kvv1.TraceEvent_KIND_RECEIVED, "", "%s of a key in vnode %d of namespace %s: W=%d of N=%d", verb(op), t.VnodeOf(op.GetKey()), ns.Name, need, ns.N)
+	var last *write
+	werr := c.follow(ctx, func() (uint64, uint64, *rpc.Error) {
+		t, ns, err := c.namespace(r.namespace)
+		if err != nil {
+			return 0, 0, err
+		}
+		last, err = c.start(writeJob{
+			topology: t, namespace: ns, vnode: t.VnodeOf(op.GetKey()), need: need, trace: tr,
+			entries: []*replicav1.Entry{entry}, source: replicav1.Source_SOURCE_FIRST_HAND, hints: ns.Hints,
+		})
+		if err != nil {
+			return 0, 0, err
+		}
+		return last.wait(ctx)
+	})
+	if werr != nil {
+		if werr.Reason == rpc.ReasonOutcomeUnknown {
+			c.metrics.unknown.Inc()
+		}
+		tr.add(kvv1.TraceEvent_KIND_ANSWERED, "", "error: %s", werr.Message)
+		tr.finishUnless(last)
+		return nil, werr
+	}
+	receipt := last.receipt(version)
+	receipt.Coordinator = t.NodeName(c.cfg.Self)
+	receipt.TraceId = tr.identifier()
+	tr.add(kvv1.TraceEvent_KIND_ANSWERED, "", "version %s, %d of %d slots have it", version, receipt.GetAcknowledged(), receipt.GetN())
+	return receipt, nil
+}
+
+func verb(op *kvv1.BatchOperation) string {
+	if op.GetDelete() {
+		return "delete"
+	}
+	return "put"
+}
+
+func checkOperation(op *kvv1.BatchOperation, t *topology.Topology) *rpc.Error {
+	if err := checkKey(op.GetKey()); err != nil {
+		return err
+	}
+	if ttl := op.GetTtlMs(); ttl > uint64(maxTTL.Milliseconds()) {
+		return rpc.Errorf(codes.InvalidArgument, rpc.ReasonBadRequest, "TTL of %d ms is above %s", ttl, maxTTL).
+			With("field", "ttl_ms").With("limit", maxTTL.Milliseconds())
+	}
+	return checkValue(op.GetValue(), t.Settings.MaxValueBytes)
+}
+
+// maxTTL keeps expiries within the range of timestamps.
+const maxTTL = 100 * 365 * 24 * time.Hour
+
+// entry gives an operation its version and encodes its record.
+func (c *Coordinator) entry(op *kvv1.BatchOperation, ns *topology.Namespace) (*replicav1.Entry, record.Version, *rpc.Error) {
+	if err := c.cfg.Clock.MayCoordinate(); err != nil {
+		return nil, record.Version{}, err
+	}
+	ts, err := c.cfg.Clock.Tick()
+	if err != nil {
+		return nil, record.Version{}, rpc.AsError(err)
+	}
+	rec := record.Record{Version: record.Version{Time: ts, Incarnation: c.cfg.Self}, Kind: record.Tombstone}
+	if !op.GetDelete() {
+		rec.Kind = record.Value
+		rec.Payload = op.GetValue()
+		ttl := time.Duration(op.GetTtlMs()) * time.Millisecond
+		if ttl == 0 {
+			ttl = ns.TTL
+		}
+		if ttl > 0 {
+			rec.ExpiresAt = ts.Millis() + max(1, ttl.Milliseconds())
+		}
+	}
+	return &replicav1.Entry{Key: op.GetKey(), Record: record.Encode(rec)}, rec.Version, nil
+}
+
+// writeJob says what to write where.
+type writeJob struct {
+	topology  *topology.Topology
+	namespace *topology.Namespace
+	vnode     uint32
+	entries   []*replicav1.Entry
+	source    replicav1.Source
+	// need is how many slots must have the records, holders the nodes that are known
+	// to have them already, and targets, when not nil, the nodes to send them to
+	// (otherwise: every endpoint).
+	need    int
+	holders []uint64
+	targets []uint64
+	hints   bool
+	trace   *trace
+}
+
+// write is a job under way. It lives until every target has answered or been
+// given up, whether anybody waits for it or not.
+type write struct {
+	writeJob
+	c     *Coordinator
+	slots []quorum.Slot
+	size  int64
+	// hinted are the targets known to be down whose hints travel with the carrier's
+	// commit.
+	hinted  []uint64
+	carrier uint64
+	// progress holds a token when there is something for wait to look at.
+	progress chan struct{}
+	mu       struct {
+		sync.Mutex
+		counter quorum.Counter
+		failed  []uint64
+		waiting int
+		stale   uint64 // epoch of the newest refusal, and who refused
+		staleBy uint64
+		// unknown is set when a target failed in a way that leaves its outcome open.
+		unknown   bool
+		lastErr   error
+		reached   bool
+		abandoned bool
+	}
+}
+
+// start sends a job's records to its targets. Nothing is sent when fewer slots than
+// needed are live.
+func (c *Coordinator) start(job writeJob) (*write, *rpc.Error) {
+	w := &write{writeJob: job, c: c, progress: make(chan struct{}, 1)}
+	w.slots = job.topology.Slots(job.vnode, job.namespace.N)
+	w.mu.counter = quorum.NewCounter(w.slots, job.need)
+	for _, h := range job.holders {
+		w.mu.counter.Ack(h)
+	}
+	if live := quorum.LiveSlots(w.slots, c.cfg.Peers.Alive); live < job.need && job.source == replicav1.Source_SOURCE_FIRST_HAND {
+		c.metrics.notEnough.Inc()
+		return nil, notEnough(live, job.need, w.slots, job.topology, c.cfg.Peers.Alive)
+	}
+	for _, e := range job.entries {
+		w.size += int64(len(e.GetKey())+len(e.GetRecord())) + 512
+	}
+	if !c.inflight.TryAcquire(w.size) {
+		c.metrics.refused.Inc()
+		return nil, overloaded("bytes of writes", c.cfg.MaxInFlightBytes)
+	}
+	c.background.Add(1)
+	w.send()
+	return w, nil
+}
+
+// notEnough is the error of a request that too few live replicas can serve.
+func notEnough(live, need int, slots []quorum.Slot, t *topology.Topology, alive func(uint64) bool) *rpc.Error {
+	var down []string
+	for _, n := range endpoints(slots) {
+		if !alive(n) {
+			down = append(down, t.NodeName(n))
+		}
+	}
+	slices.Sort(down)
+	return rpc.Errorf(codes.Unavailable, rpc.ReasonNotEnoughReplicas, "%d of %d replicas are live, %d are needed; down: %s",
+		live, len(slots), need, strings.Join(down, ", ")).
+		With("live", live).With("needed", need).With("n", len(slots)).With("down", strings.Join(down, ","))
+}
+
+// endpoints returns the distinct nodes that writes to slots go to, in order.
+func endpoints(slots []quorum.Slot) []uint64 {
+	out := make([]uint64, 0, len(slots)+1)
+	for _, s := range slots {
+		for _, n := range s.Write {
+			if n != 0 && !slices.Contains(out, n) {
+				out = append(out, n)
+			}
+		}
+	}
+	return out
+}
+
+// send sends the records to every target that is alive, and has hints kept for the
+// others.
+func (w *write) send() {
+	targets := w.targets
+	if targets == nil {
+		targets = endpoints(w.slots)
+	}
+	var live []uint64
+	for _, n := range targets {
+		switch {
+		case w.c.cfg.Peers.Alive(n):
+			live = append(live, n)
+		case w.hints:
+			w.hinted = append(w.hinted, n)
+			w.trace.add(kvv1.TraceEvent_KIND_HINT, w.name(n), "down: a hint is kept for it")
+		default:
+			w.trace.add(kvv1.TraceEvent_KIND_FAILED, w.name(n), "down, and hints are off")
+		}
+	}
+	// The hints for nodes that are down go into the commit of one that is not: this
+	// node if it is a replica, so that nothing is synced twice.
+	if len(live) > 0 {
+		w.carrier = live[0]
+		if slices.Contains(live, w.c.cfg.Self) {
+			w.carrier = w.c.cfg.Self
+		}
+	}
+	w.mu.Lock()
+	w.mu.waiting = len(live) + 1
+	w.mu.failed = slices.DeleteFunc(slices.Clone(targets), func(n uint64) bool { return slices.Contains(live, n) })
+	w.mu.Unlock()
+	deadline := time.Now().Add(w.c.cfg.WriteTimeout)
+	for _, n := range live {
+		w.trace.add(kvv1.TraceEvent_KIND_SENT, w.name(n), "")
+		apply := &replicav1.Apply{Namespace: w.namespace.ID, Vnode: w.vnode, Source: w.source, Entries: w.entries}
+		if n == w.carrier {
+			apply.HintTargets = w.hinted
+		}
+		call := &replicav1.Call{Epoch: w.topology.Epoch, Operation: &replicav1.Call_Apply{Apply: apply}}
+		err := w.c.cfg.Peers.Go(n, call, deadline, func(_ *replicav1.Reply, err error) { w.answered(n, err) })
+		if err != nil {
+			w.answered(n, err)
+		}
+	}
+	w.settle() // for the sending itself
+}
+
+func (w *write) name(node uint64) string { return w.topology.NodeName(node) }
+
+// answered notes a target's answer. It runs on a link's goroutine and does not
+// block.
+func (w *write) answered(node uint64, err error) {
+	w.mu.Lock()
+	if err == nil {
+		if reached := w.mu.counter.Ack(node); w.mu.reached && w.trace != nil {
+			w.trace.add(kvv1.TraceEvent_KIND_LATE, w.name(node), "acknowledged after the answer")
+		} else {
+			w.trace.add(kvv1.TraceEvent_KIND_ACKNOWLEDGED, w.name(node), "")
+			if reached {
+				w.trace.add(kvv1.TraceEvent_KIND_QUORUM_REACHED, "", "%d of %d slots", w.mu.counter.Acked(), len(w.slots))
+			}
+		}
+		w.mu.reached = w.mu.counter.Reached()
+	} else {
+		w.mu.failed = append(w.mu.failed, node)
+		w.mu.lastErr = err
+		if e := rpc.AsError(err); !e.NothingDone() && e.Code != codes.InvalidArgument {
+			w.mu.unknown = true
+		}
+		if epoch := refusedEpoch(err); epoch > w.mu.stale {
+			w.mu.stale, w.mu.staleBy = epoch, node
+		}
+		w.trace.add(kvv1.TraceEvent_KIND_FAILED, w.name(node), "%s", err)
+	}
+	w.mu.Unlock()
+	if err != nil {
+		w.keepHints(node)
+	}
+	w.settle()
+}
+
+// keepHints has hints kept for a target that failed, and for those whose hints it
+// carried.
+func (w *write) keepHints(node uint64) {
+	w.mu.Lock()
+	abandoned := w.mu.abandoned
+	w.mu.Unlock()
+	if !w.hints || abandoned {
+		return
+	}
+	targets := []uint64{node}
+	if node == w.carrier {
+		targets = append(targets, w.hinted...)
+	}
+	writes := make([]storage.Write, len(w.entries))
+	for i, e := range w.entries {
+		writes[i] = storage.Write{Namespace: w.namespace.ID, Vnode: w.vnode, Key: e.GetKey(), Record: e.GetRecord()}
+	}
+	for _, t := range targets {
+		if w.c.cfg.Hints.Keep(t, writes) {
+			w.trace.add(kvv1.TraceEvent_KIND_HINT, w.name(t), "a hint is kept for it")
+		} else {
+			w.trace.add(kvv1.TraceEvent_KIND_HINT, w.name(t), "no room for a hint: reads and repair will mend it")
+		}
+	}
+}
+
+// settle notes that one more part is done, and ends the write with the last.
+func (w *write) settle() {
+	w.mu.Lock()
+	w.mu.waiting--
+	last := w.mu.waiting == 0
+	w.mu.Unlock()
+	select {
+	case w.progress <- struct{}{}:
+	default:
+	}
+	if last {
+		w.c.inflight.Release(w.size)
+		w.trace.finish()
+		w.c.background.Done()
+	}
+}
+
+// wait returns when enough slots have the records, when that has become impossible,
+// when a replica refused the epoch (which it returns), or when ctx ends.
+func (w *write) wait(ctx context.Context) (stale, by uint64, _ *rpc.Error) {
+	for {
+		if done, epoch, by, err := w.judge(); done {
+			return epoch, by, err
+		}
+		select {
+		case <-w.progress:
+		case <-ctx.Done():
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			return 0, 0, w.unknownOutcome("in time")
+		}
+	}
+}
+
+// judge decides whether the write's outcome is settled.
+func (w *write) judge() (done bool, stale, by uint64, _ *rpc.Error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	possible := 0
+	for _, s := range w.slots {
+		if s.Live(func(n uint64) bool { return !slices.Contains(w.mu.failed, n) || slices.Contains(w.holders, n) }) {
+			possible++
+		}
+	}
+	switch {
+	case w.mu.reached || w.mu.counter.Reached():
+		w.mu.reached = true
+		return true, 0, 0, nil
+	case possible >= w.need && w.mu.waiting > 0:
+		return false, 0, 0, nil
+	case w.mu.stale > 0:
+		w.mu.abandoned = true
+		return true, w.mu.stale, w.mu.staleBy, w.unknownOutcome("under this epoch")
+	case w.mu.waiting == 0 && !w.mu.unknown && w.mu.counter.Acked() == 0 && w.mu.lastErr != nil:
+		// Nobody took it: what the last one said is the truth for all.
+		return true, 0, 0, rpc.AsError(w.mu.lastErr)
+	case w.mu.waiting > 0 && w.mu.counter.Acked() == 0 && !w.mu.unknown:
+		return false, 0, 0, nil // the others decide whether anything was done
+	}
+	return true, 0, 0, w.unknownOutcome("since replicas failed")
+}
+
+// unknownOutcome is the error of a write that may have happened.
+// REQUIRES: w.mu is held.
+func (w *write) unknownOutcome(why string) *rpc.Error {
+	e := rpc.Errorf(codes.Unavailable, rpc.ReasonOutcomeUnknown,
+		"%d of %d needed replicas acknowledged %s: the outcome is unknown, the write may be seen by reads and survive, or not",
+		w.mu.counter.Acked(), w.need, why)
+	if w.mu.lastErr != nil {
+		e.Message += fmt.Sprintf(" (last failure: %s)", w.mu.lastErr)
+	}
+	return e.With("acknowledged", w.mu.counter.Acked()).With("needed", w.need).With("n", len(w.slots))
+}
+
+// receipt says what a successful write rests on.
+func (w *write) receipt(v record.Version) *kvv1.Receipt {
+	w.mu.Lock()
+	acked := w.mu.counter.Acked()
+	w.mu.Unlock()
+	ns := w.namespace
+	strength := quorum.Eventual
+	if w.need >= ns.LeastWriteAcks {
+		strength = quorum.StrengthOf(ns.N, w.need, ns.R.Need(ns.N))
+	}
+	return &kvv1.Receipt{
+		Epoch: w.topology.Epoch, N: uint32(ns.N), Needed: uint32(w.need), Acknowledged: uint32(acked),
+		Strength: kvv1.Strength(strength), Version: versionProto(v), Vnode: w.vnode,
+	}
+}
+
+func versionProto(v record.Version) *kvv1.Version {
+	if v.IsZero() {
+		return nil
+	}
+	return &kvv1.Version{Timestamp: uint64(v.Time), Incarnation: v.Incarnation}
+}

@@ -1,0 +1,335 @@
+// Package replica is what a node does with the records it holds: it joins what it
+// is sent, answers reads and scans from its own copy, keeps hints for others, and
+// refuses what is not its business in the present epoch. It never talks to other
+// replicas; who asks whom is for the protocols that use it.
+package replica
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc/codes"
+
+	"github.com/kvasirdb/kvasir/internal/hlc"
+	"github.com/kvasirdb/kvasir/internal/record"
+	"github.com/kvasirdb/kvasir/internal/rpc"
+	"github.com/kvasirdb/kvasir/internal/storage"
+	"github.com/kvasirdb/kvasir/internal/topology"
+	replicav1 "github.com/kvasirdb/kvasir/proto/kvasir/replica/v1"
+)
+
+// Limits of one page of a scan.
+const (
+	maxScanRecords = 10_000
+	maxScanBytes   = 4 << 20
+)
+
+// catchUpTimeout bounds how long a request waits for a newer topology.
+const catchUpTimeout = time.Second
+
+// Config holds what a replica is made of. All fields are required.
+type Config struct {
+	Self   uint64
+	Store  *storage.Store
+	Clock  *Clock
+	Fence  *Fence
+	Hints  *Hints
+	Logger *slog.Logger
+	// CatchUp fetches a topology of at least an epoch, trying the given address first.
+	CatchUp func(ctx context.Context, epoch uint64, address string) error
+	// Refuse returns why the node must not serve at all, or nil.
+	Refuse func() *rpc.Error
+}
+
+// Replica serves one node's records. It is safe for concurrent use.
+//
+// Invariant 7: a call is served only in an epoch and phase in which the node is an
+// endpoint of the vnode.
+type Replica struct{ cfg Config }
+
+// New returns a replica.
+func New(cfg Config) *Replica { return &Replica{cfg} }
+
+// Handle answers a frame of calls from a peer whose gRPC server is at address. All
+// its writes become one commit.
+func (r *Replica) Handle(ctx context.Context, address string, calls []*replicav1.Call, reply func(*replicav1.Reply)) {
+	arrived := time.Now()
+	lease, err := r.admit(ctx, address, calls)
+	if err != nil {
+		for _, c := range calls {
+			reply(&replicav1.Reply{Id: c.GetId(), Error: err.Proto()})
+		}
+		return
+	}
+	defer lease.leave()
+	f := frame{Replica: r, topology: lease.topology, arrived: arrived, reply: reply}
+	// Reads may wait for a commit that is being synced; writes must not wait for
+	// reads. So each read of a mixed frame goes its own way.
+	var reads sync.WaitGroup
+	for _, c := range calls {
+		switch op := c.GetOperation().(type) {
+		case *replicav1.Call_Ping:
+			reply(&replicav1.Reply{Id: c.GetId(), Result: &replicav1.Reply_Ping{Ping: &replicav1.PingResult{WallMs: uint64(r.cfg.Clock.Wall())}}})
+		case *replicav1.Call_Apply:
+			f.applies = append(f.applies, c)
+		case *replicav1.Call_Read:
+			if len(calls) == 1 {
+				f.read(c, op.Read)
+				continue
+			}
+			reads.Go(func() { f.read(c, op.Read) })
+		case *replicav1.Call_Scan:
+			reads.Go(func() { f.scan(c, op.Scan) })
+		default:
+			f.fail(c, rpc.Errorf(codes.Unimplemented, "UNKNOWN_OPERATION", "this node does not know the operation: upgrade it"))
+		}
+	}
+	f.apply()
+	reads.Wait()
+}
+
+// admit begins a frame under the present topology, after catching up with the
+// newest epoch that its calls were routed by.
+func (r *Replica) admit(ctx context.Context, address string, calls []*replicav1.Call) (*lease, *rpc.Error) {
+	onlyPings, newest := true, uint64(0)
+	for _, c := range calls {
+		newest = max(newest, c.GetEpoch())
+		onlyPings = onlyPings && c.GetPing() != nil
+	}
+	if err := r.cfg.Refuse(); err != nil && !onlyPings {
+		return nil, err
+	}
+	if have := r.cfg.Fence.Topology().Epoch; newest > have {
+		ctx, cancel := context.WithTimeout(ctx, catchUpTimeout)
+		defer cancel()
+		if err := r.cfg.CatchUp(ctx, newest, address); err != nil {
+			return nil, rpc.Errorf(codes.Unavailable, rpc.ReasonEpochAhead,
+				"this node is at epoch %s and cannot catch up with epoch %s: %s", topology.EpochString(have), topology.EpochString(newest), err)
+		}
+	}
+	return r.cfg.Fence.enter(), nil
+}
+
+// frame is a frame of calls while it is being served.
+type frame struct {
+	*Replica
+	topology *topology.Topology
+	arrived  time.Time
+	applies  []*replicav1.Call
+	reply    func(*replicav1.Reply)
+}
+
+func (f *frame) fail(c *replicav1.Call, err *rpc.Error) {
+	f.reply(&replicav1.Reply{Id: c.GetId(), Error: err.Proto()})
+}
+
+// access is what a call wants of a vnode.
+type access int
+
+const (
+	toWrite access = iota
+	toRead
+)
+
+// check returns why a call must not be served under the frame's topology.
+func (f *frame) check(c *replicav1.Call, namespace uint32, vnode uint32, want access) *rpc.Error {
+	if t := c.GetTimeoutMs(); t > 0 && time.Since(f.arrived) > time.Duration(t)*time.Millisecond {
+		return rpc.Errorf(codes.DeadlineExceeded, rpc.ReasonDeadline, "the deadline passed before the call was begun")
+	}
+	t := f.topology
+	ns := t.NamespaceByID(namespace)
+	if ns == nil || int(vnode) >= len(t.Ring) {
+		return f.stale("the namespace or vnode is not in the topology of epoch %s", topology.EpochString(t.Epoch))
+	}
+	if changed := max(ns.ChangedEpoch, t.Ring[vnode].ChangedEpoch); c.GetEpoch() < changed {
+		return f.stale("namespace %s or vnode %d changed in epoch %s, the call was made for epoch %s",
+			ns.Name, vnode, topology.EpochString(changed), topology.EpochString(c.GetEpoch()))
+	}
+	for _, s := range t.Slots(vnode, ns.N) {
+		if want == toRead && s.Read == f.cfg.Self || want == toWrite && (s.Write[0] == f.cfg.Self || s.Write[1] == f.cfg.Self) {
+			return nil
+		}
+	}
+	return rpc.Errorf(codes.FailedPrecondition, rpc.ReasonNotOwner, "%s is no endpoint of vnode %d in epoch %s",
+		t.NodeName(f.cfg.Self), vnode, topology.EpochString(t.Epoch)).With("epoch", t.Epoch)
+}
+
+func (f *frame) stale(format string, args ...any) *rpc.Error {
+	return rpc.Errorf(codes.FailedPrecondition, rpc.ReasonStaleEpoch, format, args...).With("epoch", f.topology.Epoch)
+}
+
+// apply joins the records of all writes of the frame as one commit, and replies
+// when it is on disk.
+func (f *frame) apply() {
+	if len(f.applies) == 0 {
+		return
+	}
+	var writes []storage.Write
+	var hints []storage.Hint
+	var newest hlc.Timestamp
+	accepted := f.applies[:0]
+	for _, c := range f.applies {
+		op := c.GetApply()
+		ws, greatest, err := f.accept(c, op)
+		if err != nil {
+			f.fail(c, err)
+			continue
+		}
+		newest = max(newest, greatest)
+		writes = append(writes, ws...)
+		for _, target := range op.GetHintTargets() {
+			hints = append(hints, f.cfg.Hints.Reserve(target, ws)...)
+		}
+		accepted = append(accepted, c)
+	}
+	if len(accepted) == 0 {
+		return
+	}
+	err := f.commit(writes, hints, newest)
+	f.cfg.Hints.Settle(hints, err == nil)
+	for _, c := range accepted {
+		if err != nil {
+			f.fail(c, storeError(err))
+			continue
+		}
+		f.reply(&replicav1.Reply{Id: c.GetId(), Result: &replicav1.Reply_Apply{Apply: &replicav1.ApplyResult{}}})
+	}
+}
+
+// accept checks one write call and returns its records and their greatest
+// timestamp.
+func (f *frame) accept(c *replicav1.Call, op *replicav1.Apply) ([]storage.Write, hlc.Timestamp, *rpc.Error) {
+	if err := f.check(c, op.GetNamespace(), op.GetVnode(), toWrite); err != nil {
+		return nil, 0, err
+	}
+	var newest hlc.Timestamp
+	writes := make([]storage.Write, 0, len(op.GetEntries()))
+	for _, e := range op.GetEntries() {
+		rec, err := record.Decode(e.GetRecord())
+		if err != nil {
+			return nil, 0, rpc.Errorf(codes.InvalidArgument, rpc.ReasonCorrupt, "record of key %q: %s", e.GetKey(), err)
+		}
+		if f.topology.VnodeOf(e.GetKey()) != op.GetVnode() {
+			return nil, 0, rpc.Errorf(codes.InvalidArgument, rpc.ReasonBadRequest, "key %q is not in vnode %d", e.GetKey(), op.GetVnode())
+		}
+		newest = max(newest, rec.Version.Time)
+		writes = append(writes, storage.Write{Namespace: op.GetNamespace(), Vnode: op.GetVnode(), Key: e.GetKey(), Record: e.GetRecord()})
+	}
+	// Only what comes straight from a client is judged by the clock. A record that
+	// another replica holds has been accepted there and must join everywhere.
+	if op.GetSource() == replicav1.Source_SOURCE_FIRST_HAND {
+		if err := f.cfg.Clock.CheckAhead(newest); err != nil {
+			return nil, 0, err
+		}
+	}
+	return writes, newest, nil
+}
+
+func (r *Replica) commit(writes []storage.Write, hints []storage.Hint, newest hlc.Timestamp) error {
+	c, err := r.cfg.Store.Apply(writes, hints)
+	if err != nil {
+		return err
+	}
+	// A coordinator that restarts must not issue a version below one that it stores.
+	joined := r.cfg.Clock.Join(newest)
+	return errors.Join(c.Wait(), joined)
+}
+
+// storeError tells a caller what the store's failure means for it.
+func storeError(err error) *rpc.Error {
+	switch {
+	case errors.Is(err, storage.ErrDiskFull):
+		return &rpc.Error{Code: codes.ResourceExhausted, Reason: rpc.ReasonDiskFull, Message: err.Error(), RetryAfter: 5 * time.Second}
+	case errors.Is(err, storage.ErrCorrupt):
+		return rpc.Errorf(codes.DataLoss, rpc.ReasonCorrupt, "%s", err)
+	}
+	return rpc.Errorf(codes.Internal, rpc.ReasonInternal, "storage: %s", err)
+}
+
+func (f *frame) read(c *replicav1.Call, op *replicav1.Read) {
+	if err := f.check(c, op.GetNamespace(), op.GetVnode(), toRead); err != nil {
+		f.fail(c, err)
+		return
+	}
+	res, err := f.Get(op.GetNamespace(), op.GetVnode(), op.GetKey(), op.GetHeaderOnly())
+	if err != nil {
+		f.fail(c, err)
+		return
+	}
+	f.reply(&replicav1.Reply{Id: c.GetId(), Result: &replicav1.Reply_Read{Read: res}})
+}
+
+// Get returns this node's own copy of a record, whoever owns the vnode.
+func (r *Replica) Get(namespace, vnode uint32, key []byte, headerOnly bool) (*replicav1.ReadResult, *rpc.Error) {
+	b, err := r.cfg.Store.Get(namespace, vnode, key)
+	if errors.Is(err, storage.ErrNotFound) {
+		return &replicav1.ReadResult{}, nil
+	}
+	if err != nil {
+		return nil, storeError(err)
+	}
+	if headerOnly {
+		if b, err = header(b); err != nil {
+			return nil, storeError(err)
+		}
+	}
+	return &replicav1.ReadResult{Found: true, Record: b}, nil
+}
+
+// header returns an encoded record without its payload.
+func header(b []byte) ([]byte, error) {
+	rec, err := record.Decode(b)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", storage.ErrCorrupt, err)
+	}
+	return b[:len(b)-len(rec.Payload)], nil
+}
+
+func (f *frame) scan(c *replicav1.Call, op *replicav1.Scan) {
+	full := make(map[uint32]bool, len(op.GetFullVnodes()))
+	vnodes := append(append([]uint32(nil), op.GetFullVnodes()...), op.GetHeaderVnodes()...)
+	for _, v := range vnodes {
+		if err := f.check(c, op.GetNamespace(), v, toRead); err != nil {
+			f.fail(c, err)
+			return
+		}
+	}
+	for _, v := range op.GetFullVnodes() {
+		full[v] = !op.GetKeysOnly()
+	}
+	limit := min(int(op.GetLimit()), maxScanRecords)
+	if limit == 0 {
+		limit = maxScanRecords
+	}
+	limitBytes := min(int(op.GetLimitBytes()), maxScanBytes)
+	if limitBytes == 0 {
+		limitBytes = maxScanBytes
+	}
+	res := &replicav1.ScanResult{}
+	size := 0
+	var bad error
+	err := f.cfg.Store.Scan(op.GetNamespace(), vnodes, op.GetStart(), op.GetEnd(), func(vnode uint32, key, rec []byte) bool {
+		if len(res.Entries) >= limit || size >= limitBytes {
+			res.Truncated = true
+			return false
+		}
+		if !full[vnode] {
+			if rec, bad = header(rec); bad != nil {
+				return false
+			}
+		}
+		res.Entries = append(res.Entries, &replicav1.Entry{Key: bytes.Clone(key), Record: bytes.Clone(rec)})
+		size += len(key) + len(rec)
+		return true
+	})
+	if err = errors.Join(err, bad); err != nil {
+		f.fail(c, storeError(err))
+		return
+	}
+	f.reply(&replicav1.Reply{Id: c.GetId(), Result: &replicav1.Reply_Scan{Scan: res}})
+}
