@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -95,6 +96,8 @@ type Coordinator struct {
 	requests *semaphore.Weighted
 	scans    *semaphore.Weighted
 	inflight *semaphore.Weighted
+	// serving and writing are what the semaphores have handed out.
+	serving, writing atomic.Int64
 	// background counts work that outlives its request.
 	background sync.WaitGroup
 	checks     *semaphore.Weighted // repair checks beyond R
@@ -154,6 +157,7 @@ func (c *Coordinator) begin(ctx context.Context, op operation, r request) (_ con
 		c.metrics.refused.Inc()
 		return nil, nil, overloaded("requests", c.cfg.MaxRequests)
 	}
+	c.serving.Add(1)
 	start := time.Now()
 	cancel := func() {}
 	if _, ok := ctx.Deadline(); !ok {
@@ -161,6 +165,7 @@ func (c *Coordinator) begin(ctx context.Context, op operation, r request) (_ con
 	}
 	end = func(err error) {
 		cancel()
+		c.serving.Add(-1)
 		c.requests.Release(1)
 		took := time.Since(start)
 		c.stats.record(op, took, err)
@@ -311,4 +316,18 @@ func (c *Coordinator) Trace(ctx context.Context, r *kvv1.TraceRequest) (*kvv1.Tr
 	}
 	events, complete := tr.snapshot()
 	return &kvv1.TraceResponse{Events: events, Complete: complete}, nil
+}
+
+// InFlight says how much a coordinator has to do, and its bounds.
+type InFlight struct {
+	Requests, MaxRequests     int64
+	WriteBytes, MaxWriteBytes int64
+}
+
+// InFlight returns what is being served now.
+func (c *Coordinator) InFlight() InFlight {
+	return InFlight{
+		Requests: c.serving.Load(), MaxRequests: c.cfg.MaxRequests,
+		WriteBytes: c.writing.Load(), MaxWriteBytes: c.cfg.MaxInFlightBytes,
+	}
 }

@@ -203,6 +203,7 @@ func (c *Coordinator) start(job writeJob) (*write, *rpc.Error) {
 		c.metrics.refused.Inc()
 		return nil, overloaded("bytes of writes", c.cfg.MaxInFlightBytes)
 	}
+	c.writing.Add(w.size)
 	c.background.Add(1)
 	w.send()
 	return w, nil
@@ -353,6 +354,7 @@ func (w *write) settle() {
 	default:
 	}
 	if last {
+		w.c.writing.Add(-w.size)
 		w.c.inflight.Release(w.size)
 		w.trace.finish()
 		w.c.background.Done()

@@ -207,6 +207,9 @@ func (h *Hints) Backlog() []HintBacklog {
 	return out
 }
 
+// Queued returns how many wait to be written on their own.
+func (h *Hints) Queued() int { return len(h.queue) }
+
 // Dropped returns how many hints found no room so far.
 func (h *Hints) Dropped() uint64 {
 	h.mu.Lock()

@@ -461,3 +461,33 @@ func TestTLSFiles(t *testing.T) {
 func (e *echo) Get(_ context.Context, r *kvv1.GetRequest) (*kvv1.GetResponse, error) {
 	return &kvv1.GetResponse{Found: true, Value: r.GetKey()}, nil
 }
+
+func TestCheckAddress(t *testing.T) {
+	for address, want := range map[string][2]bool{ // to listen on, to be reached at
+		"127.0.0.1:7400": {true, true},
+		"node1:7400":     {true, true},
+		"[::1]:7400":     {true, true},
+		"0.0.0.0:7400":   {true, false},
+		":7400":          {true, false},
+		"[::]:7400":      {true, false},
+		"node1":          {false, false},
+		"node1:0":        {false, false},
+		"node1:65536":    {false, false},
+		"node1:http":     {false, false},
+	} {
+		if got := [2]bool{rpc.CheckAddress(address, false) == nil, rpc.CheckAddress(address, true) == nil}; got != want {
+			t.Errorf("%s: %v, want %v", address, got, want)
+		}
+	}
+}
+
+func TestListenOnABusyPort(t *testing.T) {
+	l, err := rpc.Listen("127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	if _, err := rpc.Listen(l.Addr().String()); err == nil || !strings.Contains(err.Error(), l.Addr().String()) || !strings.Contains(err.Error(), "in use") {
+		t.Errorf("error = %v", err)
+	}
+}

@@ -12,6 +12,8 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"strconv"
+	"syscall"
 	"time"
 
 	"google.golang.org/grpc"
@@ -43,16 +45,23 @@ func NetDialer(ctx context.Context, address string) (net.Conn, error) {
 // TLSFiles names the files of a process's identity, in PEM. The zero value means
 // no TLS. With TLS both sides must show a certificate of the authority.
 type TLSFiles struct {
-	Cert, Key, CA string
+	Cert string `yaml:"cert"`
+	Key  string `yaml:"key"`
+	CA   string `yaml:"ca"`
+}
+
+// Check returns an error unless all files or none are named.
+func (f TLSFiles) Check() error {
+	if f != (TLSFiles{}) && (f.Cert == "" || f.Key == "" || f.CA == "") {
+		return errors.New("TLS needs a certificate, a key and an authority: name all three files or none")
+	}
+	return nil
 }
 
 // Load reads the files. It returns nil when none is named.
 func (f TLSFiles) Load() (*tls.Config, error) {
-	if f == (TLSFiles{}) {
-		return nil, nil
-	}
-	if f.Cert == "" || f.Key == "" || f.CA == "" {
-		return nil, errors.New("TLS needs a certificate, a key and an authority: name all three files or none")
+	if err := f.Check(); f == (TLSFiles{}) || err != nil {
+		return nil, err
 	}
 	cert, err := tls.LoadX509KeyPair(f.Cert, f.Key)
 	if err != nil {
@@ -73,6 +82,35 @@ func (f TLSFiles) Load() (*tls.Config, error) {
 		ClientAuth:   tls.RequireAndVerifyClientCert,
 		MinVersion:   tls.VersionTLS13,
 	}, nil
+}
+
+// CheckAddress returns an error unless address is host:port with a port of 1 to
+// 65535. With reachable the host must be one that others can dial, and not all
+// interfaces.
+func CheckAddress(address string, reachable bool) error {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return fmt.Errorf("%q is not host:port", address)
+	}
+	if n, err := strconv.Atoi(port); err != nil || n < 1 || n > 65535 {
+		return fmt.Errorf("%q: want a port of 1 to 65535", address)
+	}
+	if ip := net.ParseIP(host); reachable && (host == "" || ip != nil && ip.IsUnspecified()) {
+		return fmt.Errorf("%q is no address that others can reach: name a host", address)
+	}
+	return nil
+}
+
+// Listen listens on TCP. A busy port's error says which and what to do.
+func Listen(address string) (net.Listener, error) {
+	l, err := net.Listen("tcp", address)
+	if errors.Is(err, syscall.EADDRINUSE) {
+		return nil, fmt.Errorf("address %s is in use: stop the process that listens there, or choose another port", address)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", address, err)
+	}
+	return l, nil
 }
 
 // Transport is how a process reaches others and is reached.

@@ -35,14 +35,7 @@ func (t *Topology) NewNamespace(name string, set NamespaceSettings) (ns Namespac
 	if !t.Formed() {
 		return ns, nil, errNotFormed(t)
 	}
-	ns = Namespace{
-		Name:       name,
-		N:          min(defaultN, len(t.Members())),
-		W:          quorum.Majority,
-		R:          quorum.Majority,
-		ReadRepair: RepairBlocking,
-		Hints:      true,
-	}
+	ns = defaultsOf(name, min(defaultN, len(t.Members())))
 	if err := set.applyTo(&ns); err != nil {
 		return ns, nil, err
 	}
@@ -51,6 +44,28 @@ func (t *Topology) NewNamespace(name string, set NamespaceSettings) (ns Namespac
 	}
 	ns.LeastWriteAcks = ns.W.Need(ns.N)
 	return ns, ns.Warnings(), nil
+}
+
+func defaultsOf(name string, n int) Namespace {
+	return Namespace{Name: name, N: n, W: quorum.Majority, R: quorum.Majority, ReadRepair: RepairBlocking, Hints: true, LeastWriteAcks: quorum.Majority.Need(n)}
+}
+
+// FoundingNamespace returns the namespace that is made when the ring forms.
+func FoundingNamespace(n int) *Namespace {
+	ns := defaultsOf(DefaultNamespace, n)
+	return &ns
+}
+
+// Describe writes what a namespace is set to, for people.
+func (ns *Namespace) Describe() string {
+	hints, ttl := "off", "none"
+	if ns.Hints {
+		hints = "on"
+	}
+	if ns.TTL > 0 {
+		ttl = ns.TTL.String()
+	}
+	return fmt.Sprintf("N=%d W=%s R=%s read repair %s (chance %g) hints %s TTL %s", ns.N, ns.W, ns.R, ns.ReadRepair, ns.RepairChance, hints, ttl)
 }
 
 // ChangedNamespace decides what a namespace becomes under new settings. Errors

@@ -1,0 +1,291 @@
+package client
+
+import (
+	"context"
+	"math/rand/v2"
+	"slices"
+	"time"
+
+	"google.golang.org/grpc/codes"
+
+	"github.com/kvasirdb/kvasir/internal/rpc"
+	kvv1 "github.com/kvasirdb/kvasir/proto/kvasir/kv/v1"
+)
+
+// Pauses between rounds over all candidates, doubled from the first to the last.
+const (
+	minPause = 20 * time.Millisecond
+	maxPause = 400 * time.Millisecond
+)
+
+// request is one call on its way through attempts.
+type request struct {
+	// make returns a fresh message for an attempt; messages are not shared.
+	make func(epoch, token uint64) *kvv1.SessionCall
+	// key routes; nil goes to any node.
+	key       []byte
+	namespace string
+	// retry allows a second attempt when the first may have had an effect.
+	retry bool
+	// hedge allows a second attempt while the first is under way.
+	hedge bool
+	// writes tells that a failed attempt may leave something behind.
+	writes bool
+	// only, when set, is the one address to ask.
+	only string
+}
+
+// answered is a reply with where it came from.
+type answered struct {
+	reply   *kvv1.SessionReply
+	address string
+}
+
+// do runs a request until it succeeds, fails for good, or its time is over.
+func (c *Client) do(ctx context.Context, req request) (answered, error) {
+	if _, ok := ctx.Deadline(); !ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, c.cfg.timeout)
+		defer cancel()
+	}
+	c.budget.earn()
+	var failure *rpc.Error
+	maybeDone := false // an attempt may have written something
+	pause := minPause
+	for {
+		for _, address := range c.candidates(req) {
+			a, err := c.attempt(ctx, req, address)
+			if err == nil {
+				return a, nil
+			}
+			if err == ErrClosed {
+				return answered{}, ErrClosed
+			}
+			e := rpc.AsError(err)
+			if !e.NothingDone() && e.Code != codes.InvalidArgument && e.Code != codes.NotFound {
+				maybeDone = maybeDone || req.writes
+			}
+			if failure == nil || e.Reason != rpc.ReasonNotSent {
+				failure = e // "not reachable" says less than what a node said
+			}
+			if ctx.Err() != nil {
+				return answered{}, c.timedOut(ctx, failure, maybeDone)
+			}
+			if !retriable(e, req.retry) || !c.budget.spend() {
+				return answered{}, publicError(failure, maybeDone)
+			}
+			if e.RetryAfter > 0 {
+				break // the node says when, not where
+			}
+		}
+		wait := pause/2 + rand.N(pause)
+		if failure != nil {
+			wait = max(wait, failure.RetryAfter)
+		}
+		pause = min(2*pause, maxPause)
+		select {
+		case <-ctx.Done():
+			return answered{}, c.timedOut(ctx, failure, maybeDone)
+		case <-time.After(wait):
+		}
+	}
+}
+
+// timedOut is the error of a request whose time is over.
+func (c *Client) timedOut(ctx context.Context, failure *rpc.Error, maybeDone bool) error {
+	e := rpc.AsError(ctx.Err())
+	if failure != nil && failure.Code != codes.DeadlineExceeded && failure.Code != codes.Canceled {
+		last := *failure
+		last.Message = e.Message + "; last failure: " + failure.Message
+		last.Code = e.Code
+		if failure.Reason == rpc.ReasonNotEnoughReplicas || failure.Reason == rpc.ReasonOutcomeUnknown {
+			last.Code = failure.Code
+		}
+		e = &last
+	}
+	return publicError(e, maybeDone)
+}
+
+// retriable reports whether another attempt may be made after a failure.
+func retriable(e *rpc.Error, idempotent bool) bool {
+	switch e.Code {
+	case codes.InvalidArgument:
+		// A token may be ahead of one node's clock and not of another's.
+		return e.Reason == rpc.ReasonClockSkew
+	case codes.NotFound, codes.FailedPrecondition, codes.Canceled, codes.AlreadyExists, codes.Unimplemented:
+		return e.NothingDone()
+	case codes.DataLoss, codes.Internal:
+		return idempotent && e.Reason == rpc.ReasonCorrupt
+	}
+	return idempotent || e.NothingDone()
+}
+
+// candidates returns the addresses to try, the best first: replicas of the key that
+// answer, other nodes that do, then those of which nothing good is known.
+func (c *Client) candidates(req request) []string {
+	if req.only != "" {
+		return []string{req.only}
+	}
+	v := c.view.Load()
+	var out []candidate
+	add := func(address string, distance int, unhealthy bool) {
+		if slices.ContainsFunc(out, func(o candidate) bool { return o.address == address }) {
+			return
+		}
+		cand := candidate{address: address, rank: distance, tie: rand.Uint32()}
+		l := c.known(address)
+		switch {
+		case l == nil:
+			cand.rank += 1 // unknown: worth a try, after a replica known to answer
+		case l.Up():
+			cand.load = l.Pending()
+		default:
+			select {
+			case <-l.Ready():
+				cand.rank += 8 // known not to answer
+			default:
+				cand.rank += 1
+			}
+		}
+		if unhealthy {
+			cand.rank += 4
+		}
+		out = append(out, cand)
+	}
+	t := v.topology
+	if req.key != nil && t.Formed() {
+		n := t.Width()
+		if ns := t.Namespace(req.namespace); ns != nil {
+			n = ns.N
+		}
+		for _, s := range t.Slots(t.VnodeOf(req.key), n) {
+			if node := t.Node(s.Read); node != nil {
+				add(node.Address, 0, v.unhealthy[node.Incarnation])
+			}
+		}
+	}
+	for i := range t.Nodes {
+		add(t.Nodes[i].Address, 2, v.unhealthy[t.Nodes[i].Incarnation])
+	}
+	for _, e := range c.endpoints {
+		add(e, 3, false)
+	}
+	slices.SortFunc(out, candidate.compare)
+	addresses := make([]string, len(out))
+	for i, o := range out {
+		addresses[i] = o.address
+	}
+	return addresses
+}
+
+type candidate struct {
+	address string
+	rank    int
+	load    int
+	tie     uint32
+}
+
+func (a candidate) compare(b candidate) int {
+	switch {
+	case a.rank != b.rank:
+		return a.rank - b.rank
+	case a.load != b.load:
+		return a.load - b.load
+	case a.tie < b.tie:
+		return -1
+	}
+	return 1
+}
+
+// hedgeAfter is how long a get may take before another node is asked too.
+const hedgeAfter = 150 * time.Millisecond
+
+// attempt sends a request to one address, and to a second one if it may and the
+// first is late.
+func (c *Client) attempt(ctx context.Context, req request, address string) (answered, error) {
+	if !req.hedge {
+		return c.send(ctx, req, address)
+	}
+	type outcome struct {
+		answered
+		err error
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	outcomes := make(chan outcome, 2)
+	launch := func(address string) {
+		a, err := c.send(ctx, req, address)
+		outcomes <- outcome{a, err}
+	}
+	go launch(address)
+	late := time.NewTimer(hedgeAfter)
+	defer late.Stop()
+	running := 1
+	for {
+		select {
+		case o := <-outcomes:
+			running--
+			if o.err == nil || running == 0 {
+				return o.answered, o.err
+			}
+		case <-late.C:
+			others := c.candidates(req)
+			i := slices.IndexFunc(others, func(a string) bool { return a != address })
+			if i >= 0 && c.budget.spend() {
+				running++
+				go launch(others[i])
+			}
+		}
+	}
+}
+
+// send sends a request to one address and takes in what the reply tells.
+func (c *Client) send(ctx context.Context, req request, address string) (answered, error) {
+	l, err := c.link(address)
+	if err != nil {
+		return answered{}, err
+	}
+	epoch := c.view.Load().topology.Epoch
+	reply, err := l.Do(ctx, req.make(epoch, c.token.Load()))
+	if err != nil {
+		if unimplemented(err) {
+			err = rpc.Errorf(codes.Unavailable, rpc.ReasonNotSent, "%s serves no keys", address)
+		}
+		return answered{}, err
+	}
+	newer, seen := facts(reply)
+	if newer > epoch {
+		c.stopped.Go(func() { c.refresh(address) })
+	}
+	for {
+		have := c.token.Load()
+		if seen <= have || c.token.CompareAndSwap(have, seen) {
+			break
+		}
+	}
+	return answered{reply, address}, nil
+}
+
+// facts returns the epoch a reply was served in and the greatest timestamp in it.
+func facts(r *kvv1.SessionReply) (epoch, timestamp uint64) {
+	var receipt *kvv1.Receipt
+	switch m := r.GetResponse().(type) {
+	case *kvv1.SessionReply_Put:
+		receipt = m.Put.GetReceipt()
+	case *kvv1.SessionReply_Get:
+		receipt = m.Get.GetReceipt()
+	case *kvv1.SessionReply_Delete:
+		receipt = m.Delete.GetReceipt()
+	case *kvv1.SessionReply_Batch:
+		for _, res := range m.Batch.GetResults() {
+			timestamp = max(timestamp, res.GetVersion().GetTimestamp())
+		}
+		return m.Batch.GetEpoch(), timestamp
+	case *kvv1.SessionReply_Scan:
+		for _, rec := range m.Scan.GetRecords() {
+			timestamp = max(timestamp, rec.GetVersion().GetTimestamp())
+		}
+		return m.Scan.GetEpoch(), timestamp
+	}
+	return receipt.GetEpoch(), receipt.GetVersion().GetTimestamp()
+}

@@ -1,0 +1,36 @@
+// Command kvnode is a node of a Kvasir cluster: it holds records and serves
+// clients.
+package main
+
+import (
+	"context"
+	"log/slog"
+	"os"
+
+	"github.com/kvasirdb/kvasir/cmd/internal/process"
+	"github.com/kvasirdb/kvasir/internal/node"
+)
+
+type config struct {
+	node.Config `yaml:",inline"`
+	Log         process.Log `yaml:"log"`
+}
+
+func main() {
+	os.Exit(process.Program[config]{
+		Name:      "kvnode",
+		Short:     "A node of a Kvasir cluster: it holds records and serves clients",
+		EnvPrefix: "KVNODE_",
+		Defaults:  func() config { return config{node.Defaults(), process.DefaultLog} },
+		Validate: func(c *config) error {
+			c.Complete()
+			return c.Config.Validate()
+		},
+		Log:         func(c *config) process.Log { return c.Log },
+		AdminListen: func(c *config) string { return c.AdminListen },
+		Run: func(ctx context.Context, c config, logger *slog.Logger, software string, fatal func(error)) error {
+			c.Logger, c.Software, c.Fatal = logger, software, fatal
+			return node.Run(ctx, c.Config)
+		},
+	}.Main())
+}

@@ -1,0 +1,146 @@
+package node
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/hashicorp/memberlist"
+
+	"github.com/kvasirdb/kvasir/internal/rpc"
+	"github.com/kvasirdb/kvasir/internal/topology"
+)
+
+// Config holds a node's process settings. What the cluster agrees on (namespaces,
+// limits, health checks) is not among them.
+type Config struct {
+	// Name is how people call the node. Required.
+	Name string `yaml:"name"`
+	// Zone is the failure domain replicas are spread over. Default "default".
+	Zone string `yaml:"zone"`
+	// Role is data or reporting. Default data.
+	Role string `yaml:"role"`
+	// DataDir is the data directory. Required.
+	DataDir string `yaml:"data_dir"`
+	// Orchestrators lists the gRPC addresses of orchestrators. Required.
+	Orchestrators []string `yaml:"orchestrators"`
+	// Listen, AdminListen and GossipListen are the host:port to listen on: gRPC for
+	// clients and nodes, HTTP for health and metrics, and gossip (TCP and UDP).
+	// Defaults 0.0.0.0:7400, 0.0.0.0:7401, 0.0.0.0:7402.
+	Listen       string `yaml:"listen"`
+	AdminListen  string `yaml:"admin_listen"`
+	GossipListen string `yaml:"gossip_listen"`
+	// Advertise, AdminAdvertise and GossipAdvertise are the host:port others use.
+	// Defaults: the listen addresses, which must then name a host.
+	Advertise       string `yaml:"advertise"`
+	AdminAdvertise  string `yaml:"admin_advertise"`
+	GossipAdvertise string `yaml:"gossip_advertise"`
+	// CacheBytes is the size of the block cache, MemTableBytes of one memtable.
+	CacheBytes    int64 `yaml:"cache_bytes"`
+	MemTableBytes int64 `yaml:"memtable_bytes"`
+	// CPULimit is the number of cores that count as full use; 0: the control group's
+	// quota, or else the machine's cores.
+	CPULimit float64 `yaml:"cpu_limit"`
+	// MinFreeDiskBytes is the free space below which writes are refused. Default: a
+	// twentieth of the disk, at most 1 GiB.
+	MinFreeDiskBytes int64 `yaml:"min_free_disk_bytes"`
+	// DrainTimeout bounds how long a stop waits for requests. Default 10 s.
+	DrainTimeout time.Duration `yaml:"drain_timeout"`
+	// TLS names PEM files: all three or none.
+	TLS rpc.TLSFiles `yaml:"tls"`
+
+	// What the process gives, not the operator.
+
+	// Logger is required. Software names the version of the software.
+	Logger   *slog.Logger `yaml:"-"`
+	Software string       `yaml:"-"`
+	// Fatal is called when the disk fails. It must not return in production.
+	Fatal func(error) `yaml:"-"`
+	// Seams hold what simulations replace. The zero value is production.
+	Seams Seams `yaml:"-"`
+}
+
+// Seams are the places where a simulated world is put in. Nil fields stand for the
+// real one.
+type Seams struct {
+	FS     vfs.FS
+	Listen func(address string) (net.Listener, error)
+	Dial   rpc.Dialer
+	// Gossip returns the transport for an address to bind.
+	Gossip func(bind string) (memberlist.Transport, error)
+	// WallClock returns milliseconds since 1970.
+	WallClock func() int64
+}
+
+// Defaults returns a configuration with every default filled in.
+func Defaults() Config {
+	return Config{
+		Zone: "default", Role: topology.Data.String(),
+		Listen: "0.0.0.0:7400", AdminListen: "0.0.0.0:7401", GossipListen: "0.0.0.0:7402",
+		CacheBytes: 64 << 20, MemTableBytes: 32 << 20,
+		DrainTimeout: 10 * time.Second,
+	}
+}
+
+// Complete fills in what follows from other fields.
+func (c *Config) Complete() {
+	for _, a := range []struct {
+		advertise *string
+		listen    string
+	}{{&c.Advertise, c.Listen}, {&c.AdminAdvertise, c.AdminListen}, {&c.GossipAdvertise, c.GossipListen}} {
+		if *a.advertise == "" {
+			*a.advertise = a.listen
+		}
+	}
+}
+
+// Validate returns an error that names every key with an impossible value.
+// REQUIRES: Complete was called.
+func (c *Config) Validate() error {
+	var errs []error
+	bad := func(key string, err error) {
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", key, err))
+		}
+	}
+	bad("name", topology.CheckName("node", c.Name))
+	bad("zone", topology.CheckName("zone", c.Zone))
+	if c.Role != topology.Data.String() && c.Role != topology.Reporting.String() {
+		bad("role", fmt.Errorf("%q: want data or reporting", c.Role))
+	}
+	if c.DataDir == "" {
+		bad("data_dir", errors.New("is required"))
+	}
+	if len(c.Orchestrators) == 0 {
+		bad("orchestrators", errors.New("at least one gRPC address is required"))
+	}
+	for _, a := range c.Orchestrators {
+		bad("orchestrators", rpc.CheckAddress(a, true))
+	}
+	bad("listen", rpc.CheckAddress(c.Listen, false))
+	bad("admin_listen", rpc.CheckAddress(c.AdminListen, false))
+	bad("gossip_listen", rpc.CheckAddress(c.GossipListen, false))
+	bad("advertise", rpc.CheckAddress(c.Advertise, true))
+	bad("admin_advertise", rpc.CheckAddress(c.AdminAdvertise, true))
+	bad("gossip_advertise", rpc.CheckAddress(c.GossipAdvertise, true))
+	if c.CacheBytes < 1<<20 {
+		bad("cache_bytes", fmt.Errorf("%d: want at least 1048576", c.CacheBytes))
+	}
+	if c.MemTableBytes < 1<<20 || c.MemTableBytes > 1<<30 {
+		bad("memtable_bytes", fmt.Errorf("%d: want 1048576 to 1073741824", c.MemTableBytes))
+	}
+	if c.CPULimit < 0 {
+		bad("cpu_limit", fmt.Errorf("%v: want 0 (automatic) or more", c.CPULimit))
+	}
+	if c.MinFreeDiskBytes < 0 {
+		bad("min_free_disk_bytes", fmt.Errorf("%d: want 0 (automatic) or more", c.MinFreeDiskBytes))
+	}
+	if c.DrainTimeout < 0 || c.DrainTimeout > 10*time.Minute {
+		bad("drain_timeout", fmt.Errorf("%s: want 0s to 10m", c.DrainTimeout))
+	}
+	bad("tls", c.TLS.Check())
+	return errors.Join(errs...)
+}

@@ -1,0 +1,141 @@
+package node
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"google.golang.org/grpc/codes"
+
+	"github.com/kvasirdb/kvasir/internal/rpc"
+	"github.com/kvasirdb/kvasir/internal/storage"
+	"github.com/kvasirdb/kvasir/internal/topology"
+	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
+	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
+)
+
+// identity is what a data directory is to the cluster.
+type identity struct {
+	// DataID is drawn once when the directory is made.
+	DataID string `json:"data_id"`
+	// ClusterID and Incarnation are empty until the first registration.
+	ClusterID   string `json:"cluster_id,omitempty"`
+	Incarnation uint64 `json:"incarnation,omitempty"`
+}
+
+const metaIdentity = "identity"
+
+// loadIdentity reads the directory's identity, drawing one for a new directory.
+func loadIdentity(s *storage.Store) (identity, error) {
+	var id identity
+	b, err := s.Meta(metaIdentity)
+	if errors.Is(err, storage.ErrNotFound) {
+		id.DataID = rand.Text()
+		return id, id.save(s)
+	}
+	if err != nil {
+		return id, err
+	}
+	if err := json.Unmarshal(b, &id); err != nil || id.DataID == "" {
+		return id, fmt.Errorf("%w: identity %q of the data directory", storage.ErrCorrupt, b)
+	}
+	return id, nil
+}
+
+func (id identity) save(s *storage.Store) error {
+	b, err := json.Marshal(id)
+	if err != nil {
+		return err
+	}
+	return s.SetMeta(metaIdentity, b)
+}
+
+// registrar makes the node known to the orchestrators.
+type registrar struct {
+	cfg    *Config
+	store  *storage.Store
+	orchs  func() []string
+	dial   rpc.Transport
+	bootID string
+}
+
+// register registers once, at the first orchestrator that takes it.
+func (r *registrar) register(ctx context.Context, id identity) (identity, *topology.Topology, error) {
+	boots, err := r.store.Boots()
+	if err != nil {
+		return id, nil, err
+	}
+	role := topologyv1.Role_ROLE_DATA
+	if r.cfg.Role == topology.Reporting.String() {
+		role = topologyv1.Role_ROLE_REPORTING
+	}
+	req := &adminv1.RegisterNodeRequest{
+		ClusterId: id.ClusterID, Name: r.cfg.Name, Zone: r.cfg.Zone, Role: role,
+		Address: r.cfg.Advertise, AdminAddress: r.cfg.AdminAdvertise, GossipAddress: r.cfg.GossipAdvertise,
+		DataId: id.DataID, Incarnation: id.Incarnation, Boot: boots, BootId: r.bootID,
+	}
+	resp, err := anyOrchestrator(ctx, r.dial, r.orchs(), func(ctx context.Context, c adminv1.ControlServiceClient) (*adminv1.RegisterNodeResponse, error) {
+		return c.RegisterNode(ctx, req)
+	})
+	if err != nil {
+		return id, nil, err
+	}
+	t, err := topology.FromProto(resp.GetTopology())
+	if err != nil {
+		return id, nil, err
+	}
+	if id.Incarnation == 0 || id.ClusterID == "" {
+		id.Incarnation, id.ClusterID = resp.GetIncarnation(), t.ClusterID
+		if err := id.save(r.store); err != nil {
+			return id, nil, err
+		}
+	}
+	return id, t, nil
+}
+
+// refused reports whether an orchestrator turned the node away for good, rather
+// than being out of reach or not ready.
+func refused(err error) bool {
+	e := rpc.AsError(err)
+	switch e.Code {
+	case codes.InvalidArgument, codes.AlreadyExists, codes.NotFound:
+		return true
+	case codes.FailedPrecondition:
+		return e.Reason != "NOT_FOUNDED"
+	}
+	return false
+}
+
+// orchestratorTimeout bounds one call to one orchestrator.
+const orchestratorTimeout = 3 * time.Second
+
+// anyOrchestrator makes a call at one address after the other until one answers,
+// whether well or with a refusal.
+func anyOrchestrator[T any](ctx context.Context, dial rpc.Transport, addresses []string, call func(context.Context, adminv1.ControlServiceClient) (T, error)) (T, error) {
+	var zero T
+	last := rpc.Errorf(codes.Unavailable, rpc.ReasonNoLeader, "no orchestrator is known")
+	for _, a := range addresses {
+		resp, err := func() (T, error) {
+			cc, err := dial.NewConn(a)
+			if err != nil {
+				return zero, err
+			}
+			defer cc.Close()
+			ctx, cancel := context.WithTimeout(ctx, orchestratorTimeout)
+			defer cancel()
+			return call(ctx, adminv1.NewControlServiceClient(cc))
+		}()
+		if err == nil {
+			return resp, nil
+		}
+		e := rpc.AsError(err)
+		if e.Code != codes.Unavailable && e.Code != codes.DeadlineExceeded || ctx.Err() != nil {
+			return zero, e
+		}
+		last = rpc.Errorf(codes.Unavailable, rpc.ReasonNoLeader, "no orchestrator answers for its leader; %s: %s", a, e.Message)
+	}
+	return zero, last
+}

@@ -1,0 +1,524 @@
+// Package node is the process that holds records: it opens the data directory,
+// makes itself known to the orchestrators, keeps the topology, and joins storage,
+// replica, coordinator and handoff to a server. It decides nothing about records
+// or the cluster itself.
+package node
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/hashicorp/memberlist"
+	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+
+	"github.com/kvasirdb/kvasir/internal/coordinator"
+	"github.com/kvasirdb/kvasir/internal/gossip"
+	"github.com/kvasirdb/kvasir/internal/handoff"
+	"github.com/kvasirdb/kvasir/internal/replica"
+	"github.com/kvasirdb/kvasir/internal/rpc"
+	"github.com/kvasirdb/kvasir/internal/storage"
+	"github.com/kvasirdb/kvasir/internal/topology"
+	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
+	kvv1 "github.com/kvasirdb/kvasir/proto/kvasir/kv/v1"
+	replicav1 "github.com/kvasirdb/kvasir/proto/kvasir/replica/v1"
+	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
+)
+
+// Node is a running node.
+type Node struct {
+	cfg       Config
+	transport rpc.Transport
+	started   time.Time
+
+	store       *storage.Store
+	id          identity
+	registrar   *registrar
+	fence       *replica.Fence
+	clock       *replica.Clock
+	hints       *replica.Hints
+	replica     *replica.Replica
+	coordinator *coordinator.Coordinator
+	replayer    *handoff.Replayer
+	peers       *peers
+	loop        *rpc.Loop[*replicav1.Call, *replicav1.Reply]
+	topologies  *topologies
+	gossip      *gossip.Gossip
+	process     *process
+
+	listener, adminListener net.Listener
+	server                  *grpc.Server
+	health                  *health.Server
+	registry                *prometheus.Registry
+
+	// removed is why the cluster turned this data directory away.
+	removed  atomic.Pointer[string]
+	stopping chan struct{} // closed when a stop begins
+	stopOnce sync.Once
+	cancel   context.CancelFunc
+	workers  sync.WaitGroup
+	watched  struct {
+		sync.Mutex
+		changed chan struct{} // closed and replaced when the health of a peer changes
+		alive   map[uint64]bool
+	}
+}
+
+// Start starts a node and returns once it serves, or, when it has not been
+// registered yet, once it has. A node that was registered before starts without an
+// orchestrator. Errors name what keeps it from starting.
+func Start(ctx context.Context, cfg Config) (*Node, error) {
+	cfg.Complete()
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	cfg.Seams.setDefaults()
+	tlsConfig, err := cfg.TLS.Load()
+	if err != nil {
+		return nil, err
+	}
+	n := &Node{
+		cfg: cfg, transport: rpc.Transport{Dial: cfg.Seams.Dial, TLS: tlsConfig},
+		started: time.Now(), stopping: make(chan struct{}), registry: rpc.NewRegistry(),
+	}
+	n.watched.changed = make(chan struct{})
+	run, cancel := context.WithCancel(context.Background())
+	n.cancel = cancel
+	if err := n.open(ctx, run); err != nil {
+		n.Stop()
+		return nil, err
+	}
+	return n, nil
+}
+
+func (s *Seams) setDefaults() {
+	if s.FS == nil {
+		s.FS = vfs.Default
+	}
+	if s.Listen == nil {
+		s.Listen = rpc.Listen
+	}
+	if s.Dial == nil {
+		s.Dial = rpc.NetDialer
+	}
+	if s.Gossip == nil {
+		s.Gossip = func(string) (memberlist.Transport, error) { return nil, nil }
+	}
+	if s.WallClock == nil {
+		s.WallClock = func() int64 { return time.Now().UnixMilli() }
+	}
+}
+
+// open makes the parts in the order in which they need each other.
+func (n *Node) open(ctx, run context.Context) error {
+	var err error
+	// Ports first: a busy one is told before anything is touched.
+	if n.listener, err = n.cfg.Seams.Listen(n.cfg.Listen); err != nil {
+		return err
+	}
+	if n.adminListener, err = n.cfg.Seams.Listen(n.cfg.AdminListen); err != nil {
+		return err
+	}
+	if err := n.openStore(); err != nil {
+		return err
+	}
+	known, err := loadTopology(n.store)
+	if err != nil {
+		return err
+	}
+	n.fence = replica.NewFence(known)
+	n.workers.Go(func() {
+		if err := rpc.ServeAdmin(run, n.adminListener, n.registry, n.ready); err != nil {
+			n.cfg.Fatal(err)
+		}
+	})
+	if err := n.introduce(ctx); err != nil {
+		return err
+	}
+	return n.serve(run)
+}
+
+func (n *Node) openStore() error {
+	var err error
+	n.store, err = storage.Open(storage.Config{
+		FS: n.cfg.Seams.FS, Dir: n.cfg.DataDir, CacheBytes: n.cfg.CacheBytes, MemTableBytes: uint64(n.cfg.MemTableBytes),
+		Logger: n.cfg.Logger, Fatal: n.cfg.Fatal,
+	})
+	if err != nil {
+		return err
+	}
+	if reason := n.store.LostTail(); reason != "" {
+		n.cfg.Logger.Error("the data directory lacks records it had acknowledged: the node takes part in no quorum; start it with an empty data directory", "reason", reason)
+	}
+	n.id, err = loadIdentity(n.store)
+	return err
+}
+
+// introduce makes sure that the node has an incarnation, which takes an orchestrator
+// the first time.
+func (n *Node) introduce(ctx context.Context) error {
+	n.registrar = &registrar{cfg: &n.cfg, store: n.store, dial: n.transport, bootID: rand.Text(), orchs: func() []string {
+		out := append([]string(nil), n.cfg.Orchestrators...)
+		for _, o := range n.fence.Topology().Orchestrators {
+			out = append(out, o.Address)
+		}
+		return out
+	}}
+	for said := ""; ; {
+		id, t, err := n.registrar.register(ctx, n.id)
+		switch {
+		case err == nil:
+			n.id = id
+			n.cfg.Logger.Info("registered", "incarnation", id.Incarnation, "cluster", id.ClusterID, "epoch", topology.EpochString(t.Epoch))
+			return n.firstTopology(t)
+		case refused(err):
+			return fmt.Errorf("the orchestrators turned node %s away: %w", n.cfg.Name, err)
+		case n.id.Incarnation != 0:
+			n.cfg.Logger.Warn("no orchestrator answers: starting with the topology on disk", "reason", err)
+			return nil
+		}
+		if text := err.Error(); text != said {
+			n.cfg.Logger.Info("waiting for an orchestrator", "reason", text)
+			said = text
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(300 * time.Millisecond):
+		}
+	}
+}
+
+// firstTopology keeps what a registration brought.
+func (n *Node) firstTopology(t *topology.Topology) error {
+	first := newTopologies(n.store, n.fence, n.transport, n.id.ClusterID, n.cfg.Orchestrators, n.cfg.Logger)
+	first.adopted = func(*topology.Topology) {}
+	return first.adopt(t)
+}
+
+// serve builds the request path and starts everything that runs.
+func (n *Node) serve(run context.Context) error {
+	cfg := &n.cfg
+	n.clock = replica.NewClock(cfg.Seams.WallClock, n.store.Reserved(), n.store.ReserveClock, cfg.Logger)
+	n.process = newProcess(cfg.CPULimit)
+	var err error
+	if n.hints, err = replica.LoadHints(n.store, cfg.Seams.WallClock, cfg.Logger); err != nil {
+		return err
+	}
+	n.topologies = newTopologies(n.store, n.fence, n.transport, n.id.ClusterID, cfg.Orchestrators, cfg.Logger)
+	n.topologies.adopted = n.adopted
+	n.replica = replica.New(replica.Config{
+		Self: n.id.Incarnation, Store: n.store, Clock: n.clock, Fence: n.fence, Hints: n.hints, Logger: cfg.Logger,
+		CatchUp: func(ctx context.Context, epoch uint64, address string) error {
+			return n.topologies.refresh(ctx, epoch, address)
+		},
+		Refuse: n.refuse,
+	})
+	n.loop = rpc.NewLoop(rpc.Replica, func(ctx context.Context, calls []*replicav1.Call, reply func(*replicav1.Reply)) {
+		n.replica.Handle(ctx, cfg.Advertise, calls, reply)
+	})
+	n.peers = &peers{
+		self: n.id.Incarnation, cluster: n.id.ClusterID, address: cfg.Advertise, clock: n.clock, loop: n.loop, health: n.topologies.observed,
+		cfg: rpc.LinkConfig{Transport: n.transport, WallClock: cfg.Seams.WallClock},
+	}
+	n.peers.links.Store(&map[uint64]*replicaLink{})
+	n.coordinator = coordinator.New(coordinator.Config{
+		Self: n.id.Incarnation, Fence: n.fence, Clock: n.clock, Hints: n.hints, Peers: n.peers, Logger: cfg.Logger,
+		Refresh: func(ctx context.Context, epoch, peer uint64) error {
+			if p := n.fence.Topology().Node(peer); p != nil {
+				return n.topologies.refresh(ctx, epoch, p.Address)
+			}
+			return n.topologies.refresh(ctx, epoch)
+		},
+		Refuse: n.refuseClients, Metrics: n.registry,
+	})
+	n.replayer = handoff.New(handoff.Config{Fence: n.fence, Hints: n.hints, Peers: n.peers, Logger: cfg.Logger, Metrics: n.registry})
+	n.describe(n.registry)
+	n.adopted(n.fence.Topology())
+	if err := n.startGossip(); err != nil {
+		return err
+	}
+	n.startServer()
+	n.startWorkers(run)
+	return nil
+}
+
+// adopted brings the parts up to date with a new topology.
+func (n *Node) adopted(t *topology.Topology) {
+	n.hints.SetMaxBytes(t.Settings.MaxHintBytes)
+	n.peers.update(t)
+	n.announce()
+	if t.Epoch > 0 && t.Node(n.id.Incarnation) == nil {
+		reason := fmt.Sprintf("the cluster removed #%d in epoch %s or before; start it with an empty data directory to join again", n.id.Incarnation, topology.EpochString(t.Epoch))
+		n.removed.Store(&reason)
+		n.cfg.Logger.Error("this node is no part of the cluster any more", "reason", reason)
+	}
+	n.dropNamespaces(t)
+}
+
+// dropNamespaces deletes the records of namespaces that are gone for good:
+// identifiers are never used again.
+func (n *Node) dropNamespaces(t *topology.Topology) {
+	if !t.Formed() {
+		return
+	}
+	ids, err := n.store.Namespaces()
+	if err != nil {
+		n.cfg.Logger.Error("cannot list the namespaces on disk", "err", err)
+		return
+	}
+	for _, id := range ids {
+		if t.NamespaceByID(id) != nil {
+			continue
+		}
+		if err := n.store.DropNamespace(id); err != nil {
+			n.cfg.Logger.Error("cannot delete a dropped namespace", "namespace_id", id, "err", err)
+			continue
+		}
+		n.cfg.Logger.Info("deleted a dropped namespace", "namespace_id", id)
+	}
+}
+
+func (n *Node) startGossip() error {
+	transport, err := n.cfg.Seams.Gossip(n.cfg.GossipListen)
+	if err != nil {
+		return err
+	}
+	n.gossip, err = gossip.Start(gossip.Config{
+		Name: gossipName(n.id.Incarnation), Cluster: n.id.ClusterID, Bind: n.cfg.GossipListen, Advertise: n.cfg.GossipAdvertise,
+		Transport: transport, Logger: n.cfg.Logger, Meta: n.meta(),
+		Seeds: func() []string {
+			var out []string
+			t := n.fence.Topology()
+			for _, o := range t.Orchestrators {
+				out = append(out, o.GossipAddress)
+			}
+			for _, p := range t.Nodes {
+				if p.Incarnation != n.id.Incarnation {
+					out = append(out, p.GossipAddress)
+				}
+			}
+			return out
+		},
+	})
+	if err != nil {
+		return err
+	}
+	n.peers.gossip.Store(n.gossip)
+	return nil
+}
+
+func (n *Node) meta() gossip.Meta {
+	s, _ := n.state()
+	return gossip.Meta{Incarnation: n.id.Incarnation, Epoch: n.fence.Topology().Epoch, State: byte(s)}
+}
+
+// announce tells the other members the node's state.
+func (n *Node) announce() {
+	if g := n.peers.gossip.Load(); g != nil {
+		g.SetMeta(n.meta())
+	}
+}
+
+func (n *Node) startServer() {
+	n.server = n.transport.NewServer()
+	n.health = health.NewServer()
+	healthv1.RegisterHealthServer(n.server, n.health)
+	kvv1.RegisterKVServiceServer(n.server, kvService{Coordinator: n.coordinator, node: n})
+	replicav1.RegisterReplicaServiceServer(n.server, replicaService{node: n})
+	topologyv1.RegisterTopologyServiceServer(n.server, topologyService{node: n})
+	adminv1.RegisterControlServiceServer(n.server, controlService{node: n})
+	adminv1.RegisterStatusServiceServer(n.server, statusService{node: n})
+	n.updateHealth()
+	n.workers.Go(func() {
+		if err := n.server.Serve(n.listener); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+			n.cfg.Fatal(fmt.Errorf("serve %s: %w", n.cfg.Listen, err))
+		}
+	})
+	n.cfg.Logger.Info("serving", "name", n.cfg.Name, "incarnation", n.id.Incarnation, "address", n.cfg.Advertise)
+}
+
+func (n *Node) startWorkers(run context.Context) {
+	must := func(work func(context.Context) error) func() {
+		return func() {
+			if err := work(run); err != nil && run.Err() == nil {
+				n.cfg.Fatal(err)
+			}
+		}
+	}
+	n.workers.Go(must(n.clock.Run))
+	n.workers.Go(must(n.hints.Run))
+	n.workers.Go(must(n.replayer.Run))
+	n.workers.Go(func() { n.topologies.run(run) })
+	n.workers.Go(func() { n.process.run(run, n.everySecond) })
+	n.workers.Go(func() { n.keepRegistered(run) })
+}
+
+// everySecond looks after what changes slowly.
+func (n *Node) everySecond() {
+	n.guardDisk()
+	n.updateHealth()
+	n.noticeHealth()
+	n.announce()
+}
+
+// guardDisk refuses writes before the disk is full, since a full one ends the store.
+func (n *Node) guardDisk() {
+	available, total, err := n.store.DiskUsage()
+	if err != nil || total == 0 {
+		return
+	}
+	least := uint64(n.cfg.MinFreeDiskBytes)
+	if least == 0 {
+		least = min(total/20, 1<<30)
+	}
+	n.store.SetDiskFull(available < least)
+}
+
+// noticeHealth tells watchers when a peer came or went.
+func (n *Node) noticeHealth() {
+	alive := map[uint64]bool{}
+	changed := false
+	n.watched.Lock()
+	defer n.watched.Unlock()
+	for _, p := range n.fence.Topology().Nodes {
+		alive[p.Incarnation] = n.peers.Alive(p.Incarnation)
+		changed = changed || alive[p.Incarnation] != n.watched.alive[p.Incarnation]
+	}
+	n.watched.alive = alive
+	if changed {
+		close(n.watched.changed)
+		n.watched.changed = make(chan struct{})
+	}
+}
+
+func (n *Node) healthChanged() <-chan struct{} {
+	n.watched.Lock()
+	defer n.watched.Unlock()
+	return n.watched.changed
+}
+
+// keepRegistered registers a node that had to start without an orchestrator, and
+// thereby its new addresses.
+func (n *Node) keepRegistered(run context.Context) {
+	for run.Err() == nil {
+		_, t, err := n.registrar.register(run, n.id)
+		if err == nil {
+			if err := n.topologies.adopt(t); err != nil {
+				n.cfg.Logger.Error("cannot keep the topology", "err", err)
+			}
+			return
+		}
+		if refused(err) {
+			reason := err.Error()
+			n.removed.Store(&reason)
+			n.cfg.Logger.Error("the orchestrators turned this node away", "reason", reason)
+			n.announce()
+			return
+		}
+		select {
+		case <-run.Done():
+		case <-time.After(2 * time.Second):
+		}
+	}
+}
+
+// ready returns why the node does not serve, or nil.
+func (n *Node) ready() error {
+	select {
+	case <-n.stopping:
+		return errors.New("stopping")
+	default:
+	}
+	if n.fence.Topology().Epoch == 0 {
+		return errors.New("waits for an orchestrator")
+	}
+	if s, reason := n.state(); s != adminv1.NodeStatus_STATE_SERVING {
+		return fmt.Errorf("%s: %s", stateName(s), reason)
+	}
+	return nil
+}
+
+func (n *Node) updateHealth() {
+	s := healthv1.HealthCheckResponse_SERVING
+	if n.ready() != nil {
+		s = healthv1.HealthCheckResponse_NOT_SERVING
+	}
+	n.health.SetServingStatus("", s)
+	n.health.SetServingStatus(kvv1.KVService_ServiceDesc.ServiceName, s)
+}
+
+// Stop stops the node and returns when everything has ended. Requests being served
+// are waited for, at most Config.DrainTimeout; nothing acknowledged is lost.
+func (n *Node) Stop() {
+	n.stopOnce.Do(func() {
+		close(n.stopping)
+		if n.server != nil {
+			n.drain()
+		}
+		n.cancel()
+		if n.gossip != nil {
+			if err := n.gossip.Close(); err != nil {
+				n.cfg.Logger.Warn("leaving the members", "err", err)
+			}
+		}
+		if n.server != nil {
+			n.server.Stop()
+		}
+		for _, l := range []net.Listener{n.listener, n.adminListener} {
+			if l != nil {
+				l.Close() // closed already where a server had it
+			}
+		}
+		n.workers.Wait()
+		// From here on nobody asks for anything: links, then what they call into, then
+		// the disk.
+		if n.coordinator != nil {
+			n.coordinator.Close()
+			n.peers.close()
+			n.loop.Close()
+		}
+		if n.store != nil {
+			if err := n.store.Close(); err != nil {
+				n.cfg.Logger.Error("closing the data directory", "err", err)
+			}
+		}
+	})
+}
+
+// drain lets clients go elsewhere and finishes what has begun.
+func (n *Node) drain() {
+	n.updateHealth()
+	n.announce()
+	ctx, cancel := context.WithTimeout(context.Background(), n.cfg.DrainTimeout)
+	defer cancel()
+	if err := n.coordinator.Drain(ctx); err != nil {
+		n.cfg.Logger.Warn("stopping before every request was served", "err", err)
+	}
+	n.gossip.Leave(time.Second) // best effort: the others notice anyway
+}
+
+// Run runs a node until ctx ends.
+func Run(ctx context.Context, cfg Config) error {
+	n, err := Start(ctx, cfg)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil // told to stop while it was starting
+		}
+		return err
+	}
+	<-ctx.Done()
+	cfg.Logger.Info("stopping")
+	n.Stop()
+	cfg.Logger.Info("stopped")
+	return nil
+}

@@ -1,0 +1,189 @@
+package orchestrator
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"slices"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/hashicorp/memberlist"
+	"github.com/hashicorp/raft"
+
+	"github.com/kvasirdb/kvasir/internal/ring"
+	"github.com/kvasirdb/kvasir/internal/rpc"
+	"github.com/kvasirdb/kvasir/internal/topology"
+)
+
+// Peer is one of the orchestrators, with the addresses others reach it by.
+type Peer struct {
+	Name          string `yaml:"name"`
+	Address       string `yaml:"address"`
+	AdminAddress  string `yaml:"admin_address"`
+	GossipAddress string `yaml:"gossip_address"`
+	RaftAddress   string `yaml:"raft_address"`
+}
+
+// Bootstrap says what a new cluster is to be. It is used once, when the cluster is
+// founded, and has no effect afterwards.
+type Bootstrap struct {
+	// FoundingNodes is how many data nodes must have registered before the ring forms.
+	// Default 3.
+	FoundingNodes int `yaml:"founding_nodes"`
+	// Vnodes is the number of vnodes, a power of two. Default 256.
+	Vnodes int `yaml:"vnodes"`
+	// HealthChecks is how fast nodes are taken for unhealthy and healthy again.
+	HealthChecks HealthChecks `yaml:"health_checks"`
+	// MaxValueBytes and MaxBatchBytes bound what clients write, MaxHintBytes and
+	// MaxHintAge what a node keeps for others.
+	MaxValueBytes int           `yaml:"max_value_bytes"`
+	MaxBatchBytes int           `yaml:"max_batch_bytes"`
+	MaxHintBytes  int64         `yaml:"max_hint_bytes"`
+	MaxHintAge    time.Duration `yaml:"max_hint_age"`
+}
+
+// HealthChecks are the cluster's settings of the same name.
+type HealthChecks struct {
+	Interval           time.Duration `yaml:"interval"`
+	Timeout            time.Duration `yaml:"timeout"`
+	HealthyThreshold   int           `yaml:"healthy_threshold"`
+	UnhealthyThreshold int           `yaml:"unhealthy_threshold"`
+}
+
+// Config holds an orchestrator's process settings.
+type Config struct {
+	// Name is one of Peers. Required.
+	Name string `yaml:"name"`
+	// DataDir is the directory of the Raft store. Required.
+	DataDir string `yaml:"data_dir"`
+	// Listen, AdminListen, GossipListen and RaftListen are the host:port to listen on.
+	// Defaults 0.0.0.0:7390 to 0.0.0.0:7393.
+	Listen       string `yaml:"listen"`
+	AdminListen  string `yaml:"admin_listen"`
+	GossipListen string `yaml:"gossip_listen"`
+	RaftListen   string `yaml:"raft_listen"`
+	// Peers lists the 1, 3 or 5 orchestrators, this one included; the same on each.
+	Peers []Peer `yaml:"peers"`
+	// Bootstrap says what a new cluster is to be.
+	Bootstrap Bootstrap `yaml:"bootstrap"`
+	// ElectionTimeout is how long an orchestrator waits for its leader before it
+	// stands for election, at least. Default 1 s.
+	ElectionTimeout time.Duration `yaml:"election_timeout"`
+	// TLS names PEM files: all three or none.
+	TLS rpc.TLSFiles `yaml:"tls"`
+
+	// What the process gives, not the operator.
+
+	// Logger is required. Software names the version of the software.
+	Logger   *slog.Logger `yaml:"-"`
+	Software string       `yaml:"-"`
+	// Fatal is called when the disk fails. It must not return in production.
+	Fatal func(error) `yaml:"-"`
+	// Seams hold what simulations replace. The zero value is production.
+	Seams Seams `yaml:"-"`
+}
+
+// Seams are the places where a simulated world is put in. Nil fields stand for the
+// real one.
+type Seams struct {
+	FS     vfs.FS
+	Listen func(address string) (net.Listener, error)
+	Dial   rpc.Dialer
+	// Gossip and Raft return the transports for an address to bind.
+	Gossip func(bind string) (memberlist.Transport, error)
+	Raft   func(bind, advertise string) (raft.StreamLayer, error)
+	// WallClock returns milliseconds since 1970.
+	WallClock func() int64
+}
+
+// Defaults returns a configuration with every default filled in.
+func Defaults() Config {
+	d := topology.DefaultSettings()
+	return Config{
+		Listen: "0.0.0.0:7390", AdminListen: "0.0.0.0:7391", GossipListen: "0.0.0.0:7392", RaftListen: "0.0.0.0:7393",
+		ElectionTimeout: time.Second,
+		Bootstrap: Bootstrap{
+			FoundingNodes: 3, Vnodes: ring.DefaultVnodes,
+			HealthChecks: HealthChecks{
+				Interval: d.HealthChecks.Interval, Timeout: d.HealthChecks.Timeout,
+				HealthyThreshold: d.HealthChecks.HealthyThreshold, UnhealthyThreshold: d.HealthChecks.UnhealthyThreshold,
+			},
+			MaxValueBytes: d.MaxValueBytes, MaxBatchBytes: d.MaxBatchBytes,
+			MaxHintBytes: d.MaxHintBytes, MaxHintAge: d.MaxHintAge,
+		},
+	}
+}
+
+// settings returns the cluster's settings that a bootstrap asks for.
+func (b Bootstrap) settings() topology.Settings {
+	return topology.Settings{
+		HealthChecks: topology.HealthChecks{
+			Interval: b.HealthChecks.Interval, Timeout: b.HealthChecks.Timeout,
+			HealthyThreshold: b.HealthChecks.HealthyThreshold, UnhealthyThreshold: b.HealthChecks.UnhealthyThreshold,
+		},
+		MaxValueBytes: b.MaxValueBytes, MaxBatchBytes: b.MaxBatchBytes,
+		MaxHintBytes: b.MaxHintBytes, MaxHintAge: b.MaxHintAge,
+	}
+}
+
+// self returns this orchestrator's entry in Peers.
+func (c *Config) self() (Peer, bool) {
+	i := slices.IndexFunc(c.Peers, func(p Peer) bool { return p.Name == c.Name })
+	if i < 0 {
+		return Peer{}, false
+	}
+	return c.Peers[i], true
+}
+
+// Validate returns an error that names every key with an impossible value.
+func (c *Config) Validate() error {
+	var errs []error
+	bad := func(key string, err error) {
+		if err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", key, err))
+		}
+	}
+	bad("name", topology.CheckName("orchestrator", c.Name))
+	if c.DataDir == "" {
+		bad("data_dir", errors.New("is required"))
+	}
+	bad("listen", rpc.CheckAddress(c.Listen, false))
+	bad("admin_listen", rpc.CheckAddress(c.AdminListen, false))
+	bad("gossip_listen", rpc.CheckAddress(c.GossipListen, false))
+	bad("raft_listen", rpc.CheckAddress(c.RaftListen, false))
+	if n := len(c.Peers); n != 1 && n != 3 && n != 5 {
+		bad("peers", fmt.Errorf("there are %d: want 1, 3 or 5 orchestrators", n))
+	}
+	seen := map[string]bool{}
+	for i, p := range c.Peers {
+		at := func(field string) string { return fmt.Sprintf("peers[%d].%s", i, field) }
+		bad(at("name"), topology.CheckName("orchestrator", p.Name))
+		if seen[p.Name] {
+			bad(at("name"), fmt.Errorf("%q appears twice", p.Name))
+		}
+		seen[p.Name] = true
+		bad(at("address"), rpc.CheckAddress(p.Address, true))
+		bad(at("admin_address"), rpc.CheckAddress(p.AdminAddress, true))
+		bad(at("gossip_address"), rpc.CheckAddress(p.GossipAddress, true))
+		bad(at("raft_address"), rpc.CheckAddress(p.RaftAddress, true))
+	}
+	if _, ok := c.self(); !ok && len(c.Peers) > 0 {
+		bad("name", fmt.Errorf("%q is not one of the peers", c.Name))
+	}
+	if n := c.Bootstrap.FoundingNodes; n < 1 || n > 1000 {
+		bad("bootstrap.founding_nodes", fmt.Errorf("%d: want 1 to 1000", n))
+	}
+	if q := c.Bootstrap.Vnodes; q < 0 || q > ring.MaxVnodes {
+		bad("bootstrap.vnodes", fmt.Errorf("%d: want a power of two up to %d", q, ring.MaxVnodes))
+	} else {
+		bad("bootstrap.vnodes", ring.CheckVnodes(uint32(q)))
+	}
+	bad("bootstrap", c.Bootstrap.settings().Validate())
+	if c.ElectionTimeout < 50*time.Millisecond || c.ElectionTimeout > time.Minute {
+		bad("election_timeout", fmt.Errorf("%s: want 50ms to 1m", c.ElectionTimeout))
+	}
+	bad("tls", c.TLS.Check())
+	return errors.Join(errs...)
+}

@@ -1,0 +1,374 @@
+package orchestrator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/kvasirdb/kvasir/internal/consensus"
+	"github.com/kvasirdb/kvasir/internal/rpc"
+	"github.com/kvasirdb/kvasir/internal/topology"
+	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
+	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
+)
+
+// mdForwarded marks a request that a follower passed on; it is passed on once.
+const mdForwarded = "kvasir-forwarded"
+
+// maxConflicts bounds how often a change is decided anew because the topology
+// changed under it.
+const maxConflicts = 10
+
+// propose has a command agreed on and returns what came of it.
+func (o *Orchestrator) propose(ctx context.Context, cmd *topologyv1.Command) (applied, error) {
+	if cmd.Change != nil {
+		cmd.Change.AtMs = uint64(o.cfg.Seams.WallClock())
+	}
+	b, err := proto.Marshal(cmd)
+	if err != nil {
+		return applied{}, err
+	}
+	res, err := o.raft.Propose(ctx, b)
+	if err != nil {
+		return applied{}, consensusError(err)
+	}
+	a := res.(applied)
+	return a, a.err
+}
+
+// consensusError tells a caller what Raft's failure means for its request.
+func consensusError(err error) error {
+	switch {
+	case errors.Is(err, consensus.ErrNotLeader), errors.Is(err, consensus.ErrClosed):
+		return noLeader()
+	case errors.Is(err, consensus.ErrLeadershipLost), errors.Is(err, consensus.ErrTimeout):
+		return rpc.Errorf(codes.Unavailable, rpc.ReasonOutcomeUnknown, "the orchestrators' leader changed or lost its majority: the change may have been made or not")
+	}
+	return err
+}
+
+func noLeader() *rpc.Error {
+	e := rpc.Errorf(codes.Unavailable, rpc.ReasonNoLeader, "the orchestrators have no leader: fewer than a majority of them are up, or an election is under way")
+	e.RetryAfter = 200 * time.Millisecond
+	return e
+}
+
+// change decides and proposes until no other change comes in between.
+func (o *Orchestrator) change(ctx context.Context, decide func(*topology.Topology) (*topologyv1.Command, error)) (applied, error) {
+	for tries := 0; ; tries++ {
+		t := o.machine.topology()
+		if t == nil {
+			return applied{}, noLeader()
+		}
+		cmd, err := decide(t)
+		if err != nil {
+			return applied{}, err
+		}
+		a, err := o.propose(ctx, cmd)
+		var r *topology.Refusal
+		if tries < maxConflicts && errors.As(err, &r) && r.Reason == "EPOCH_CHANGED" {
+			continue
+		}
+		return a, err
+	}
+}
+
+// controlService answers on the leader and passes requests on elsewhere.
+type controlService struct {
+	adminv1.UnimplementedControlServiceServer
+	o *Orchestrator
+}
+
+// onLeader runs a request here if this orchestrator leads, and at the leader
+// otherwise.
+func onLeader[Q, T any](ctx context.Context, o *Orchestrator, r Q, here func(context.Context, Q) (T, error), there func(adminv1.ControlServiceClient, context.Context, Q, ...grpc.CallOption) (T, error)) (T, error) {
+	var zero T
+	if o.leads() {
+		return here(ctx, r)
+	}
+	in, _ := metadata.FromIncomingContext(ctx)
+	address, ok := o.leaderAddress()
+	if !ok || len(in.Get(mdForwarded)) > 0 {
+		return zero, noLeader()
+	}
+	cc, err := o.transport.NewConn(address)
+	if err != nil {
+		return zero, err
+	}
+	defer cc.Close()
+	resp, err := there(adminv1.NewControlServiceClient(cc), metadata.AppendToOutgoingContext(ctx, mdForwarded, o.cfg.Name), r)
+	if e := rpc.AsError(err); e != nil && e.Reason == rpc.ReasonLinkBroken {
+		// The leader that was known does not answer; a new one is not elected yet.
+		return zero, noLeader()
+	}
+	return resp, err
+}
+
+func (s controlService) RegisterNode(ctx context.Context, r *adminv1.RegisterNodeRequest) (*adminv1.RegisterNodeResponse, error) {
+	return onLeader(ctx, s.o, r, s.registerNode, adminv1.ControlServiceClient.RegisterNode)
+}
+
+func (s controlService) registerNode(ctx context.Context, r *adminv1.RegisterNodeRequest) (*adminv1.RegisterNodeResponse, error) {
+	t := s.o.machine.topology()
+	if t == nil {
+		return nil, noLeader()
+	}
+	if id := r.GetClusterId(); id != "" && id != t.ClusterID {
+		return nil, rpc.Errorf(codes.FailedPrecondition, "CLUSTER_MISMATCH",
+			"the data directory of node %s belongs to cluster %s, this is cluster %s: check its data_dir and orchestrators", r.GetName(), id, t.ClusterID).
+			With("cluster_id", t.ClusterID).With("data_cluster_id", id)
+	}
+	if old := t.Resolve(r.GetName()); old != nil && old.DataID != r.GetDataId() && s.o.health.healthy(old.Incarnation) {
+		return nil, rpc.Errorf(codes.AlreadyExists, "NAME_IN_USE", "there is a healthy node named %s, #%d at %s: give this one another name", old.Name, old.Incarnation, old.Address).
+			With("incarnation", old.Incarnation)
+	}
+	n := &topologyv1.Node{
+		Incarnation: r.GetIncarnation(), Name: r.GetName(), Zone: r.GetZone(), Role: r.GetRole(),
+		Address: r.GetAddress(), AdminAddress: r.GetAdminAddress(), GossipAddress: r.GetGossipAddress(), DataId: r.GetDataId(),
+	}
+	a, err := s.o.propose(ctx, &topologyv1.Command{
+		Change: &topologyv1.Change{Subject: "node", Name: r.GetName(), What: fmt.Sprintf("registered at %s in zone %s", r.GetAddress(), r.GetZone())},
+		Mutations: []*topologyv1.Mutation{{Kind: &topologyv1.Mutation_Register{Register: &topologyv1.Register{
+			Node: n, Boot: r.GetBoot(), BootId: r.GetBootId(),
+		}}}},
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &adminv1.RegisterNodeResponse{Incarnation: a.result.Incarnation, Topology: a.state.Topology.Proto()}, nil
+}
+
+// settings converts what a request wants to set.
+func settings(pb *adminv1.NamespaceSettings) topology.NamespaceSettings {
+	var out topology.NamespaceSettings
+	if pb == nil {
+		return out
+	}
+	if pb.N != nil {
+		n := int(pb.GetN())
+		out.N = &n
+	}
+	out.W, out.R, out.RepairChance, out.Hints = pb.WriteQuorum, pb.ReadQuorum, pb.RepairChance, pb.Hints
+	if pb.ReadRepair != nil {
+		r := topology.ReadRepair(pb.GetReadRepair())
+		out.ReadRepair = &r
+	}
+	if pb.TtlMs != nil {
+		ttl := time.Duration(pb.GetTtlMs()) * time.Millisecond
+		out.TTL = &ttl
+	}
+	return out
+}
+
+func (s controlService) CreateNamespace(ctx context.Context, r *adminv1.CreateNamespaceRequest) (*adminv1.CreateNamespaceResponse, error) {
+	return onLeader(ctx, s.o, r, s.createNamespace, adminv1.ControlServiceClient.CreateNamespace)
+}
+
+func (s controlService) createNamespace(ctx context.Context, r *adminv1.CreateNamespaceRequest) (*adminv1.CreateNamespaceResponse, error) {
+	var warnings []string
+	a, err := s.o.change(ctx, func(t *topology.Topology) (cmd *topologyv1.Command, err error) {
+		cmd, warnings, err = createNamespace(t, r.GetName(), settings(r.GetSettings()))
+		return cmd, err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &adminv1.CreateNamespaceResponse{Namespace: a.result.Namespace.Proto(), Epoch: a.result.Epoch, Warnings: warnings}, nil
+}
+
+func (s controlService) UpdateNamespace(ctx context.Context, r *adminv1.UpdateNamespaceRequest) (*adminv1.UpdateNamespaceResponse, error) {
+	return onLeader(ctx, s.o, r, s.updateNamespace, adminv1.ControlServiceClient.UpdateNamespace)
+}
+
+func (s controlService) updateNamespace(ctx context.Context, r *adminv1.UpdateNamespaceRequest) (*adminv1.UpdateNamespaceResponse, error) {
+	var warnings []string
+	a, err := s.o.change(ctx, func(t *topology.Topology) (cmd *topologyv1.Command, err error) {
+		if ns := t.Namespace(r.GetName()); ns != nil && r.GetIfChangedEpoch() != 0 && r.GetIfChangedEpoch() != ns.ChangedEpoch {
+			return nil, rpc.Errorf(codes.Aborted, "NAMESPACE_CHANGED", "namespace %s was changed in epoch %s by somebody else", ns.Name, topology.EpochString(ns.ChangedEpoch)).
+				With("namespace", ns.Name).With("changed_epoch", ns.ChangedEpoch)
+		}
+		cmd, warnings, err = updateNamespace(t, r.GetName(), settings(r.GetSettings()))
+		return cmd, err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &adminv1.UpdateNamespaceResponse{Namespace: a.result.Namespace.Proto(), Epoch: a.result.Epoch, Warnings: warnings}, nil
+}
+
+func (s controlService) DropNamespace(ctx context.Context, r *adminv1.DropNamespaceRequest) (*adminv1.DropNamespaceResponse, error) {
+	return onLeader(ctx, s.o, r, s.dropNamespace, adminv1.ControlServiceClient.DropNamespace)
+}
+
+func (s controlService) dropNamespace(ctx context.Context, r *adminv1.DropNamespaceRequest) (*adminv1.DropNamespaceResponse, error) {
+	a, err := s.o.change(ctx, func(t *topology.Topology) (*topologyv1.Command, error) { return dropNamespace(t, r.GetName()) })
+	if err != nil {
+		return nil, err
+	}
+	return &adminv1.DropNamespaceResponse{Epoch: a.result.Epoch}, nil
+}
+
+func (s controlService) ListChanges(ctx context.Context, r *adminv1.ListChangesRequest) (*adminv1.ListChangesResponse, error) {
+	return onLeader(ctx, s.o, r, s.listChanges, adminv1.ControlServiceClient.ListChanges)
+}
+
+func (s controlService) listChanges(_ context.Context, r *adminv1.ListChangesRequest) (*adminv1.ListChangesResponse, error) {
+	state := s.o.machine.state.Load()
+	if state == nil {
+		return nil, noLeader()
+	}
+	resp := &adminv1.ListChangesResponse{}
+	for _, c := range state.History {
+		if r.GetSubject() != "" && c.Subject != r.GetSubject() || r.GetName() != "" && c.Name != r.GetName() {
+			continue
+		}
+		resp.Changes = append(resp.Changes, c.Proto())
+	}
+	if n := int(r.GetLimit()); n > 0 && len(resp.Changes) > n {
+		resp.Changes = resp.Changes[len(resp.Changes)-n:]
+	}
+	return resp, nil
+}
+
+func (s controlService) GetClusterStatus(ctx context.Context, r *adminv1.GetClusterStatusRequest) (*adminv1.GetClusterStatusResponse, error) {
+	return onLeader(ctx, s.o, r, s.clusterStatus, adminv1.ControlServiceClient.GetClusterStatus)
+}
+
+// statusTimeout bounds one question to another orchestrator.
+const statusTimeout = 500 * time.Millisecond
+
+func (s controlService) clusterStatus(ctx context.Context, _ *adminv1.GetClusterStatusRequest) (*adminv1.GetClusterStatusResponse, error) {
+	t := s.o.machine.topology()
+	if t == nil {
+		return nil, noLeader()
+	}
+	resp := &adminv1.GetClusterStatusResponse{Topology: t.Proto(), AnsweredBy: s.o.cfg.Name, ControlPlaneAvailable: true}
+	for _, n := range t.Nodes {
+		obs := s.o.health.of(n.Incarnation)
+		on := &adminv1.ObservedNode{Health: obs.proto(n.Incarnation), Status: obs.status}
+		if obs.status != nil {
+			on.AgeMs = uint64(time.Since(obs.at).Milliseconds())
+		}
+		resp.Nodes = append(resp.Nodes, on)
+	}
+	resp.Orchestrators = make([]*adminv1.ObservedOrchestrator, len(s.o.cfg.Peers))
+	var wg sync.WaitGroup
+	for i, p := range s.o.cfg.Peers {
+		wg.Go(func() { resp.Orchestrators[i] = s.o.observe(ctx, p) })
+	}
+	wg.Wait()
+	return resp, nil
+}
+
+// observe asks another orchestrator how it is.
+func (o *Orchestrator) observe(ctx context.Context, p Peer) *adminv1.ObservedOrchestrator {
+	out := &adminv1.ObservedOrchestrator{Name: p.Name}
+	if p.Name == o.cfg.Name {
+		out.Reachable, out.Status = true, o.status()
+		return out
+	}
+	cc, err := o.transport.NewConn(p.Address)
+	if err != nil {
+		return out
+	}
+	defer cc.Close()
+	ctx, cancel := context.WithTimeout(ctx, statusTimeout)
+	defer cancel()
+	resp, err := adminv1.NewStatusServiceClient(cc).GetOrchestratorStatus(ctx, &adminv1.GetOrchestratorStatusRequest{})
+	if err == nil {
+		out.Reachable, out.Status = true, resp.GetStatus()
+	}
+	return out
+}
+
+// statusService describes this process.
+type statusService struct {
+	adminv1.UnimplementedStatusServiceServer
+	o *Orchestrator
+}
+
+func (s statusService) GetOrchestratorStatus(context.Context, *adminv1.GetOrchestratorStatusRequest) (*adminv1.GetOrchestratorStatusResponse, error) {
+	return &adminv1.GetOrchestratorStatusResponse{Status: s.o.status()}, nil
+}
+
+func (o *Orchestrator) status() *adminv1.OrchestratorStatus {
+	r := o.raft.Status()
+	s := &adminv1.OrchestratorStatus{
+		Name: o.cfg.Name, RaftState: r.State, Leader: r.Leader, Term: r.Term, AppliedIndex: r.Applied,
+		UptimeMs: uint64(time.Since(o.started).Milliseconds()), Software: o.cfg.Software,
+	}
+	if t := o.machine.topology(); t != nil {
+		s.Epoch = t.Epoch
+	}
+	if !r.LastContact.IsZero() {
+		s.LeaderContactMs = uint64(max(0, time.Since(r.LastContact).Milliseconds()))
+	}
+	return s
+}
+
+// topologyService hands out what has been agreed on.
+type topologyService struct {
+	topologyv1.UnimplementedTopologyServiceServer
+	o *Orchestrator
+}
+
+// watchInterval is how often a watcher hears something at least.
+const watchInterval = 2 * time.Second
+
+func (s topologyService) check(clusterID string) (*topology.Topology, error) {
+	t := s.o.machine.topology()
+	if t == nil {
+		return nil, noLeader()
+	}
+	if clusterID != "" && clusterID != t.ClusterID {
+		return nil, rpc.Errorf(codes.FailedPrecondition, rpc.ReasonWrongPeer, "this is cluster %s, not %s", t.ClusterID, clusterID)
+	}
+	return t, nil
+}
+
+func (s topologyService) GetTopology(_ context.Context, r *topologyv1.GetTopologyRequest) (*topologyv1.GetTopologyResponse, error) {
+	t, err := s.check(r.GetClusterId())
+	if err != nil {
+		return nil, err
+	}
+	return &topologyv1.GetTopologyResponse{Topology: t.Proto()}, nil
+}
+
+func (s topologyService) WatchTopology(r *topologyv1.WatchTopologyRequest, stream grpc.ServerStreamingServer[topologyv1.WatchTopologyResponse]) error {
+	known := r.GetKnownEpoch()
+	tick := time.NewTicker(watchInterval)
+	defer tick.Stop()
+	for {
+		changed, health := s.o.machine.changed(), s.o.health.changed()
+		t, err := s.check(r.GetClusterId())
+		if err != nil {
+			return err
+		}
+		resp := &topologyv1.WatchTopologyResponse{WallMs: uint64(s.o.cfg.Seams.WallClock())}
+		for _, n := range t.Nodes {
+			resp.Health = append(resp.Health, s.o.health.of(n.Incarnation).proto(n.Incarnation))
+		}
+		if t.Epoch > known {
+			resp.Topology, known = t.Proto(), t.Epoch
+		}
+		if err := stream.Send(resp); err != nil {
+			return err
+		}
+		select {
+		case <-stream.Context().Done():
+			return stream.Context().Err()
+		case <-s.o.stopping:
+			return rpc.Errorf(codes.Unavailable, rpc.ReasonStopping, "the orchestrator is stopping")
+		case <-changed:
+		case <-health:
+		case <-tick.C:
+		}
+	}
+}

@@ -1,0 +1,163 @@
+package orchestrator
+
+import (
+	"fmt"
+	"slices"
+
+	"github.com/kvasirdb/kvasir/internal/placement"
+	"github.com/kvasirdb/kvasir/internal/topology"
+	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
+)
+
+// decide returns the next command that brings the agreed state closer to what it
+// should be, or nil. It is a function of its arguments; newID is drawn by the
+// caller and used only to found the cluster.
+func decide(s *topology.State, cfg *Config, newID string) (*topologyv1.Command, error) {
+	switch {
+	case s == nil:
+		return found(cfg, newID), nil
+	case !slices.Equal(s.Topology.Orchestrators, orchestrators(cfg)):
+		return setOrchestrators(s.Topology, cfg), nil
+	case !s.Topology.Formed() && s.Topology.DataNodes() >= s.Topology.FoundingNodes:
+		return formRing(s.Topology)
+	}
+	return nil, nil
+}
+
+func found(cfg *Config, id string) *topologyv1.Command {
+	return &topologyv1.Command{
+		Change: &topologyv1.Change{Subject: "cluster", Name: id, What: fmt.Sprintf("founded with %d vnodes, ring forms with %d nodes", cfg.Bootstrap.Vnodes, cfg.Bootstrap.FoundingNodes)},
+		Mutations: []*topologyv1.Mutation{{Kind: &topologyv1.Mutation_Found{Found: &topologyv1.Found{
+			ClusterId: id, Vnodes: uint32(cfg.Bootstrap.Vnodes), FoundingNodes: uint32(cfg.Bootstrap.FoundingNodes),
+			Settings: cfg.Bootstrap.settings().Proto(),
+		}}}},
+	}
+}
+
+// orchestrators returns the configured orchestrators as the topology lists them.
+func orchestrators(cfg *Config) []topology.Orchestrator {
+	var out []topology.Orchestrator
+	for _, p := range cfg.Peers {
+		out = append(out, topology.Orchestrator{Name: p.Name, Address: p.Address, AdminAddress: p.AdminAddress, GossipAddress: p.GossipAddress})
+	}
+	return out
+}
+
+func setOrchestrators(t *topology.Topology, cfg *Config) *topologyv1.Command {
+	m := &topologyv1.SetOrchestrators{}
+	for _, o := range orchestrators(cfg) {
+		m.Orchestrators = append(m.Orchestrators, o.Proto())
+	}
+	return &topologyv1.Command{
+		ExpectEpoch: t.Epoch,
+		Change:      &topologyv1.Change{Subject: "cluster", Name: t.ClusterID, What: fmt.Sprintf("%d orchestrators", len(m.Orchestrators))},
+		Mutations:   []*topologyv1.Mutation{{Kind: &topologyv1.Mutation_SetOrchestrators{SetOrchestrators: m}}},
+	}
+}
+
+// formRing places the founding nodes and makes the namespace default.
+func formRing(t *topology.Topology) (*topologyv1.Command, error) {
+	var nodes []*topology.Node
+	for i := range t.Nodes {
+		if t.Nodes[i].Role == topology.Data {
+			nodes = append(nodes, &t.Nodes[i])
+		}
+	}
+	n := min(3, t.FoundingNodes, len(nodes))
+	ring, err := widen(t, nodes, n)
+	if err != nil {
+		return nil, err
+	}
+	ns := topology.FoundingNamespace(n)
+	return &topologyv1.Command{
+		ExpectEpoch: t.Epoch,
+		Change:      &topologyv1.Change{Subject: "ring", What: fmt.Sprintf("formed: %d vnodes on %d nodes, namespace default with N=%d", t.Vnodes, len(nodes), n)},
+		Mutations: []*topologyv1.Mutation{
+			{Kind: &topologyv1.Mutation_SetRing{SetRing: ring}},
+			{Kind: &topologyv1.Mutation_CreateNamespace{CreateNamespace: &topologyv1.CreateNamespace{Namespace: ns.Proto()}}},
+		},
+	}, nil
+}
+
+// widen returns a ring whose vnodes have at least width slots on the given nodes.
+// New slots are stable at once: no namespace has used them, so they miss no record.
+func widen(t *topology.Topology, nodes []*topology.Node, width int) (*topologyv1.SetRing, error) {
+	var current placement.Assignment
+	for i := range t.Ring {
+		var slots []uint64
+		for _, s := range t.Ring[i].Slots {
+			slots = append(slots, s.Node)
+		}
+		current = append(current, slots)
+	}
+	places := make([]placement.Node, len(nodes))
+	for i, n := range nodes {
+		places[i] = placement.Node{ID: n.Incarnation, Zone: n.Zone}
+	}
+	wide, err := placement.Widen(current, int(t.Vnodes), places, width)
+	if err != nil {
+		return nil, err
+	}
+	ring := make([]topology.Vnode, t.Vnodes)
+	for v := range ring {
+		have := 0
+		if v < len(t.Ring) {
+			ring[v].Slots = slices.Clone(t.Ring[v].Slots)
+			have = len(ring[v].Slots)
+		}
+		for _, n := range wide[v][have:] {
+			ring[v].Slots = append(ring[v].Slots, topology.Slot{Node: n, Phase: topology.Stable})
+		}
+	}
+	return &topologyv1.SetRing{Ring: topology.RingProto(ring)}, nil
+}
+
+// createNamespace decides how a namespace is made, with wider vnodes where its N
+// asks for them.
+func createNamespace(t *topology.Topology, name string, set topology.NamespaceSettings) (*topologyv1.Command, []string, error) {
+	ns, warnings, err := t.NewNamespace(name, set)
+	if err != nil {
+		return nil, nil, err
+	}
+	cmd := &topologyv1.Command{
+		ExpectEpoch: t.Epoch,
+		Change:      &topologyv1.Change{Subject: "namespace", Name: name, What: "created: " + ns.Describe()},
+	}
+	if len(t.Ring[0].Slots) < ns.N {
+		ring, err := widen(t, t.Members(), ns.N)
+		if err != nil {
+			return nil, nil, err
+		}
+		cmd.Mutations = append(cmd.Mutations, &topologyv1.Mutation{Kind: &topologyv1.Mutation_SetRing{SetRing: ring}})
+	}
+	cmd.Mutations = append(cmd.Mutations, &topologyv1.Mutation{Kind: &topologyv1.Mutation_CreateNamespace{
+		CreateNamespace: &topologyv1.CreateNamespace{Namespace: ns.Proto()},
+	}})
+	return cmd, warnings, nil
+}
+
+// updateNamespace decides what a namespace becomes.
+func updateNamespace(t *topology.Topology, name string, set topology.NamespaceSettings) (*topologyv1.Command, []string, error) {
+	ns, warnings, err := t.ChangedNamespace(name, set)
+	if err != nil {
+		return nil, nil, err
+	}
+	return &topologyv1.Command{
+		ExpectEpoch: t.Epoch,
+		Change:      &topologyv1.Change{Subject: "namespace", Name: name, What: "set: " + ns.Describe()},
+		Mutations:   []*topologyv1.Mutation{{Kind: &topologyv1.Mutation_UpdateNamespace{UpdateNamespace: &topologyv1.UpdateNamespace{Namespace: ns.Proto()}}}},
+	}, warnings, nil
+}
+
+// dropNamespace decides how a namespace goes.
+func dropNamespace(t *topology.Topology, name string) (*topologyv1.Command, error) {
+	ns, err := t.DroppableNamespace(name)
+	if err != nil {
+		return nil, err
+	}
+	return &topologyv1.Command{
+		ExpectEpoch: t.Epoch,
+		Change:      &topologyv1.Change{Subject: "namespace", Name: name, What: "dropped"},
+		Mutations:   []*topologyv1.Mutation{{Kind: &topologyv1.Mutation_DropNamespace{DropNamespace: &topologyv1.DropNamespace{Id: ns.ID}}}},
+	}, nil
+}

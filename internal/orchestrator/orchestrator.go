@@ -1,0 +1,378 @@
+// Package orchestrator is the control plane: a few processes that agree by Raft on
+// nodes, vnode slots, namespaces and settings, watch the nodes' health, and hand
+// the topology out. No query passes through it, and nodes serve without it.
+package orchestrator
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/hashicorp/memberlist"
+	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
+
+	"github.com/kvasirdb/kvasir/internal/consensus"
+	"github.com/kvasirdb/kvasir/internal/gossip"
+	"github.com/kvasirdb/kvasir/internal/rpc"
+	"github.com/kvasirdb/kvasir/internal/topology"
+	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
+	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
+)
+
+// Orchestrator is a running orchestrator.
+type Orchestrator struct {
+	cfg       Config
+	transport rpc.Transport
+	started   time.Time
+	machine   *machine
+	raft      *consensus.Raft
+	health    *probes
+	gossip    *gossip.Gossip
+
+	listener, adminListener net.Listener
+	server                  *grpc.Server
+	healthServer            *health.Server
+	registry                *prometheus.Registry
+
+	// leading is set once this leader knows all that was committed before it led.
+	leading  atomic.Bool
+	stopping chan struct{}
+	stopOnce sync.Once
+	cancel   context.CancelFunc
+	workers  sync.WaitGroup
+}
+
+// Start starts an orchestrator and returns once it takes part in Raft. Errors name
+// what keeps it from starting.
+func Start(cfg Config) (*Orchestrator, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	cfg.Seams.setDefaults()
+	tlsConfig, err := cfg.TLS.Load()
+	if err != nil {
+		return nil, err
+	}
+	o := &Orchestrator{
+		cfg: cfg, transport: rpc.Transport{Dial: cfg.Seams.Dial, TLS: tlsConfig}, started: time.Now(),
+		machine: newMachine(), stopping: make(chan struct{}), registry: rpc.NewRegistry(),
+	}
+	o.health = newProbes(o)
+	run, cancel := context.WithCancel(context.Background())
+	o.cancel = cancel
+	if err := o.open(run); err != nil {
+		o.Stop()
+		return nil, err
+	}
+	return o, nil
+}
+
+func (s *Seams) setDefaults() {
+	if s.FS == nil {
+		s.FS = vfs.Default
+	}
+	if s.Listen == nil {
+		s.Listen = rpc.Listen
+	}
+	if s.Dial == nil {
+		s.Dial = rpc.NetDialer
+	}
+	if s.Gossip == nil {
+		s.Gossip = func(string) (memberlist.Transport, error) { return nil, nil }
+	}
+	if s.Raft == nil {
+		s.Raft = consensus.NewTCPStreamLayer
+	}
+	if s.WallClock == nil {
+		s.WallClock = func() int64 { return time.Now().UnixMilli() }
+	}
+}
+
+// open makes the parts in the order in which they need each other.
+func (o *Orchestrator) open(run context.Context) error {
+	var err error
+	// Ports first: a busy one is told before anything is touched.
+	if o.listener, err = o.cfg.Seams.Listen(o.cfg.Listen); err != nil {
+		return err
+	}
+	if o.adminListener, err = o.cfg.Seams.Listen(o.cfg.AdminListen); err != nil {
+		return err
+	}
+	if err := o.openRaft(); err != nil {
+		return err
+	}
+	o.describe(o.registry)
+	o.workers.Go(func() {
+		if err := rpc.ServeAdmin(run, o.adminListener, o.registry, o.ready); err != nil {
+			o.cfg.Fatal(err)
+		}
+	})
+	o.workers.Go(func() { o.lead(run) })
+	o.workers.Go(func() { o.joinMembers(run) })
+	o.startServer()
+	return nil
+}
+
+func (o *Orchestrator) openRaft() error {
+	self, _ := o.cfg.self()
+	streams, err := o.cfg.Seams.Raft(o.cfg.RaftListen, self.RaftAddress)
+	if err != nil {
+		return err
+	}
+	var servers []consensus.Server
+	for _, p := range o.cfg.Peers {
+		servers = append(servers, consensus.Server{Name: p.Name, Address: p.RaftAddress})
+	}
+	o.raft, err = consensus.Open(consensus.Config{
+		Name: o.cfg.Name, Servers: servers, FS: o.cfg.Seams.FS, Dir: o.cfg.DataDir, Streams: streams,
+		HeartbeatTimeout: o.cfg.ElectionTimeout, ElectionTimeout: o.cfg.ElectionTimeout, LeaderLease: o.cfg.ElectionTimeout / 2,
+		Logger: o.cfg.Logger, Fatal: o.cfg.Fatal,
+	}, o.machine)
+	return err
+}
+
+// joinMembers starts gossip once the cluster has an identity, and health checks
+// with it.
+func (o *Orchestrator) joinMembers(run context.Context) {
+	for o.machine.topology() == nil {
+		changed := o.machine.changed()
+		if o.machine.topology() != nil {
+			break
+		}
+		select {
+		case <-run.Done():
+			return
+		case <-changed:
+		}
+	}
+	if err := o.startGossip(); err != nil {
+		o.cfg.Fatal(err)
+		return
+	}
+	o.workers.Go(func() {
+		<-run.Done()
+		o.gossip.Leave(time.Second) // best effort: the others notice anyway
+		if err := o.gossip.Close(); err != nil {
+			o.cfg.Logger.Warn("leaving the members", "err", err)
+		}
+	})
+	o.health.run(run)
+}
+
+func (o *Orchestrator) startGossip() error {
+	self, _ := o.cfg.self()
+	transport, err := o.cfg.Seams.Gossip(o.cfg.GossipListen)
+	if err != nil {
+		return err
+	}
+	o.gossip, err = gossip.Start(gossip.Config{
+		Name: "o." + o.cfg.Name, Cluster: o.machine.topology().ClusterID, Bind: o.cfg.GossipListen, Advertise: self.GossipAddress,
+		Transport: transport, Logger: o.cfg.Logger, Meta: gossipMeta(o.machine.topology()),
+		Seeds: func() []string {
+			var out []string
+			for _, p := range o.cfg.Peers {
+				if p.Name != o.cfg.Name {
+					out = append(out, p.GossipAddress)
+				}
+			}
+			for _, n := range o.machine.topology().Nodes {
+				out = append(out, n.GossipAddress)
+			}
+			return out
+		},
+	})
+	return err
+}
+
+func (o *Orchestrator) startServer() {
+	o.server = o.transport.NewServer()
+	o.healthServer = health.NewServer()
+	healthv1.RegisterHealthServer(o.server, o.healthServer)
+	adminv1.RegisterControlServiceServer(o.server, controlService{o: o})
+	adminv1.RegisterStatusServiceServer(o.server, statusService{o: o})
+	topologyv1.RegisterTopologyServiceServer(o.server, topologyService{o: o})
+	o.workers.Go(func() {
+		if err := o.server.Serve(o.listener); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
+			o.cfg.Fatal(fmt.Errorf("serve %s: %w", o.cfg.Listen, err))
+		}
+	})
+	o.cfg.Logger.Info("serving", "name", o.cfg.Name, "address", o.cfg.Listen, "orchestrators", len(o.cfg.Peers))
+}
+
+// leads reports whether this orchestrator leads and knows all that was agreed on.
+func (o *Orchestrator) leads() bool { return o.leading.Load() && o.raft.IsLeader() }
+
+// leaderAddress returns where the leader serves, if there is one.
+func (o *Orchestrator) leaderAddress() (string, bool) {
+	name, ok := o.raft.Leader()
+	for _, p := range o.cfg.Peers {
+		if ok && p.Name == name && name != o.cfg.Name {
+			return p.Address, true
+		}
+	}
+	return "", false
+}
+
+// leadInterval is how often the leader looks for something to do without being
+// told.
+const leadInterval = 200 * time.Millisecond
+
+// lead runs the leader's control loop whenever this orchestrator leads: observe,
+// decide, propose.
+func (o *Orchestrator) lead(run context.Context) {
+	tick := time.NewTicker(leadInterval)
+	defer tick.Stop()
+	for {
+		changed := o.machine.changed()
+		switch {
+		case !o.raft.IsLeader():
+			o.leading.Store(false)
+		case !o.leading.Load():
+			o.takeOver(run)
+		default:
+			o.step(run)
+		}
+		select {
+		case <-run.Done():
+			return
+		case <-o.raft.LeaderChanges():
+		case <-changed:
+		case <-tick.C:
+		}
+	}
+}
+
+// proposeTimeout bounds one proposal of the control loop.
+const proposeTimeout = 5 * time.Second
+
+// takeOver waits until everything that was committed before is known here.
+func (o *Orchestrator) takeOver(run context.Context) {
+	ctx, cancel := context.WithTimeout(run, proposeTimeout)
+	defer cancel()
+	if err := o.raft.Barrier(ctx); err != nil {
+		return // asked again at the next tick, if this one still leads
+	}
+	o.leading.Store(true)
+	o.cfg.Logger.Info("leading", "term", o.raft.Status().Term)
+	o.step(run)
+}
+
+// step proposes what is to be done next, if anything.
+func (o *Orchestrator) step(run context.Context) {
+	cmd, err := decide(o.machine.state.Load(), &o.cfg, rand.Text())
+	if err != nil {
+		o.cfg.Logger.Error("cannot decide", "err", err)
+		return
+	}
+	if cmd == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(run, proposeTimeout)
+	defer cancel()
+	var conflict *topology.Refusal
+	switch _, err := o.propose(ctx, cmd); {
+	case err == nil:
+		o.cfg.Logger.Info("agreed", "subject", cmd.GetChange().GetSubject(), "what", cmd.GetChange().GetWhat())
+	case errors.As(err, &conflict) && conflict.Kind == topology.Conflict:
+		// Something else changed meanwhile; the next step sees it.
+	default:
+		o.cfg.Logger.Warn("could not agree", "subject", cmd.GetChange().GetSubject(), "what", cmd.GetChange().GetWhat(), "err", err)
+	}
+}
+
+// ready returns why the orchestrator is of no use now, or nil.
+func (o *Orchestrator) ready() error {
+	if _, ok := o.raft.Leader(); !ok {
+		return errors.New("no leader")
+	}
+	if o.machine.topology() == nil {
+		return errors.New("the cluster has not been founded")
+	}
+	return nil
+}
+
+// describe registers the gauges of an orchestrator.
+func (o *Orchestrator) describe(reg prometheus.Registerer) {
+	gauge := func(name, help string, f func() float64) {
+		reg.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Namespace: "kvasir", Subsystem: "orchestrator", Name: name, Help: help}, f))
+	}
+	gauge("leader", "1 while this orchestrator leads.", func() float64 {
+		if o.leads() {
+			return 1
+		}
+		return 0
+	})
+	gauge("term", "Raft term.", func() float64 { return float64(o.raft.Status().Term) })
+	gauge("applied_index", "Last entry of the Raft log that was applied.", func() float64 { return float64(o.raft.Status().Applied) })
+	gauge("epoch", "Epoch of the agreed topology.", func() float64 {
+		if t := o.machine.topology(); t != nil {
+			return float64(t.Epoch)
+		}
+		return 0
+	})
+	gauge("nodes", "Registered nodes.", func() float64 {
+		if t := o.machine.topology(); t != nil {
+			return float64(len(t.Nodes))
+		}
+		return 0
+	})
+	gauge("unhealthy_nodes", "Nodes that this orchestrator takes for unhealthy.", func() float64 {
+		n := 0
+		if t := o.machine.topology(); t != nil {
+			for _, node := range t.Nodes {
+				if !o.health.healthy(node.Incarnation) {
+					n++
+				}
+			}
+		}
+		return float64(n)
+	})
+}
+
+// Stop stops the orchestrator and returns when everything has ended.
+func (o *Orchestrator) Stop() {
+	o.stopOnce.Do(func() {
+		close(o.stopping)
+		if o.healthServer != nil {
+			o.healthServer.Shutdown()
+		}
+		o.cancel()
+		if o.server != nil {
+			o.server.Stop()
+		}
+		for _, l := range []net.Listener{o.listener, o.adminListener} {
+			if l != nil {
+				l.Close() // closed already where a server had it
+			}
+		}
+		// Raft first: the control loop may be waiting for it.
+		if o.raft != nil {
+			if err := o.raft.Close(); err != nil {
+				o.cfg.Logger.Error("closing Raft", "err", err)
+			}
+		}
+		o.workers.Wait()
+	})
+}
+
+// Run runs an orchestrator until ctx ends.
+func Run(ctx context.Context, cfg Config) error {
+	o, err := Start(cfg)
+	if err != nil {
+		return err
+	}
+	<-ctx.Done()
+	cfg.Logger.Info("stopping")
+	o.Stop()
+	cfg.Logger.Info("stopped")
+	return nil
+}
