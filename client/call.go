@@ -52,7 +52,9 @@ func (c *Client) do(ctx context.Context, req request) (answered, error) {
 	var failure *rpc.Error
 	maybeDone := false // an attempt may have written something
 	pause := minPause
+	began := time.Now()
 	for {
+		refused := 0 // for want of live replicas, in this round
 		for _, address := range c.candidates(req) {
 			a, err := c.attempt(ctx, req, address)
 			if err == nil {
@@ -65,8 +67,11 @@ func (c *Client) do(ctx context.Context, req request) (answered, error) {
 			if !e.NothingDone() && e.Code != codes.InvalidArgument && e.Code != codes.NotFound {
 				maybeDone = maybeDone || req.writes
 			}
-			if failure == nil || e.Reason != rpc.ReasonNotSent {
-				failure = e // "not reachable" says less than what a node said
+			if telling(e) >= telling(failure) {
+				failure = e
+			}
+			if e.Reason == rpc.ReasonNotEnoughReplicas {
+				refused++
 			}
 			if ctx.Err() != nil {
 				return answered{}, c.timedOut(ctx, failure, maybeDone)
@@ -77,6 +82,9 @@ func (c *Client) do(ctx context.Context, req request) (answered, error) {
 			if e.RetryAfter > 0 {
 				break // the node says when, not where
 			}
+		}
+		if refused > 0 && failure.Reason == rpc.ReasonNotEnoughReplicas && time.Since(began) >= c.cfg.patience {
+			return answered{}, publicError(failure, maybeDone)
 		}
 		wait := pause/2 + rand.N(pause)
 		if failure != nil {
@@ -89,6 +97,19 @@ func (c *Client) do(ctx context.Context, req request) (answered, error) {
 		case <-time.After(wait):
 		}
 	}
+}
+
+// telling ranks failures by how much they say about the request.
+func telling(e *rpc.Error) int {
+	switch {
+	case e == nil:
+		return 0
+	case e.Reason == rpc.ReasonNotSent, e.Reason == rpc.ReasonLinkBroken:
+		return 1
+	case e.Reason == rpc.ReasonNotReady, e.Reason == rpc.ReasonStopping:
+		return 2
+	}
+	return 3
 }
 
 // timedOut is the error of a request whose time is over.

@@ -53,7 +53,7 @@ const openTimeout = 5 * time.Second
 // New connects to the cluster that some endpoints, host:port, belong to. One that
 // answers is enough. It tries until ctx ends, at most 5 s when ctx has no deadline.
 func New(ctx context.Context, endpoints []string, opts ...Option) (*Client, error) {
-	cfg := config{timeout: 5 * time.Second, dial: rpc.NetDialer, wall: func() int64 { return time.Now().UnixMilli() }}
+	cfg := config{timeout: 5 * time.Second, patience: time.Second, dial: rpc.NetDialer, wall: func() int64 { return time.Now().UnixMilli() }}
 	for _, o := range opts {
 		o(&cfg)
 	}

@@ -17,6 +17,7 @@ type Option func(*config)
 type config struct {
 	namespace string
 	timeout   time.Duration
+	patience  time.Duration
 	tls       *tls.Config
 	dial      rpc.Dialer
 	wall      func() int64
@@ -27,6 +28,11 @@ func WithNamespace(name string) Option { return func(c *config) { c.namespace = 
 
 // WithTimeout bounds calls whose context has no deadline. Default 5 s.
 func WithTimeout(d time.Duration) Option { return func(c *config) { c.timeout = d } }
+
+// WithPatience sets how long a call is tried again while every node that answers says
+// that too few replicas are live: a node that restarts is back within a second or
+// two. 0 asks each node once. Default 1 s.
+func WithPatience(d time.Duration) Option { return func(c *config) { c.patience = d } }
 
 // WithTLS encrypts connections and shows a certificate.
 func WithTLS(t *tls.Config) Option { return func(c *config) { c.tls = t } }

@@ -1,0 +1,427 @@
+package sim_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"google.golang.org/grpc/codes"
+
+	"github.com/kvasirdb/kvasir/client"
+	"github.com/kvasirdb/kvasir/internal/rpc"
+	"github.com/kvasirdb/kvasir/internal/sim"
+	"github.com/kvasirdb/kvasir/internal/topology"
+	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
+	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
+)
+
+func ptr[T any](v T) *T { return &v }
+
+func create(ctl adminv1.ControlServiceClient, name string, set *adminv1.NamespaceSettings) (*adminv1.CreateNamespaceResponse, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	return ctl.CreateNamespace(ctx, &adminv1.CreateNamespaceRequest{Name: name, Settings: set})
+}
+
+func status(t *testing.T, ctl adminv1.ControlServiceClient) *adminv1.GetClusterStatusResponse {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	s, err := ctl.GetClusterStatus(ctx, &adminv1.GetClusterStatusRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func agreed(t *testing.T, ctl adminv1.ControlServiceClient) *topology.Topology {
+	t.Helper()
+	top, err := topology.FromProto(status(t, ctl).GetTopology())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return top
+}
+
+func wantReason(t *testing.T, err error, code codes.Code, reason string) *rpc.Error {
+	t.Helper()
+	e := rpc.AsError(err)
+	if e == nil || e.Code != code || e.Reason != reason {
+		t.Fatalf("error = %v (%+v), want %s %s", err, e, code, reason)
+	}
+	return e
+}
+
+// leader returns the orchestrator that leads.
+func leader(t *testing.T, w *sim.World) string {
+	t.Helper()
+	for _, o := range status(t, w.Control("node1")).GetOrchestrators() {
+		if o.GetStatus().GetRaftState() == "leader" {
+			return o.GetName()
+		}
+	}
+	t.Fatal("no orchestrator leads")
+	return ""
+}
+
+func TestRingFormsEvenlyOverZones(t *testing.T) {
+	world(t, sim.Config{Seed: 1, Nodes: 5, Orchestrators: 3, Zones: 3}, func(t *testing.T, w *sim.World) {
+		top := agreed(t, w.Control("node3"))
+		if !top.Formed() || len(top.Orchestrators) != 3 || len(top.Nodes) != 5 {
+			t.Fatalf("formed %v, %d orchestrators, %d nodes", top.Formed(), len(top.Orchestrators), len(top.Nodes))
+		}
+		for v := range top.Ring {
+			zones := map[string]bool{}
+			for _, s := range top.Ring[v].Slots {
+				zones[top.Node(s.Node).Zone] = true
+			}
+			if len(zones) != 3 {
+				t.Errorf("vnode %d lies in %d zones", v, len(zones))
+			}
+		}
+		for _, n := range status(t, w.Control("node3")).GetNodes() {
+			if n.GetHealth().GetState() != topologyv1.NodeHealth_STATE_HEALTHY || n.GetStatus().GetEpoch() != top.Epoch {
+				t.Errorf("node %v", n)
+			}
+		}
+	})
+}
+
+func TestNamespaces(t *testing.T) {
+	world(t, sim.Config{Seed: 2, Nodes: 5, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		ctl := w.Control("node2")
+		resp, err := create(ctl, "wide", &adminv1.NamespaceSettings{N: ptr(uint32(5)), WriteQuorum: ptr("40%"), ReadQuorum: ptr("quorum")})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if resp.GetNamespace().GetN() != 5 || len(resp.GetWarnings()) != 1 {
+			t.Errorf("response %v", resp)
+		}
+		c := w.Client(client.WithNamespace("wide"))
+		defer c.Close()
+		if r := put(t, c, "k", "v"); r.N != 5 || r.Needed != 2 {
+			t.Errorf("receipt %+v", r)
+		}
+		time.Sleep(time.Second)
+		for i := range 5 {
+			want(t, c, "k", "v", client.FromReplica(fmt.Sprint("node", i+1)))
+		}
+		_, err = create(ctl, "wide", nil)
+		wantReason(t, err, codes.AlreadyExists, "NAMESPACE_EXISTS")
+		_, err = create(ctl, "six", &adminv1.NamespaceSettings{N: ptr(uint32(6))})
+		if e := wantReason(t, err, codes.FailedPrecondition, "N_ABOVE_NODES"); e.Details["n"] != "6" || e.Details["data_nodes"] != "5" {
+			t.Errorf("details %v", e.Details)
+		}
+		set := func(s *adminv1.NamespaceSettings, epoch uint64) (*adminv1.UpdateNamespaceResponse, error) {
+			return ctl.UpdateNamespace(context.Background(), &adminv1.UpdateNamespaceRequest{Name: "wide", Settings: s, IfChangedEpoch: epoch})
+		}
+		changed, err := set(&adminv1.NamespaceSettings{WriteQuorum: ptr("quorum"), TtlMs: ptr(uint64(1000))}, resp.GetNamespace().GetChangedEpoch())
+		if err != nil || changed.GetNamespace().GetLeastWriteAcks() != 2 {
+			t.Fatalf("%v, %v", changed, err)
+		}
+		_, err = set(&adminv1.NamespaceSettings{TtlMs: ptr(uint64(5))}, resp.GetNamespace().GetChangedEpoch())
+		wantReason(t, err, codes.Aborted, "NAMESPACE_CHANGED")
+		put(t, c, "short", "v")
+		time.Sleep(2 * time.Second)
+		want(t, c, "short", "")
+
+		if _, err := ctl.DropNamespace(context.Background(), &adminv1.DropNamespaceRequest{Name: "wide"}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.Get(context.Background(), []byte("k")); !errors.Is(err, client.ErrNamespaceNotFound) {
+			t.Errorf("error = %v", err)
+		}
+		// Made again under the same name, it is empty.
+		if _, err := create(ctl, "wide", &adminv1.NamespaceSettings{N: ptr(uint32(3))}); err != nil {
+			t.Fatal(err)
+		}
+		want(t, c, "k", "")
+		hist, err := ctl.ListChanges(context.Background(), &adminv1.ListChangesRequest{Subject: "namespace", Name: "wide"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var what []string
+		for _, h := range hist.GetChanges() {
+			what = append(what, strings.SplitN(h.GetWhat(), ":", 2)[0])
+		}
+		if got := strings.Join(what, " "); got != "created set dropped created" {
+			t.Errorf("history: %s", got)
+		}
+	})
+}
+
+// The leader is killed under namespace changes: a new one leads within 5 s, and
+// nothing that was agreed on is lost.
+func TestLeaderKilledUnderChanges(t *testing.T) {
+	world(t, sim.Config{Seed: 3, Nodes: 3, Orchestrators: 3}, func(t *testing.T, w *sim.World) {
+		ctl := w.Control("node1")
+		made := map[string]bool{}
+		for round := range 3 {
+			for i := range 5 {
+				name := fmt.Sprintf("ns-%d-%d", round, i)
+				if _, err := create(ctl, name, nil); err != nil {
+					t.Fatal(err)
+				}
+				made[name] = true
+			}
+			old := leader(t, w)
+			w.Crash(old, sim.Kill)
+			killed := time.Now()
+			name := fmt.Sprintf("after-%d", round)
+			for {
+				_, err := create(ctl, name, nil)
+				if err == nil || rpc.AsError(err).Reason == "NAMESPACE_EXISTS" {
+					break
+				}
+				time.Sleep(50 * time.Millisecond)
+			}
+			if took := time.Since(killed); took > 5*time.Second {
+				t.Errorf("no new leader within 5s: %s", took)
+			}
+			made[name] = true
+			w.Start(old)
+			time.Sleep(2 * time.Second)
+		}
+		top := agreed(t, ctl)
+		for name := range made {
+			if top.Namespace(name) == nil {
+				t.Errorf("namespace %s is lost", name)
+			}
+		}
+		c := w.Client(client.WithNamespace("after-2"))
+		defer c.Close()
+		put(t, c, "k", "v")
+	})
+}
+
+// Invariant 12.
+func TestMinorityOfOrchestratorsChangesNothing(t *testing.T) {
+	world(t, sim.Config{Seed: 4, Nodes: 3, Orchestrators: 3}, func(t *testing.T, w *sim.World) {
+		w.Crash("orch1", sim.Kill)
+		w.Crash("orch2", sim.Kill)
+		time.Sleep(5 * time.Second)
+		_, err := create(w.Control("node1"), "x", nil)
+		wantReason(t, err, codes.Unavailable, rpc.ReasonNoLeader)
+		s := status(t, w.Control("node1"))
+		if s.GetControlPlaneAvailable() || s.GetAnsweredBy() != "node1" || len(s.GetNodes()) != 3 || s.GetNodes()[2].GetStatus().GetName() != "node3" {
+			t.Errorf("status without a leader: %v", s)
+		}
+	})
+}
+
+func TestUnhealthyNodesAreNoticedAndComeBack(t *testing.T) {
+	world(t, sim.Config{Seed: 5, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		state := func() topologyv1.NodeHealth_State {
+			for _, n := range status(t, w.Control("node1")).GetNodes() {
+				if n.GetHealth().GetIncarnation() == incarnation(t, w, "node3") {
+					return n.GetHealth().GetState()
+				}
+			}
+			return 0
+		}
+		w.Crash("node3", sim.Kill)
+		time.Sleep(8 * time.Second)
+		if state() != topologyv1.NodeHealth_STATE_UNHEALTHY {
+			t.Error("a dead node is not noticed")
+		}
+		w.Start("node3")
+		time.Sleep(8 * time.Second)
+		if state() != topologyv1.NodeHealth_STATE_HEALTHY {
+			t.Error("a node that came back is not noticed")
+		}
+	})
+}
+
+func incarnation(t *testing.T, w *sim.World, name string) uint64 {
+	t.Helper()
+	return agreed(t, w.Control("node1")).Resolve(name).Incarnation
+}
+
+// A node whose log lost its tail notices it, says so, and votes in no quorum.
+func TestLostTail(t *testing.T) {
+	world(t, sim.Config{Seed: 6, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		c := w.Client()
+		defer c.Close()
+		for i := range 200 {
+			put(t, c, fmt.Sprint("k", i), "v", client.W("all"))
+		}
+		w.Stop("node3")
+		cutLog(t, w.Disk("node3"))
+		w.Start("node3")
+		time.Sleep(3 * time.Second)
+		var said *adminv1.ObservedNode
+		for _, n := range status(t, w.Control("node1")).GetNodes() {
+			if n.GetStatus().GetName() == "node3" {
+				said = n
+			}
+		}
+		if said.GetStatus().GetState() != adminv1.NodeStatus_STATE_LOST_TAIL || said.GetHealth().GetState() == topologyv1.NodeHealth_STATE_HEALTHY {
+			t.Fatalf("status %v", said)
+		}
+		if _, err := c.Get(context.Background(), []byte("k1"), client.FromReplica("node3")); err == nil {
+			t.Error("it serves its copy")
+		}
+		_, err := c.Put(timeout(t, 2*time.Second), []byte("k"), []byte("v"), client.W("all"))
+		if !errors.Is(err, client.ErrUnavailable) {
+			t.Errorf("a write to all replicas: %v", err)
+		}
+		for i := range 200 {
+			want(t, c, fmt.Sprint("k", i), "v")
+		}
+	})
+}
+
+func timeout(t *testing.T, d time.Duration) context.Context {
+	ctx, cancel := context.WithTimeout(context.Background(), d)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+// cutLog takes the second half of the newest log away.
+func cutLog(t *testing.T, fs vfs.FS) {
+	t.Helper()
+	names, err := fs.List("data")
+	if err != nil {
+		t.Fatal(err)
+	}
+	newest := ""
+	for _, n := range names {
+		if strings.HasSuffix(n, ".log") && n > newest {
+			newest = n
+		}
+	}
+	path := filepath.Join("data", newest)
+	f, err := fs.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := io.ReadAll(f)
+	if err := errors.Join(err, f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	b = bytes.TrimRight(b, "\x00")
+	out, err := fs.Create(path, vfs.WriteCategoryUnspecified)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = out.Write(b[:len(b)/2])
+	if err := errors.Join(err, out.Sync(), out.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Invariant 10: an old copy of a data directory is turned away, and so is the
+// directory of another cluster. A wiped one becomes a new incarnation.
+func TestDataDirectoriesAndIncarnations(t *testing.T) {
+	world(t, sim.Config{Seed: 7, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		before := incarnation(t, w, "node3")
+		w.Stop("node3")
+		image := w.CopyDisk("node3")
+		w.Start("node3")
+		w.Stop("node3")
+		current := w.CopyDisk("node3")
+		w.SetDisk("node3", image)
+		if err := w.TryStart("node3"); err == nil || !strings.Contains(err.Error(), "old copy") {
+			t.Errorf("an old copy: %v", err)
+		}
+		w.SetDisk("node3", current)
+		if err := w.TryStart("node3"); err != nil {
+			t.Errorf("the current directory: %v", err)
+		}
+		if after := incarnation(t, w, "node3"); after != before {
+			t.Errorf("incarnation was %d, is %d", before, after)
+		}
+		w.Crash("node3", sim.Kill)
+		time.Sleep(8 * time.Second)
+		w.Wipe("node3")
+		w.Start("node3")
+		if after := incarnation(t, w, "node3"); after <= before {
+			t.Errorf("a wiped directory has incarnation %d, its predecessor had %d", after, before)
+		}
+	})
+}
+
+func TestDataDirectoryOfAnotherCluster(t *testing.T) {
+	var foreign *vfs.MemFS
+	world(t, sim.Config{Seed: 8, Nodes: 1, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		w.Stop("node1")
+		foreign = w.CopyDisk("node1")
+	})
+	world(t, sim.Config{Seed: 9, Nodes: 1, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		w.Stop("node1")
+		w.SetDisk("node1", foreign)
+		err := w.TryStart("node1")
+		if err == nil || !strings.Contains(err.Error(), "belongs to cluster") || !strings.Contains(err.Error(), "node1") {
+			t.Errorf("error = %v", err)
+		}
+	})
+}
+
+// A node that joins a formed ring is a spare: it coordinates and holds nothing.
+func TestSpare(t *testing.T) {
+	world(t, sim.Config{Seed: 10, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		w.AddNode("node4", "z1")
+		w.Start("node4")
+		time.Sleep(3 * time.Second)
+		top := agreed(t, w.Control("node4"))
+		if len(top.Nodes) != 4 || len(top.Members()) != 3 {
+			t.Fatalf("%d nodes, %d members", len(top.Nodes), len(top.Members()))
+		}
+		if _, err := create(w.Control("node4"), "x", &adminv1.NamespaceSettings{N: ptr(uint32(4))}); rpc.AsError(err).Reason != "N_ABOVE_NODES" {
+			t.Errorf("a spare counts toward N: %v", err)
+		}
+		spare, err := client.New(context.Background(), []string{w.Host("node4") + ":7400"}, client.WithDialer(w.Net.Dialer("10.0.2.99")))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer spare.Close()
+		put(t, spare, "k", "v")
+		want(t, spare, "k", "v")
+		w.Crash("node4", sim.Kill)
+		w.Wipe("node4")
+		w.AddNode("node1-again", "z1")
+	})
+}
+
+// Two nodes cannot have one name at once.
+func TestNameInUse(t *testing.T) {
+	world(t, sim.Config{Seed: 11, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		_, err := w.Control("orch1").RegisterNode(context.Background(), &adminv1.RegisterNodeRequest{
+			Name: "node1", Zone: "z1", Role: topologyv1.Role_ROLE_DATA, Address: "10.9.9.9:1", DataId: "another", Boot: 1, BootId: "x",
+		})
+		wantReason(t, err, codes.AlreadyExists, "NAME_IN_USE")
+	})
+}
+
+// A node 10 minutes ahead stops coordinating once three others say so; nothing is
+// lost, and its versions reach nobody.
+func TestNodeWithAWrongClock(t *testing.T) {
+	world(t, sim.Config{Seed: 12, Nodes: 5, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		c := w.Client()
+		defer c.Close()
+		put(t, c, "k", "before")
+		w.SetClock("node2", 10*time.Minute)
+		for i := range 200 {
+			if _, err := c.Put(timeout(t, 2*time.Second), []byte("k"), fmt.Append(nil, i)); err != nil {
+				t.Fatalf("put %d: %v", i, err)
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+		v := want(t, c, "k", "199")
+		if ahead := time.Until(v.Version.Time()); ahead > time.Second {
+			t.Errorf("a version %s ahead got through", ahead)
+		}
+		for _, n := range status(t, w.Control("node1")).GetNodes() {
+			if s := n.GetStatus(); s.GetClockOk() != (s.GetName() != "node2") {
+				t.Errorf("%s: clock ok is %v, offset %d ms of %d opinions", s.GetName(), s.GetClockOk(), s.GetClockOffsetMs(), s.GetClockOpinions())
+			}
+		}
+	})
+}

@@ -1,0 +1,384 @@
+// Package sim runs whole clusters in one process on virtual time: the real nodes and
+// orchestrators, composed as the binaries compose them, over a simulated network,
+// simulated disks and a clock for each process. Tests run it in a synctest bubble.
+package sim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/hashicorp/memberlist"
+	"github.com/hashicorp/raft"
+	"google.golang.org/grpc"
+
+	"github.com/kvasirdb/kvasir/client"
+	"github.com/kvasirdb/kvasir/internal/node"
+	"github.com/kvasirdb/kvasir/internal/orchestrator"
+	"github.com/kvasirdb/kvasir/internal/rpc"
+	"github.com/kvasirdb/kvasir/internal/sim/simnet"
+	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
+)
+
+// Config says what a world consists of.
+type Config struct {
+	Seed          uint64
+	Nodes         int
+	Orchestrators int
+	// Zones is how many zones the nodes are spread over. Default 1.
+	Zones int
+	// Vnodes of the cluster. Default 16: small stores are fast.
+	Vnodes int
+	Logger *slog.Logger
+}
+
+// World is a cluster with what it stands on.
+type World struct {
+	t         testing.TB
+	cfg       Config
+	Net       *simnet.Network
+	processes map[string]*process
+	rng       *rand.Rand
+	clients   int
+	conns     []*grpc.ClientConn
+}
+
+// process is a node or orchestrator with its host and disk, running or not.
+type process struct {
+	w    *World
+	name string
+	host string
+	disk *vfs.MemFS
+	// offset is how many milliseconds its wall clock is ahead.
+	offset atomic.Int64
+	// run starts it; stop ends the instance that runs. Both are nil when it has none.
+	run  func(*instance) (stop func(), err error)
+	live *instance
+}
+
+// instance is one run of a process. What it does after its end goes nowhere.
+type instance struct {
+	p     *process
+	ended atomic.Bool
+	stop  func()
+	err   error
+	ready chan struct{} // closed when run has returned
+}
+
+// New starts a cluster and returns once every process serves.
+func New(t testing.TB, cfg Config) *World {
+	t.Helper()
+	if cfg.Zones == 0 {
+		cfg.Zones = 1
+	}
+	if cfg.Vnodes == 0 {
+		cfg.Vnodes = 16
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	w := &World{
+		t: t, cfg: cfg, Net: simnet.New(cfg.Seed), processes: map[string]*process{},
+		rng: rand.New(rand.NewPCG(cfg.Seed, 0xd15c)),
+	}
+	var peers []orchestrator.Peer
+	for i := range cfg.Orchestrators {
+		h := fmt.Sprintf("10.0.1.%d", i+1)
+		peers = append(peers, orchestrator.Peer{
+			Name: fmt.Sprintf("orch%d", i+1), Address: h + ":7390", AdminAddress: h + ":7391", GossipAddress: h + ":7392", RaftAddress: h + ":7393",
+		})
+	}
+	for i, p := range peers {
+		w.addOrchestrator(p.Name, fmt.Sprintf("10.0.1.%d", i+1), peers)
+	}
+	for i := range cfg.Nodes {
+		w.AddNode(fmt.Sprintf("node%d", i+1), fmt.Sprintf("z%d", i%cfg.Zones+1))
+	}
+	// Orchestrators first, then nodes in order, so that nodeI has incarnation I.
+	for i := range cfg.Orchestrators {
+		w.begin(w.processes[fmt.Sprintf("orch%d", i+1)])
+	}
+	for i := range cfg.Nodes {
+		w.Start(fmt.Sprintf("node%d", i+1))
+	}
+	for i := range cfg.Orchestrators {
+		w.await(w.processes[fmt.Sprintf("orch%d", i+1)])
+	}
+	return w
+}
+
+func (w *World) addOrchestrator(name, host string, peers []orchestrator.Peer) {
+	p := &process{w: w, name: name, host: host, disk: vfs.NewCrashableMem()}
+	p.run = func(in *instance) (func(), error) {
+		cfg := orchestrator.Defaults()
+		cfg.Name, cfg.DataDir, cfg.Peers = name, "data", peers
+		cfg.Listen, cfg.AdminListen, cfg.GossipListen, cfg.RaftListen = host+":7390", host+":7391", host+":7392", host+":7393"
+		cfg.Bootstrap.FoundingNodes, cfg.Bootstrap.Vnodes = w.cfg.Nodes, w.cfg.Vnodes
+		cfg.Bootstrap.HealthChecks = orchestrator.HealthChecks{Interval: time.Second, Timeout: 500 * time.Millisecond, HealthyThreshold: 2, UnhealthyThreshold: 3}
+		cfg.ElectionTimeout = 500 * time.Millisecond
+		cfg.Logger, cfg.Software, cfg.Fatal = w.logger(name), "sim", in.fatal
+		cfg.Seams = orchestrator.Seams{
+			FS: p.disk, Listen: in.listen, Dial: in.dial, WallClock: p.wall,
+			Gossip: func(bind string) (memberlist.Transport, error) { return newGossipTransport(p, bind) },
+			Raft:   func(bind, _ string) (raft.StreamLayer, error) { return newRaftStreams(p, bind) },
+		}
+		o, err := orchestrator.Start(cfg)
+		if err != nil {
+			return nil, err
+		}
+		return o.Stop, nil
+	}
+	w.processes[name] = p
+}
+
+// AddNode adds a node that does not run yet.
+func (w *World) AddNode(name, zone string) {
+	host := fmt.Sprintf("10.0.0.%d", len(w.processes)+1)
+	p := &process{w: w, name: name, host: host, disk: vfs.NewCrashableMem()}
+	p.run = func(in *instance) (func(), error) {
+		cfg := node.Defaults()
+		cfg.Name, cfg.Zone, cfg.DataDir = name, zone, "data"
+		cfg.Listen, cfg.AdminListen, cfg.GossipListen = host+":7400", host+":7401", host+":7402"
+		cfg.CacheBytes, cfg.MemTableBytes = 1<<20, 1<<20
+		for i := range w.cfg.Orchestrators {
+			cfg.Orchestrators = append(cfg.Orchestrators, fmt.Sprintf("10.0.1.%d:7390", i+1))
+		}
+		cfg.Logger, cfg.Software, cfg.Fatal = w.logger(name), "sim", in.fatal
+		cfg.Seams = node.Seams{
+			FS: p.disk, Listen: in.listen, Dial: in.dial, WallClock: p.wall,
+			Gossip: func(bind string) (memberlist.Transport, error) { return newGossipTransport(p, bind) },
+		}
+		n, err := node.Start(context.Background(), cfg)
+		if err != nil {
+			return nil, err
+		}
+		return n.Stop, nil
+	}
+	w.processes[name] = p
+}
+
+func (w *World) logger(name string) *slog.Logger { return w.cfg.Logger.With("process", name) }
+
+func (p *process) wall() int64 { return time.Now().UnixMilli() + p.offset.Load() }
+
+func (in *instance) fatal(err error) {
+	if !in.ended.Load() {
+		in.p.w.t.Errorf("%s cannot go on: %v", in.p.name, err)
+	}
+}
+
+func (in *instance) listen(address string) (net.Listener, error) {
+	if in.ended.Load() {
+		return nil, net.ErrClosed
+	}
+	return in.p.w.Net.Listen(address)
+}
+
+func (in *instance) dial(ctx context.Context, address string) (net.Conn, error) {
+	if in.ended.Load() {
+		return nil, net.ErrClosed
+	}
+	return in.p.w.Net.Dial(ctx, in.p.host, address)
+}
+
+// listen and dial go through the instance that runs.
+func (p *process) listen(address string) (net.Listener, error) { return p.live.listen(address) }
+
+func (p *process) dial(ctx context.Context, address string) (net.Conn, error) {
+	return p.live.dial(ctx, address)
+}
+
+// begin starts a process without waiting for it.
+func (w *World) begin(p *process) {
+	in := &instance{p: p, ready: make(chan struct{})}
+	p.live = in
+	go func() {
+		defer close(in.ready)
+		in.stop, in.err = p.run(in)
+	}()
+}
+
+func (w *World) await(p *process) {
+	w.t.Helper()
+	select {
+	case <-p.live.ready:
+	case <-time.After(time.Minute):
+		w.t.Fatalf("%s does not start within a minute", p.name)
+	}
+	if p.live.err != nil {
+		w.t.Fatalf("%s does not start: %v", p.name, p.live.err)
+	}
+}
+
+func (w *World) process(name string) *process {
+	w.t.Helper()
+	p := w.processes[name]
+	if p == nil {
+		w.t.Fatalf("there is no process %s", name)
+	}
+	return p
+}
+
+// Start starts a process that does not run and returns once it serves.
+func (w *World) Start(name string) {
+	w.t.Helper()
+	p := w.process(name)
+	w.begin(p)
+	w.await(p)
+}
+
+// Crash is how a process ends against its will.
+type Crash int
+
+const (
+	// Kill is kill −9: what was written stays, synced or not.
+	Kill Crash = iota
+	// PowerCut loses half of what was written and not synced.
+	PowerCut
+)
+
+// Crash ends a process at once.
+func (w *World) Crash(name string, how Crash) {
+	w.t.Helper()
+	p := w.process(name)
+	in := p.live
+	in.ended.Store(true)
+	w.Net.Crash(p.host)
+	unsynced := 100
+	if how == PowerCut {
+		unsynced = 50
+	}
+	// What the old instance still does happens on a disk and a network of the past.
+	p.disk = p.disk.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: unsynced, RNG: w.rng})
+	p.live = nil
+	w.end(in)
+}
+
+// Stop ends a process as SIGTERM does.
+func (w *World) Stop(name string) {
+	w.t.Helper()
+	p := w.process(name)
+	in := p.live
+	p.live = nil
+	w.end(in)
+	in.ended.Store(true)
+}
+
+// end waits until an instance has ended.
+func (w *World) end(in *instance) {
+	<-in.ready
+	if in.stop != nil {
+		in.stop()
+	}
+}
+
+// Wipe gives a process that does not run an empty disk.
+func (w *World) Wipe(name string) { w.process(name).disk = vfs.NewCrashableMem() }
+
+// Disk returns a process's disk.
+func (w *World) Disk(name string) vfs.FS { return w.process(name).disk }
+
+// SetClock sets how far ahead a process's wall clock is.
+func (w *World) SetClock(name string, ahead time.Duration) {
+	w.process(name).offset.Store(ahead.Milliseconds())
+}
+
+// Host returns the host a process runs on, for cuts.
+func (w *World) Host(name string) string { return w.process(name).host }
+
+// Isolate cuts a process off from all others, in both directions.
+func (w *World) Isolate(name string) { w.eachOther(name, w.Net.Cut) }
+
+// Reconnect undoes Isolate.
+func (w *World) Reconnect(name string) { w.eachOther(name, w.Net.Heal) }
+
+func (w *World) eachOther(name string, f func(from, to string)) {
+	p := w.process(name)
+	for _, o := range w.processes {
+		if o != p {
+			f(p.host, o.host)
+			f(o.host, p.host)
+		}
+	}
+}
+
+// Endpoints returns the addresses of all nodes.
+func (w *World) Endpoints() []string {
+	var out []string
+	for i := range w.cfg.Nodes {
+		out = append(out, w.process(fmt.Sprintf("node%d", i+1)).host+":7400")
+	}
+	return out
+}
+
+// Client connects a client on a host of its own.
+func (w *World) Client(opts ...client.Option) *client.Client {
+	w.t.Helper()
+	w.clients++
+	c, err := client.New(context.Background(), w.Endpoints(), append(opts, client.WithDialer(w.Net.Dialer(fmt.Sprintf("10.0.2.%d", w.clients))))...)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return c
+}
+
+// Control returns the control service as the process at name serves it. The
+// connection ends with the test.
+func (w *World) Control(name string) adminv1.ControlServiceClient {
+	w.t.Helper()
+	port := ":7400"
+	if w.process(name).host[:7] == "10.0.1." {
+		port = ":7390"
+	}
+	w.clients++
+	cc, err := rpc.Transport{Dial: w.Net.Dialer(fmt.Sprintf("10.0.2.%d", w.clients))}.NewConn(w.process(name).host + port)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	w.conns = append(w.conns, cc)
+	return adminv1.NewControlServiceClient(cc)
+}
+
+// TryStart is Start for processes that may refuse to.
+func (w *World) TryStart(name string) error {
+	p := w.process(name)
+	w.begin(p)
+	select {
+	case <-p.live.ready:
+	case <-time.After(time.Minute):
+		return errors.New("does not start within a minute")
+	}
+	if err := p.live.err; err != nil {
+		p.live = nil
+		return err
+	}
+	return nil
+}
+
+// CopyDisk returns a copy of what a process has on disk.
+func (w *World) CopyDisk(name string) *vfs.MemFS {
+	return w.process(name).disk.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: 100, RNG: w.rng})
+}
+
+// SetDisk gives a process that does not run another disk.
+func (w *World) SetDisk(name string, disk *vfs.MemFS) { w.process(name).disk = disk }
+
+// Close ends every process, and gives what they leave behind the time to end too.
+func (w *World) Close() {
+	for _, cc := range w.conns {
+		cc.Close()
+	}
+	for _, p := range w.processes {
+		if p.live != nil {
+			w.Stop(p.name)
+		}
+	}
+	time.Sleep(time.Minute)
+}
