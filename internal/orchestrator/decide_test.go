@@ -1,0 +1,242 @@
+package orchestrator
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/kvasirdb/kvasir/internal/topology"
+	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
+)
+
+func testConfig(orchestrators int) Config {
+	cfg := Defaults()
+	cfg.Name, cfg.DataDir = "orch1", "data"
+	for i := range orchestrators {
+		h := fmt.Sprintf("10.0.0.%d", i+1)
+		cfg.Peers = append(cfg.Peers, Peer{fmt.Sprint("orch", i+1), h + ":1", h + ":2", h + ":3", h + ":4"})
+	}
+	cfg.Bootstrap.Vnodes = 16
+	return cfg
+}
+
+func registerNode(t *testing.T, s *topology.State, name, zone string) *topology.State {
+	t.Helper()
+	next, _, err := s.Apply(&topologyv1.Command{Mutations: []*topologyv1.Mutation{{Kind: &topologyv1.Mutation_Register{Register: &topologyv1.Register{
+		Node: &topologyv1.Node{Name: name, Zone: zone, Role: topologyv1.Role_ROLE_DATA, Address: name + ":1", DataId: name}, Boot: 1,
+	}}}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return next
+}
+
+// settle applies what decide says until it has nothing to say.
+func settle(t *testing.T, s *topology.State, cfg *Config) (_ *topology.State, steps []string) {
+	t.Helper()
+	for range 10 {
+		cmd, err := decide(s, cfg, "c1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if cmd == nil {
+			return s, steps
+		}
+		steps = append(steps, cmd.GetChange().GetSubject())
+		if s, _, err = s.Apply(cmd); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Fatal("the leader never comes to rest")
+	return nil, nil
+}
+
+func TestDecide(t *testing.T) {
+	cfg := testConfig(3)
+	s, steps := settle(t, nil, &cfg)
+	if got := strings.Join(steps, " "); got != "cluster cluster" || s.Topology.Formed() || len(s.Topology.Orchestrators) != 3 {
+		t.Fatalf("steps %s, topology %+v", got, s.Topology)
+	}
+	for i := range 2 {
+		s = registerNode(t, s, fmt.Sprint("n", i), fmt.Sprint("z", i))
+	}
+	if s, steps = settle(t, s, &cfg); len(steps) != 0 {
+		t.Fatalf("with two of three founding nodes it decides on %v", steps)
+	}
+	s = registerNode(t, s, "n2", "z2")
+	s, steps = settle(t, s, &cfg)
+	if got := strings.Join(steps, " "); got != "ring" || !s.Topology.Formed() || s.Topology.Namespace("default").N != 3 {
+		t.Fatalf("steps %s", got)
+	}
+	s = registerNode(t, s, "n3", "z0")
+	if s, steps = settle(t, s, &cfg); len(steps) != 0 || len(s.Topology.Members()) != 3 {
+		t.Errorf("a spare moves it to %v", steps)
+	}
+	moved := testConfig(3)
+	moved.Peers[1].Address = "10.0.0.9:1"
+	if s, steps = settle(t, s, &moved); len(steps) != 1 || s.Topology.Orchestrators[1].Address != "10.0.0.9:1" {
+		t.Errorf("a moved orchestrator: %v", steps)
+	}
+}
+
+func TestSmallRings(t *testing.T) {
+	for founding, n := range map[int]int{1: 1, 2: 2, 5: 3} {
+		cfg := testConfig(1)
+		cfg.Bootstrap.FoundingNodes = founding
+		s, _ := settle(t, nil, &cfg)
+		for i := range founding {
+			s = registerNode(t, s, fmt.Sprint("n", i), "z")
+		}
+		s, _ = settle(t, s, &cfg)
+		if got := s.Topology.Namespace("default").N; got != n {
+			t.Errorf("%d founding nodes: N is %d, want %d", founding, got, n)
+		}
+	}
+}
+
+func TestCreateNamespaceWidensTheRing(t *testing.T) {
+	cfg := testConfig(1)
+	cfg.Bootstrap.FoundingNodes = 5
+	s, _ := settle(t, nil, &cfg)
+	for i := range 5 {
+		s = registerNode(t, s, fmt.Sprint("n", i), fmt.Sprint("z", i%3))
+	}
+	s, _ = settle(t, s, &cfg)
+	before := s.Topology.Ring
+	five := 5
+	cmd, _, err := createNamespace(s.Topology, "wide", topology.NamespaceSettings{N: &five})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s, _, err = s.Apply(cmd); err != nil {
+		t.Fatal(err)
+	}
+	for v := range s.Topology.Ring {
+		slots := s.Topology.Ring[v].Slots
+		if len(slots) != 5 {
+			t.Fatalf("vnode %d has %d slots", v, len(slots))
+		}
+		for i, old := range before[v].Slots {
+			if slots[i] != old {
+				t.Fatalf("vnode %d: slot %d was %v, is %v", v, i, old, slots[i])
+			}
+		}
+	}
+	if _, _, err := createNamespace(s.Topology, "wide", topology.NamespaceSettings{}); err == nil {
+		t.Error("made twice")
+	}
+	if _, _, err := updateNamespace(s.Topology, "nope", topology.NamespaceSettings{}); err == nil {
+		t.Error("changed what does not exist")
+	}
+	if _, err := dropNamespace(s.Topology, "default"); err == nil {
+		t.Error("dropped default")
+	}
+}
+
+func TestJudge(t *testing.T) {
+	const healthy, unhealthy, unknown = topologyv1.NodeHealth_STATE_HEALTHY, topologyv1.NodeHealth_STATE_UNHEALTHY, topologyv1.NodeHealth_STATE_UNSPECIFIED
+	checks := topology.HealthChecks{HealthyThreshold: 2, UnhealthyThreshold: 3}
+	type probe struct {
+		failure string
+		dead    bool
+	}
+	good, bad, dead := probe{}, probe{failure: "timeout"}, probe{"refused", true}
+	for _, tc := range []struct {
+		name   string
+		probes []probe
+		want   topologyv1.NodeHealth_State
+	}{
+		{"nothing known", nil, unknown},
+		{"first success", []probe{good}, healthy},
+		{"one failure", []probe{good, bad}, healthy},
+		{"failures below the threshold", []probe{good, bad, bad, good, bad, bad}, healthy},
+		{"failures at the threshold", []probe{good, bad, bad, bad}, unhealthy},
+		{"failure that gossip confirms", []probe{good, dead}, unhealthy},
+		{"one success is not enough to come back", []probe{good, dead, good}, unhealthy},
+		{"two are", []probe{good, dead, good, good}, healthy},
+		{"but only in a row", []probe{good, dead, good, bad, good}, unhealthy},
+		{"gossip alone does not condemn", []probe{good, {dead: true}}, healthy},
+		{"never answered", []probe{bad, bad}, unknown},
+		{"never answered for long", []probe{bad, bad, bad}, unhealthy},
+	} {
+		var v verdict
+		for _, p := range tc.probes {
+			v = v.judge(p.failure, p.dead, checks)
+		}
+		if v.state != tc.want || (v.state == unhealthy) != (v.reason != "") {
+			t.Errorf("%s: %v %q, want %v", tc.name, v.state, v.reason, tc.want)
+		}
+	}
+}
+
+func TestValidate(t *testing.T) {
+	for key, harm := range map[string]func(*Config){
+		"name":                        func(c *Config) { c.Name = "" },
+		"is not one of the peers":     func(c *Config) { c.Name = "orch9" },
+		"data_dir":                    func(c *Config) { c.DataDir = "" },
+		"listen":                      func(c *Config) { c.Listen = "7390" },
+		"raft_listen":                 func(c *Config) { c.RaftListen = "x:0" },
+		"peers: there are 2":          func(c *Config) { c.Peers = c.Peers[:2] },
+		"appears twice":               func(c *Config) { c.Peers[1].Name = "orch1" },
+		"peers[2].raft_address":       func(c *Config) { c.Peers[2].RaftAddress = "0.0.0.0:1" },
+		"bootstrap.founding_nodes":    func(c *Config) { c.Bootstrap.FoundingNodes = 0 },
+		"bootstrap.vnodes":            func(c *Config) { c.Bootstrap.Vnodes = 100 },
+		"health_checks.interval":      func(c *Config) { c.Bootstrap.HealthChecks.Interval = 0 },
+		"health_checks.healthy_thres": func(c *Config) { c.Bootstrap.HealthChecks.HealthyThreshold = 0 },
+		"max_value_bytes":             func(c *Config) { c.Bootstrap.MaxValueBytes = 1 << 30 },
+		"election_timeout":            func(c *Config) { c.ElectionTimeout = time.Millisecond },
+		"tls":                         func(c *Config) { c.TLS.Cert = "x" },
+	} {
+		cfg := testConfig(3)
+		if err := cfg.Validate(); err != nil {
+			t.Fatal(err)
+		}
+		harm(&cfg)
+		if err := cfg.Validate(); err == nil || !strings.Contains(err.Error(), key) {
+			t.Errorf("error = %v, want one that names %s", err, key)
+		}
+	}
+	// A wrong configuration is refused before anything is opened.
+	if _, err := Start(Config{}); err == nil {
+		t.Error("an empty configuration starts")
+	}
+}
+
+func TestMachineRestores(t *testing.T) {
+	m := newMachine()
+	if b, err := m.Snapshot(); err != nil || len(b) != 0 {
+		t.Fatalf("snapshot of nothing: %d bytes, %v", len(b), err)
+	}
+	cfg := testConfig(1)
+	s, _ := settle(t, nil, &cfg)
+	m.set(registerNode(t, s, "n1", "z"))
+	b, err := m.Snapshot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := newMachine()
+	changed := other.changed()
+	if err := other.Restore(b); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-changed:
+	default:
+		t.Error("watchers are not told")
+	}
+	if other.topology().Epoch != m.topology().Epoch || other.topology().Resolve("n1") == nil {
+		t.Error("the restored topology differs")
+	}
+	if err := other.Restore([]byte("junk")); err == nil {
+		t.Error("junk restores")
+	}
+	if a := other.Apply(1, []byte{0xff}).(applied); a.err == nil {
+		t.Error("a command that does not decode applies")
+	}
+	var r *topology.Refusal
+	if a := newMachine().Apply(1, nil).(applied); !errors.As(a.err, &r) {
+		t.Errorf("error = %v", a.err)
+	}
+}

@@ -1,0 +1,299 @@
+package replica
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"github.com/kvasirdb/kvasir/internal/hlc"
+	"github.com/kvasirdb/kvasir/internal/rpc"
+	"github.com/kvasirdb/kvasir/internal/storage"
+	"github.com/kvasirdb/kvasir/internal/topology"
+)
+
+// Invariant 10: nothing is issued or vouched for that is not reserved, and a restart
+// goes on above it, whatever the wall clock does.
+func TestClockReservesBeforeUse(t *testing.T) {
+	var reserved hlc.Timestamp
+	wall := int64(1_000_000)
+	writes := 0
+	reserve := func(ts hlc.Timestamp) error {
+		if ts.Millis() > wall+600+reserveAhead {
+			t.Fatalf("%d ms ahead are reserved", ts.Millis()-wall)
+		}
+		reserved, writes = max(reserved, ts), writes+1
+		return nil
+	}
+	clock := func() *Clock {
+		return NewClock(func() int64 { return wall }, reserved, reserve, slog.New(slog.DiscardHandler))
+	}
+	c := clock()
+	var last hlc.Timestamp
+	for i := range 2000 {
+		ts, err := c.Tick()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ts <= last || ts > reserved {
+			t.Fatalf("issued %s after %s, with %s reserved", ts, last, reserved)
+		}
+		last = ts
+		switch {
+		case i%100 == 0:
+			wall++
+		case i == 700:
+			wall -= 5000
+			c = clock() // a restart, with the clock set back
+		case i == 1400:
+			if err := c.Join(hlc.At(wall + 300)); err != nil {
+				t.Fatal(err)
+			}
+			last = hlc.At(wall + 300)
+			if last > reserved {
+				t.Fatal("a joined timestamp is not reserved")
+			}
+			c = clock()
+		}
+	}
+	if writes > 50 {
+		t.Errorf("%d reservations for 2000 timestamps", writes)
+	}
+	failing := NewClock(func() int64 { return wall }, 0, func(hlc.Timestamp) error { return errors.New("disk") }, nil)
+	if _, err := failing.Tick(); err == nil {
+		t.Error("a timestamp that cannot be reserved is issued")
+	}
+}
+
+// The reservation is extended in the background before it runs out.
+func TestClockExtendsInTheBackground(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var mu sync.Mutex
+		inline := false
+		c := NewClock(func() int64 { return time.Now().UnixMilli() }, 0, func(hlc.Timestamp) error {
+			mu.Lock()
+			defer mu.Unlock()
+			if inline {
+				t.Error("a caller had to wait for a reservation")
+			}
+			return nil
+		}, nil)
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		wg.Go(func() { c.Run(ctx) })
+		for range 100 {
+			mu.Lock()
+			inline = true
+			mu.Unlock()
+			if c.Last() == 0 { // the first one has to wait
+				mu.Lock()
+				inline = false
+				mu.Unlock()
+			}
+			if _, err := c.Tick(); err != nil {
+				t.Fatal(err)
+			}
+			mu.Lock()
+			inline = false
+			mu.Unlock()
+			synctest.Wait()
+			time.Sleep(10 * time.Millisecond)
+		}
+		cancel()
+		wg.Wait()
+	})
+}
+
+func TestClockSkewLimits(t *testing.T) {
+	wall := int64(1_000_000)
+	c := NewClock(func() int64 { return wall }, 0, func(hlc.Timestamp) error { return nil }, slog.New(slog.DiscardHandler))
+	if err := c.CheckAhead(hlc.At(wall + 500)); err != nil {
+		t.Error(err)
+	}
+	if c.CheckAhead(hlc.At(wall+501)) == nil {
+		t.Error("501 ms ahead passes")
+	}
+	c.Join(hlc.At(wall + 250))
+	if err := c.MayCoordinate(); err != nil {
+		t.Error(err)
+	}
+	c.Join(hlc.At(wall + 251))
+	if err := c.MayCoordinate(); err == nil || err.Details["lead_ms"] != "251" {
+		t.Errorf("a lead of 251 ms: %v", err)
+	}
+	wall += 1000
+	for i, tc := range []struct {
+		ahead time.Duration // of a peer
+		ok    bool
+	}{
+		{2 * time.Second, true}, {2 * time.Second, true}, {2 * time.Second, false}, // three opinions
+		{0, false}, {0, false}, {0, false}, // 3 against 3: the mean of the middle pair
+		{0, true},
+	} {
+		c.Observe(uint64(i), tc.ahead)
+		if err := c.MayCoordinate(); (err == nil) != tc.ok {
+			t.Errorf("after %d opinions: %v", i+1, err)
+		}
+	}
+	wall += opinionAge + 1
+	c.Observe(99, time.Hour)
+	if _, opinions := c.Offset(); opinions != 1 || c.MayCoordinate() != nil {
+		t.Errorf("%d opinions: old ones count", opinions)
+	}
+}
+
+func TestFence(t *testing.T) {
+	at := func(e uint64) *topology.Topology { return &topology.Topology{Epoch: e} }
+	f := NewFence(at(1))
+	first := f.enter()
+	if !f.Advance(at(3)) || f.Advance(at(3)) || f.Advance(at(2)) {
+		t.Fatal("a fence advances to newer topologies only")
+	}
+	second := f.enter()
+	if first.topology.Epoch != 1 || second.topology.Epoch != 3 {
+		t.Fatalf("requests run under epochs %d and %d", first.topology.Epoch, second.topology.Epoch)
+	}
+	if got := f.Drained(); got != 1 {
+		t.Errorf("drained is %d while a request runs under epoch 1", got)
+	}
+	f.Advance(at(4))
+	second.leave()
+	if got := f.Drained(); got != 1 {
+		t.Errorf("drained is %d while a request runs under epoch 1", got)
+	}
+	first.leave()
+	if got := f.Drained(); got != 4 {
+		t.Errorf("drained is %d, want 4", got)
+	}
+}
+
+// However requests and topologies race, a request never runs under an epoch below
+// the one that is drained.
+func TestFenceUnderRaces(t *testing.T) {
+	f := NewFence(&topology.Topology{Epoch: 1})
+	var wg sync.WaitGroup
+	stop := make(chan struct{})
+	for range 4 {
+		wg.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				l := f.enter()
+				if d := f.Drained(); d > l.topology.Epoch {
+					t.Errorf("epoch %d is drained while a request runs under %d", d, l.topology.Epoch)
+				}
+				l.leave()
+			}
+		})
+	}
+	for e := uint64(2); e < 3000; e++ {
+		f.Advance(&topology.Topology{Epoch: e})
+	}
+	close(stop)
+	wg.Wait()
+}
+
+func openHints(t *testing.T, fs vfs.FS) (*storage.Store, *Hints) {
+	t.Helper()
+	logger := slog.New(slog.DiscardHandler)
+	s, err := storage.Open(storage.Config{FS: fs, Dir: "data", Logger: logger, Fatal: func(err error) { panic(err) }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	h, err := LoadHints(s, func() int64 { return 5_000 }, logger)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.SetMaxBytes(1 << 20)
+	return s, h
+}
+
+// Hints survive a restart with their accounts, and what is delivered is forgotten.
+func TestHintsSurviveARestart(t *testing.T) {
+	fs := vfs.NewMem()
+	s, h := openHints(t, fs)
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() { h.Run(ctx) })
+	for i := range 100 {
+		if !h.Keep(uint64(2+i%2), []storage.Write{{Namespace: 1, Vnode: 1, Key: fmt.Append(nil, i), Record: []byte("r")}}) {
+			t.Fatal("the queue is full")
+		}
+	}
+	cancel()
+	wg.Wait() // Run leaves nothing in its queue
+	before := h.Backlog()
+	if len(before) != 2 || before[0].Count != 50 || before[0].OldestMillis != 5_000 {
+		t.Fatalf("backlog %+v", before)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s, h = openHints(t, fs)
+	defer s.Close()
+	after := h.Backlog()
+	if len(after) != 2 || after[0] != before[0] || after[1] != before[1] {
+		t.Fatalf("backlog was %+v, is %+v", before, after)
+	}
+	got, err := h.Take(3, 0, 10, 1<<20)
+	if err != nil || len(got) != 10 || string(got[0].Key) != "1" {
+		t.Fatalf("%d hints, %v", len(got), err)
+	}
+	if few, err := h.Take(3, 0, 10, 1); err != nil || len(few) != 1 {
+		t.Fatalf("%d hints of at most one byte, %v", len(few), err)
+	}
+	if err := h.Forget(got); err != nil {
+		t.Fatal(err)
+	}
+	if b := h.Backlog(); b[1].Count != 40 {
+		t.Errorf("backlog %+v", b)
+	}
+	if h.Expired(got[0], time.Second) || !h.Expired(storage.Hint{CreatedMillis: 1}, time.Second) {
+		t.Error("age is judged wrongly")
+	}
+}
+
+// A bounded queue says no when it is full; nothing blocks.
+func TestHintQueueIsBounded(t *testing.T) {
+	s, h := openHints(t, vfs.NewMem())
+	defer s.Close()
+	w := []storage.Write{{Namespace: 1, Key: []byte("k"), Record: []byte("r")}}
+	kept := 0
+	for range hintQueue + 10 { // nobody runs
+		if h.Keep(2, w) {
+			kept++
+		}
+	}
+	if kept != hintQueue || h.Dropped() != 10 {
+		t.Errorf("%d kept, %d dropped", kept, h.Dropped())
+	}
+}
+
+func TestStoreErrors(t *testing.T) {
+	for err, reason := range map[error]string{
+		storage.ErrDiskFull:                            rpc.ReasonDiskFull,
+		fmt.Errorf("x: %w", storage.ErrCorrupt):        rpc.ReasonCorrupt,
+		errors.New("something the disk said just now"): rpc.ReasonInternal,
+	} {
+		if e := storeError(err); e.Reason != reason || !strings.Contains(e.Message, err.Error()) {
+			t.Errorf("%v becomes %+v", err, e)
+		}
+	}
+	if _, err := header([]byte("junk")); !errors.Is(err, storage.ErrCorrupt) {
+		t.Errorf("header of junk: %v", err)
+	}
+	if b, err := header([]byte("\x01\x01\x00\x00\x00\x00\x00\x00\x00\x01\x01payload")); err != nil || bytes.Contains(b, []byte("payload")) {
+		t.Errorf("header %x, %v", b, err)
+	}
+}
