@@ -15,16 +15,16 @@ import (
 
 // gossipTransport is a memberlist.Transport on the simulated network.
 type gossipTransport struct {
-	p       *process
-	bind    *net.UDPAddr
-	packets *simnet.PacketConn
-	listen  net.Listener
-	in      chan *memberlist.Packet
-	streams chan net.Conn
-	stopped sync.WaitGroup
+	instance *instance
+	bind     *net.UDPAddr
+	packets  *simnet.PacketConn
+	listen   net.Listener
+	in       chan *memberlist.Packet
+	streams  chan net.Conn
+	stopped  sync.WaitGroup
 }
 
-func newGossipTransport(p *process, bind string) (memberlist.Transport, error) {
+func newGossipTransport(in *instance, bind string) (memberlist.Transport, error) {
 	host, port, err := net.SplitHostPort(bind)
 	if err != nil {
 		return nil, err
@@ -34,13 +34,13 @@ func newGossipTransport(p *process, bind string) (memberlist.Transport, error) {
 		return nil, err
 	}
 	t := &gossipTransport{
-		p: p, bind: &net.UDPAddr{IP: net.ParseIP(host), Port: number},
+		instance: in, bind: &net.UDPAddr{IP: net.ParseIP(host), Port: number},
 		in: make(chan *memberlist.Packet, 256), streams: make(chan net.Conn, 16),
 	}
-	if t.packets, err = p.w.Net.ListenPacket(bind); err != nil {
+	if t.packets, err = in.p.w.Net.ListenPacket(bind); err != nil {
 		return nil, err
 	}
-	if t.listen, err = p.w.Net.Listen(bind); err != nil {
+	if t.listen, err = in.listen(bind); err != nil {
 		t.packets.Close()
 		return nil, err
 	}
@@ -96,7 +96,7 @@ func (t *gossipTransport) StreamCh() <-chan net.Conn           { return t.stream
 func (t *gossipTransport) DialTimeout(addr string, timeout time.Duration) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
-	return t.p.dial(ctx, addr)
+	return t.instance.dial(ctx, addr)
 }
 
 func (t *gossipTransport) Shutdown() error {
@@ -109,19 +109,19 @@ func (t *gossipTransport) Shutdown() error {
 // raftStreams is a raft.StreamLayer on the simulated network.
 type raftStreams struct {
 	net.Listener
-	p *process
+	in *instance
 }
 
-func newRaftStreams(p *process, bind string) (raft.StreamLayer, error) {
-	l, err := p.listen(bind)
+func newRaftStreams(in *instance, bind string) (raft.StreamLayer, error) {
+	l, err := in.listen(bind)
 	if err != nil {
 		return nil, err
 	}
-	return raftStreams{l, p}, nil
+	return raftStreams{l, in}, nil
 }
 
 func (s raftStreams) Dial(to raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
-	return s.p.dial(ctx, string(to))
+	return s.in.dial(ctx, string(to))
 }

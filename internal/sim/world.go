@@ -126,8 +126,8 @@ func (w *World) addOrchestrator(name, host string, peers []orchestrator.Peer) {
 		cfg.Logger, cfg.Software, cfg.Fatal = w.logger(name), "sim", in.fatal
 		cfg.Seams = orchestrator.Seams{
 			FS: p.disk, Listen: in.listen, Dial: in.dial, WallClock: p.wall,
-			Gossip: func(bind string) (memberlist.Transport, error) { return newGossipTransport(p, bind) },
-			Raft:   func(bind, _ string) (raft.StreamLayer, error) { return newRaftStreams(p, bind) },
+			Gossip: func(bind string) (memberlist.Transport, error) { return newGossipTransport(in, bind) },
+			Raft:   func(bind, _ string) (raft.StreamLayer, error) { return newRaftStreams(in, bind) },
 		}
 		o, err := orchestrator.Start(cfg)
 		if err != nil {
@@ -153,7 +153,7 @@ func (w *World) AddNode(name, zone string) {
 		cfg.Logger, cfg.Software, cfg.Fatal = w.logger(name), "sim", in.fatal
 		cfg.Seams = node.Seams{
 			FS: p.disk, Listen: in.listen, Dial: in.dial, WallClock: p.wall,
-			Gossip: func(bind string) (memberlist.Transport, error) { return newGossipTransport(p, bind) },
+			Gossip: func(bind string) (memberlist.Transport, error) { return newGossipTransport(in, bind) },
 		}
 		n, err := node.Start(context.Background(), cfg)
 		if err != nil {
@@ -186,13 +186,6 @@ func (in *instance) dial(ctx context.Context, address string) (net.Conn, error) 
 		return nil, net.ErrClosed
 	}
 	return in.p.w.Net.Dial(ctx, in.p.host, address)
-}
-
-// listen and dial go through the instance that runs.
-func (p *process) listen(address string) (net.Listener, error) { return p.live.listen(address) }
-
-func (p *process) dial(ctx context.Context, address string) (net.Conn, error) {
-	return p.live.dial(ctx, address)
 }
 
 // begin starts a process without waiting for it.
