@@ -2,6 +2,7 @@ package client
 
 import (
 	"context"
+	"errors"
 	"math/rand/v2"
 	"slices"
 	"time"
@@ -112,19 +113,19 @@ func telling(e *rpc.Error) int {
 	return 3
 }
 
-// timedOut is the error of a request whose time is over.
+// timedOut is the error of a request whose time is over: what failed last, and that
+// there was no time for more.
 func (c *Client) timedOut(ctx context.Context, failure *rpc.Error, maybeDone bool) error {
 	e := rpc.AsError(ctx.Err())
 	if failure != nil && failure.Code != codes.DeadlineExceeded && failure.Code != codes.Canceled {
 		last := *failure
 		last.Message = e.Message + "; last failure: " + failure.Message
-		last.Code = e.Code
-		if failure.Reason == rpc.ReasonNotEnoughReplicas || failure.Reason == rpc.ReasonOutcomeUnknown {
-			last.Code = failure.Code
-		}
 		e = &last
 	}
-	return publicError(e, maybeDone)
+	if errors.Is(ctx.Err(), context.Canceled) {
+		return publicError(e, maybeDone, context.Canceled)
+	}
+	return publicError(e, maybeDone, ErrTimeout, context.DeadlineExceeded)
 }
 
 // retriable reports whether another attempt may be made after a failure.

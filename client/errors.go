@@ -62,12 +62,12 @@ func (e *Error) Is(target error) bool {
 }
 
 // publicError converts an error for callers. sent tells whether a write may have
-// reached a replica.
-func publicError(e *rpc.Error, sent bool) error {
+// reached a replica; too are variables that it matches besides.
+func publicError(e *rpc.Error, sent bool, too ...error) error {
 	if e == nil {
 		return nil
 	}
-	out := &Error{Code: e.Code.String(), Reason: e.Reason, Message: e.Message, Details: e.Details, RetryAfter: e.RetryAfter}
+	out := &Error{Code: e.Code.String(), Reason: e.Reason, Message: e.Message, Details: e.Details, RetryAfter: e.RetryAfter, is: too}
 	switch e.Code {
 	case codes.NotFound:
 		if e.Reason == "NAMESPACE_NOT_FOUND" {

@@ -1,0 +1,71 @@
+# Kvasir. `make help` lists the targets.
+
+GO       ?= go
+# Pure Go zstd halves the build; everything works without a C compiler.
+TAGS     := pebblegozstd
+BIN      := bin
+BUF      := $(GO) tool -modfile=proto/buf.mod buf
+FUZZTIME ?= 20s
+IMAGE    ?= kvasir:dev
+COMPOSE  ?= $(shell if docker compose version >/dev/null 2>&1; then echo docker compose; else echo docker-compose; fi)
+COMPOSE_FILE := deploy/compose/docker-compose.yml
+
+.DEFAULT_GOAL := help
+.PHONY: help build run test lint race e2e fuzz proto check-proto image compose-up compose-down test-compose clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: ## Build kvnode, kvorch and kvctl into bin/
+	@echo "building into $(BIN)/ (the first time this takes a few minutes) ..."
+	@$(GO) build -tags $(TAGS) -o $(BIN)/ ./cmd/kvnode ./cmd/kvorch ./cmd/kvctl
+
+run: build ## Run a cluster of three nodes on this machine until Ctrl-C (ARGS="--nodes 5" and so on)
+	@exec $(BIN)/kvctl dev $(ARGS)
+
+test: lint ## Run everything a change must pass
+	$(GO) test -tags $(TAGS) -timeout 12m ./...
+
+lint: ## Check formatting, vet and staticcheck
+	@unformatted="$$(gofmt -l cmd client internal)"; if [ -n "$$unformatted" ]; then echo "gofmt: $$unformatted"; exit 1; fi
+	$(GO) vet -tags $(TAGS) ./...
+	$(GO) tool staticcheck -tags $(TAGS) ./...
+
+race: ## Run the tests under the race detector
+	$(GO) test -race -tags $(TAGS) -timeout 30m ./...
+
+e2e: build ## Kill, pause and restart real processes under load, in full length
+	KVASIR_E2E=full $(GO) test -tags $(TAGS) -count=1 -timeout 30m -v -run 'TestE2E' ./internal/devcluster
+
+fuzz: ## Run every fuzz target for FUZZTIME
+	@set -e; for pkg in $$($(GO) list ./...); do \
+		for target in $$($(GO) test -tags $(TAGS) -list '^Fuzz' $$pkg | grep '^Fuzz' || true); do \
+			echo "== $$pkg $$target"; $(GO) test -tags $(TAGS) -run xxx -fuzz "^$$target$$" -fuzztime $(FUZZTIME) $$pkg; \
+		done; \
+	done
+
+proto: ## Generate code from proto/ (builds buf the first time: minutes)
+	$(BUF) lint proto
+	$(BUF) generate --template proto/buf.gen.yaml
+	$(BUF) generate --template proto/buf.gen.hot.yaml
+
+check-proto: ## Check that the generated code is up to date
+	@before="$$(git status --porcelain proto; find proto -name '*.go' -exec sha256sum {} +)"; \
+	$(MAKE) --no-print-directory proto && \
+	after="$$(git status --porcelain proto; find proto -name '*.go' -exec sha256sum {} +)"; \
+	if [ "$$before" != "$$after" ]; then echo "generated code is out of date: commit what make proto wrote"; exit 1; fi; echo "generated code is up to date"
+
+image: ## Build the container image from static binaries
+	@deploy/docker/build.sh $(IMAGE)
+
+compose-up: image ## Run the compose cluster: 3 orchestrators, 5 nodes in 3 zones
+	$(COMPOSE) -f $(COMPOSE_FILE) up -d
+
+compose-down: ## Stop the compose cluster and delete its volumes
+	$(COMPOSE) -f $(COMPOSE_FILE) down -v
+
+test-compose: ## Test the compose cluster; skipped where no Docker engine answers
+	@deploy/compose/test.sh
+
+clean: ## Delete what was built
+	rm -rf $(BIN)

@@ -1,0 +1,290 @@
+package client_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/kvasirdb/kvasir/client"
+	"github.com/kvasirdb/kvasir/internal/sim"
+)
+
+// world runs a test in a bubble with a simulated cluster.
+func world(t *testing.T, cfg sim.Config, test func(t *testing.T, w *sim.World)) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		w := sim.New(t, cfg)
+		defer w.Close()
+		time.Sleep(2 * time.Second)
+		test(t, w)
+	})
+}
+
+func TestTypedErrors(t *testing.T) {
+	world(t, sim.Config{Seed: 1, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		c := w.Client()
+		defer c.Close()
+		ctx := context.Background()
+		k := []byte("k")
+		put := func(key, value []byte, opts ...client.CallOption) error {
+			_, err := c.Put(ctx, key, value, opts...)
+			return err
+		}
+		get := func(opts ...client.CallOption) error { _, err := c.Get(ctx, k, opts...); return err }
+		for name, tc := range map[string]struct {
+			err    error
+			want   error
+			detail string
+		}{
+			"absent key":         {get(), client.ErrNotFound, ""},
+			"empty key":          {put(nil, nil), client.ErrInvalidArgument, "limit"},
+			"large value":        {put(k, make([]byte, 2<<20)), client.ErrInvalidArgument, "limit"},
+			"unknown namespace":  {put(k, nil, client.Namespace("nope")), client.ErrNamespaceNotFound, "namespace"},
+			"bad quorum":         {put(k, nil, client.W("101%")), client.ErrInvalidArgument, "value"},
+			"quorum above N":     {put(k, nil, client.W("4")), client.ErrInvalidArgument, "n"},
+			"negative TTL":       {put(k, nil, client.TTL(-time.Second)), client.ErrInvalidArgument, "field"},
+			"TTL below 1ms":      {put(k, nil, client.TTL(time.Microsecond)), client.ErrInvalidArgument, "field"},
+			"unknown replica":    {get(client.FromReplica("node9")), nil, "node"},
+			"version of nowhere": {get(client.MinVersion(client.Version{Timestamp: 1 << 60, Incarnation: 1})), client.ErrUnavailable, ""},
+		} {
+			if tc.err == nil || tc.want != nil && !errors.Is(tc.err, tc.want) {
+				t.Errorf("%s: error %v, want %v", name, tc.err, tc.want)
+			}
+			var e *client.Error
+			if tc.detail != "" && (!errors.As(tc.err, &e) || e.Details[tc.detail] == "") {
+				t.Errorf("%s: no detail %s in %+v", name, tc.detail, e)
+			}
+			if errors.Is(tc.err, client.ErrOutcomeUnknown) {
+				t.Errorf("%s: a refusal is reported as an unknown outcome", name)
+			}
+		}
+		if _, err := c.Batch(ctx, []client.Operation{{Key: k}, {Key: k}}); !errors.Is(err, client.ErrInvalidArgument) {
+			t.Errorf("duplicate key: %v", err)
+		}
+		if _, _, err := c.ScanPage(ctx, client.Range{Limit: -1}, nil); !errors.Is(err, client.ErrInvalidArgument) {
+			t.Errorf("negative limit: %v", err)
+		}
+	})
+}
+
+func TestNoCluster(t *testing.T) {
+	world(t, sim.Config{Seed: 1, Nodes: 1, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		dial := client.WithDialer(w.Net.Dialer("10.0.2.1"))
+		for _, endpoints := range [][]string{nil, {"10.9.9.9:1"}, {"nonsense"}} {
+			ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+			_, err := client.New(ctx, endpoints, dial)
+			cancel()
+			if !errors.Is(err, client.ErrNoCluster) && !errors.Is(err, client.ErrInvalidArgument) {
+				t.Errorf("endpoints %v: %v", endpoints, err)
+			}
+			if len(endpoints) > 0 && !strings.Contains(err.Error(), endpoints[0]) {
+				t.Errorf("%v does not name the endpoint", err)
+			}
+		}
+		// One that answers is enough.
+		c, err := client.New(context.Background(), []string{"10.9.9.9:1", w.Endpoints()[0]}, dial)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.Put(context.Background(), []byte("k"), nil); err != nil {
+			t.Error(err)
+		}
+		c.Close()
+		c.Close()
+		if _, err := c.Get(context.Background(), []byte("k")); !errors.Is(err, client.ErrClosed) {
+			t.Errorf("after Close: %v", err)
+		}
+	})
+}
+
+// Where the nodes' own addresses cannot be reached, as from outside a container
+// network, the endpoints serve every key.
+func TestEndpointsServeWhenNodesCannotBeReached(t *testing.T) {
+	world(t, sim.Config{Seed: 2, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		inside := w.Net.Dialer("10.0.2.1")
+		forwarded := map[string]string{"192.168.0.1:7500": w.Endpoints()[0], "192.168.0.1:7510": w.Endpoints()[1]}
+		dial := func(ctx context.Context, address string) (net.Conn, error) {
+			if to, ok := forwarded[address]; ok {
+				return inside(ctx, to)
+			}
+			return nil, errors.New("no route to host")
+		}
+		c, err := client.New(context.Background(), []string{"192.168.0.1:7500", "192.168.0.1:7510"}, client.WithDialer(dial))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		for i := range 50 {
+			if _, err := c.Put(context.Background(), fmt.Append(nil, i), []byte("v")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		w.Crash("node1", sim.Kill)
+		for i := range 50 {
+			ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+			if v, err := c.Get(ctx, fmt.Append(nil, i)); err != nil || string(v.Value) != "v" {
+				t.Fatalf("get %d: %q, %v", i, v.Value, err)
+			}
+			cancel()
+		}
+	})
+}
+
+// Too few live replicas: the client asks the nodes, waits as long as it is told to
+// be patient, and says how many of how many.
+func TestPatience(t *testing.T) {
+	world(t, sim.Config{Seed: 3, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		w.Crash("node2", sim.Kill)
+		time.Sleep(3 * time.Second)
+		for _, patience := range []time.Duration{0, time.Second, 3 * time.Second} {
+			c := w.Client(client.WithPatience(patience))
+			start := time.Now()
+			_, err := c.Put(context.Background(), []byte("k"), nil, client.W("all"))
+			took := time.Since(start)
+			if !errors.Is(err, client.ErrUnavailable) || errors.Is(err, client.ErrOutcomeUnknown) || !strings.Contains(err.Error(), "2 of 3") {
+				t.Errorf("error = %v", err)
+			}
+			if took < patience || took > patience+time.Second {
+				t.Errorf("patience %s: refused after %s", patience, took)
+			}
+			c.Close()
+		}
+		// A replica that comes back in time serves the request.
+		c := w.Client(client.WithPatience(20 * time.Second))
+		defer c.Close()
+		go func() {
+			time.Sleep(2 * time.Second)
+			w.Start("node2")
+		}()
+		ctx, cancel := context.WithTimeout(context.Background(), 15*time.Second)
+		defer cancel()
+		if _, err := c.Put(ctx, []byte("k"), nil, client.W("all")); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestWithoutRetriesAnUnknownOutcomeStaysOne(t *testing.T) {
+	world(t, sim.Config{Seed: 4, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		c := w.Client()
+		defer c.Close()
+		for i := range 20 {
+			c.Put(context.Background(), fmt.Append(nil, i), nil) // links to all nodes are up
+		}
+		// Replies are lost from now on.
+		for i := range 3 {
+			w.Net.Cut(w.Host(fmt.Sprint("node", i+1)), "10.0.2.1")
+		}
+		start := time.Now()
+		_, err := c.Put(context.Background(), []byte("k"), nil, client.WithoutRetries())
+		if !errors.Is(err, client.ErrOutcomeUnknown) || time.Since(start) > 3*time.Second {
+			t.Errorf("after %s: %v", time.Since(start), err)
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), 4*time.Second)
+		defer cancel()
+		_, err = c.Put(ctx, []byte("k"), nil)
+		if !errors.Is(err, client.ErrOutcomeUnknown) || !errors.Is(err, client.ErrTimeout) && !errors.Is(err, client.ErrUnavailable) {
+			t.Errorf("with retries: %v", err)
+		}
+	})
+}
+
+func TestScanIterator(t *testing.T) {
+	world(t, sim.Config{Seed: 5, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		c := w.Client()
+		defer c.Close()
+		ctx := context.Background()
+		var ops []client.Operation
+		for i := range 2500 {
+			ops = append(ops, client.Operation{Key: fmt.Appendf(nil, "k%05d", i), Value: []byte("v")})
+		}
+		results, err := c.Batch(ctx, ops)
+		if err != nil || len(results) != 2500 || results[0].Err != nil || results[0].Version.IsZero() {
+			t.Fatalf("%d results, %v", len(results), err)
+		}
+		n := 0
+		for rec, err := range c.Scan(ctx, client.Range{Prefix: []byte("k")}) {
+			if err != nil || string(rec.Key) != fmt.Sprintf("k%05d", n) || string(rec.Value) != "v" {
+				t.Fatalf("record %d: %s, %v", n, rec.Key, err)
+			}
+			n++
+		}
+		if n != 2500 {
+			t.Errorf("%d records", n)
+		}
+		// Stopping early is fine, and pages can be taken up later.
+		for range c.Scan(ctx, client.Range{}) {
+			break
+		}
+		page, token, err := c.ScanPage(ctx, client.Range{Limit: 1800, KeysOnly: true}, nil)
+		if err != nil || len(token) == 0 || page[0].Value != nil {
+			t.Fatalf("page of %d, token %x, %v", len(page), token, err)
+		}
+		rest, token, err := c.ScanPage(ctx, client.Range{Limit: 1800, KeysOnly: true}, token)
+		if err != nil || len(token) != 0 || len(page)+len(rest) != 1800 {
+			t.Errorf("%d and %d records, token %x, %v", len(page), len(rest), token, err)
+		}
+		canceled, cancel := context.WithCancel(ctx)
+		cancel()
+		for _, err := range c.Scan(canceled, client.Range{}) {
+			if err == nil {
+				t.Error("a cancelled scan goes on")
+			}
+		}
+	})
+}
+
+func TestTrace(t *testing.T) {
+	world(t, sim.Config{Seed: 6, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		c := w.Client()
+		defer c.Close()
+		ctx := context.Background()
+		r, err := c.Put(ctx, []byte("k"), []byte("v"), client.Traced())
+		if err != nil {
+			t.Fatal(err)
+		}
+		events, complete, err := c.Trace(ctx, r, 5*time.Second)
+		if err != nil || !complete {
+			t.Fatalf("complete %v, %v", complete, err)
+		}
+		kinds := map[string]int{}
+		for _, e := range events {
+			kinds[e.Kind]++
+		}
+		if kinds["received"] != 1 || kinds["sent"] != 3 || kinds["acknowledged"]+kinds["late"] != 3 || kinds["quorum reached"] != 1 || kinds["answered"] != 1 {
+			t.Errorf("events %v", kinds)
+		}
+		if _, _, err := c.Trace(ctx, client.Receipt{}, 0); err == nil {
+			t.Error("the trace of an untraced call")
+		}
+	})
+}
+
+// A get whose node hangs is answered by another one soon.
+func TestGetsAreHedged(t *testing.T) {
+	world(t, sim.Config{Seed: 7, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		c := w.Client()
+		defer c.Close()
+		ctx := context.Background()
+		for i := range 30 {
+			if _, err := c.Put(ctx, fmt.Append(nil, i), []byte("v"), client.W("all")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		w.Net.Cut(w.Host("node1"), "10.0.2.1") // node1's replies to this client hang
+		for i := range 30 {
+			start := time.Now()
+			if _, err := c.Get(ctx, fmt.Append(nil, i)); err != nil {
+				t.Fatal(err)
+			}
+			if took := time.Since(start); took > 500*time.Millisecond {
+				t.Errorf("get %d took %s", i, took)
+			}
+		}
+	})
+}
