@@ -187,21 +187,21 @@ level=WARN msg="background error: x" dir=raft
 
 func TestTCPStreamLayer(t *testing.T) {
 	defer goleak.VerifyNone(t, goleak.IgnoreCurrent())
-	l, err := NewTCPStreamLayer("127.0.0.1:0", "")
+	l, err := NewTCPStreamLayer("127.0.0.1:0", "", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	if _, err := NewTCPStreamLayer(l.Addr().String(), ""); err == nil || !strings.Contains(err.Error(), l.Addr().String()) {
+	if _, err := NewTCPStreamLayer(l.Addr().String(), "", nil); err == nil || !strings.Contains(err.Error(), l.Addr().String()) {
 		t.Errorf("a busy port: %v", err)
 	}
-	if _, err := NewTCPStreamLayer("0.0.0.0:0", ""); err == nil || !strings.Contains(err.Error(), "give an address to advertise") {
+	if _, err := NewTCPStreamLayer("0.0.0.0:0", "", nil); err == nil || !strings.Contains(err.Error(), "give an address to advertise") {
 		t.Errorf("an address that is none: %v", err)
 	}
-	if _, err := NewTCPStreamLayer("127.0.0.1:0", "host"); err == nil || !strings.Contains(err.Error(), "bad advertised address") {
+	if _, err := NewTCPStreamLayer("127.0.0.1:0", "host", nil); err == nil || !strings.Contains(err.Error(), "bad advertised address") {
 		t.Errorf("an address without a port: %v", err)
 	}
-	named, err := NewTCPStreamLayer("127.0.0.1:0", "orch1.example:7000")
+	named, err := NewTCPStreamLayer("127.0.0.1:0", "orch1.example:7000", nil)
 	if err != nil || named.Addr().String() != "orch1.example:7000" || named.Addr().Network() != "tcp" {
 		t.Fatalf("advertised %v, %v", named, err)
 	}
@@ -214,7 +214,7 @@ func TestLoopback(t *testing.T) {
 	var servers []Server
 	layers := map[string]raft.StreamLayer{}
 	for _, name := range []string{"a", "b", "c"} {
-		l, err := NewTCPStreamLayer("127.0.0.1:0", "")
+		l, err := NewTCPStreamLayer("127.0.0.1:0", "", nil)
 		if err != nil {
 			t.Fatal(err)
 		}

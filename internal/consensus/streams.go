@@ -1,6 +1,7 @@
 package consensus
 
 import (
+	"crypto/tls"
 	"fmt"
 	"net"
 	"sync"
@@ -9,10 +10,11 @@ import (
 	"github.com/hashicorp/raft"
 )
 
-// tcpStreams is a raft.StreamLayer over plain TCP.
+// tcpStreams is a raft.StreamLayer over TCP.
 type tcpStreams struct {
 	net.Listener
 	advertise net.Addr
+	tls       *tls.Config
 }
 
 // address is a host:port that is kept as it was written: a name may resolve to
@@ -27,8 +29,9 @@ func (a address) String() string { return string(a) }
 
 // NewTCPStreamLayer listens on bind, a host:port, and has the others told
 // advertise, a host:port at which they reach it. An empty advertise is the address
-// that it listens on.
-func NewTCPStreamLayer(bind, advertise string) (raft.StreamLayer, error) {
+// that it listens on. With a TLS configuration both sides must show a certificate;
+// without one, nil, streams are plain.
+func NewTCPStreamLayer(bind, advertise string, config *tls.Config) (raft.StreamLayer, error) {
 	listener, err := net.Listen("tcp", bind)
 	if err != nil {
 		return nil, fmt.Errorf("consensus: cannot listen on %s, choose another address or end the process that holds it: %w", bind, err)
@@ -45,7 +48,10 @@ func NewTCPStreamLayer(bind, advertise string) (raft.StreamLayer, error) {
 		listener.Close()
 		return nil, fmt.Errorf("consensus: others cannot reach %s: give an address to advertise", advertise)
 	}
-	return &tcpStreams{listener, address(advertise)}, nil
+	if config != nil {
+		listener = tls.NewListener(listener, config)
+	}
+	return &tcpStreams{listener, address(advertise), config}, nil
 }
 
 // Addr implements net.Listener.
@@ -53,7 +59,11 @@ func (t *tcpStreams) Addr() net.Addr { return t.advertise }
 
 // Dial implements raft.StreamLayer.
 func (t *tcpStreams) Dial(to raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
-	return net.DialTimeout("tcp", string(to), timeout)
+	dialer := &net.Dialer{Timeout: timeout}
+	if t.tls != nil {
+		return tls.DialWithDialer(dialer, "tcp", string(to), t.tls)
+	}
+	return dialer.Dial("tcp", string(to))
 }
 
 // streams knows the open connections of a stream layer, so that they can be cut

@@ -18,39 +18,39 @@ import (
 // limits, health checks) is not among them.
 type Config struct {
 	// Name is how people call the node. Required.
-	Name string `yaml:"name"`
+	Name string `yaml:"name" help:"how people call the node (required)"`
 	// Zone is the failure domain replicas are spread over. Default "default".
-	Zone string `yaml:"zone"`
-	// Role is data or reporting. Default data.
-	Role string `yaml:"role"`
+	Zone string `yaml:"zone" help:"failure domain replicas are spread over"`
 	// DataDir is the data directory. Required.
-	DataDir string `yaml:"data_dir"`
+	DataDir string `yaml:"data_dir" help:"data directory (required)"`
 	// Orchestrators lists the gRPC addresses of orchestrators. Required.
-	Orchestrators []string `yaml:"orchestrators"`
+	Orchestrators []string `yaml:"orchestrators" help:"gRPC addresses of orchestrators, host:port (required)"`
 	// Listen, AdminListen and GossipListen are the host:port to listen on: gRPC for
 	// clients and nodes, HTTP for health and metrics, and gossip (TCP and UDP).
 	// Defaults 0.0.0.0:7400, 0.0.0.0:7401, 0.0.0.0:7402.
-	Listen       string `yaml:"listen"`
-	AdminListen  string `yaml:"admin_listen"`
-	GossipListen string `yaml:"gossip_listen"`
+	Listen       string `yaml:"listen" help:"host:port for clients and nodes (gRPC)"`
+	AdminListen  string `yaml:"admin_listen" help:"host:port for health and metrics (HTTP)"`
+	GossipListen string `yaml:"gossip_listen" help:"host:port for gossip (TCP and UDP)"`
 	// Advertise, AdminAdvertise and GossipAdvertise are the host:port others use.
 	// Defaults: the listen addresses, which must then name a host.
-	Advertise       string `yaml:"advertise"`
-	AdminAdvertise  string `yaml:"admin_advertise"`
-	GossipAdvertise string `yaml:"gossip_advertise"`
+	Advertise       string `yaml:"advertise" help:"host:port others reach listen by (default: listen)"`
+	AdminAdvertise  string `yaml:"admin_advertise" help:"host:port others reach admin_listen by"`
+	GossipAdvertise string `yaml:"gossip_advertise" help:"host:port others reach gossip_listen by"`
 	// CacheBytes is the size of the block cache, MemTableBytes of one memtable.
-	CacheBytes    int64 `yaml:"cache_bytes"`
-	MemTableBytes int64 `yaml:"memtable_bytes"`
+	CacheBytes    int64 `yaml:"cache_bytes" help:"block cache, in bytes"`
+	MemTableBytes int64 `yaml:"memtable_bytes" help:"one memtable, in bytes"`
 	// CPULimit is the number of cores that count as full use; 0: the control group's
 	// quota, or else the machine's cores.
-	CPULimit float64 `yaml:"cpu_limit"`
+	CPULimit float64 `yaml:"cpu_limit" help:"cores that count as full use; 0: the control group's quota, or all cores"`
 	// MinFreeDiskBytes is the free space below which writes are refused. Default: a
 	// twentieth of the disk, at most 1 GiB.
-	MinFreeDiskBytes int64 `yaml:"min_free_disk_bytes"`
+	MinFreeDiskBytes int64 `yaml:"min_free_disk_bytes" help:"free space below which writes are refused; 0: a twentieth of the disk, at most 1 GiB"`
 	// DrainTimeout bounds how long a stop waits for requests. Default 10 s.
-	DrainTimeout time.Duration `yaml:"drain_timeout"`
-	// TLS names PEM files: all three or none.
+	DrainTimeout time.Duration `yaml:"drain_timeout" help:"how long a stop waits for requests"`
+	// TLS names PEM files: all three or none. It covers gRPC and Raft; gossip has a key.
 	TLS rpc.TLSFiles `yaml:"tls"`
+	// GossipKey, 16, 24 or 32 bytes in base64, encrypts gossip. The same everywhere.
+	GossipKey string `yaml:"gossip_key" help:"16, 24 or 32 bytes in base64 that encrypt gossip; the same on every process"`
 
 	// What the process gives, not the operator.
 
@@ -78,7 +78,7 @@ type Seams struct {
 // Defaults returns a configuration with every default filled in.
 func Defaults() Config {
 	return Config{
-		Zone: "default", Role: topology.Data.String(),
+		Zone:   "default",
 		Listen: "0.0.0.0:7400", AdminListen: "0.0.0.0:7401", GossipListen: "0.0.0.0:7402",
 		CacheBytes: 64 << 20, MemTableBytes: 32 << 20,
 		DrainTimeout: 10 * time.Second,
@@ -108,9 +108,6 @@ func (c *Config) Validate() error {
 	}
 	bad("name", topology.CheckName("node", c.Name))
 	bad("zone", topology.CheckName("zone", c.Zone))
-	if c.Role != topology.Data.String() && c.Role != topology.Reporting.String() {
-		bad("role", fmt.Errorf("%q: want data or reporting", c.Role))
-	}
 	if c.DataDir == "" {
 		bad("data_dir", errors.New("is required"))
 	}
@@ -142,5 +139,14 @@ func (c *Config) Validate() error {
 		bad("drain_timeout", fmt.Errorf("%s: want 0s to 10m", c.DrainTimeout))
 	}
 	bad("tls", c.TLS.Check())
+	_, err := rpc.DecodeKey(c.GossipKey)
+	bad("gossip_key", err)
 	return errors.Join(errs...)
+}
+
+// gossipKey returns the key that gossip is encrypted with, or nil.
+// REQUIRES: Validate returned nil.
+func (c *Config) gossipKey() []byte {
+	key, _ := rpc.DecodeKey(c.GossipKey)
+	return key
 }

@@ -68,12 +68,8 @@ func (r *registrar) register(ctx context.Context, id identity) (identity, *topol
 	if err != nil {
 		return id, nil, err
 	}
-	role := topologyv1.Role_ROLE_DATA
-	if r.cfg.Role == topology.Reporting.String() {
-		role = topologyv1.Role_ROLE_REPORTING
-	}
 	req := &adminv1.RegisterNodeRequest{
-		ClusterId: id.ClusterID, Name: r.cfg.Name, Zone: r.cfg.Zone, Role: role,
+		ClusterId: id.ClusterID, Name: r.cfg.Name, Zone: r.cfg.Zone, Role: topologyv1.Role_ROLE_DATA,
 		Address: r.cfg.Advertise, AdminAddress: r.cfg.AdminAdvertise, GossipAddress: r.cfg.GossipAdvertise,
 		DataId: id.DataID, Incarnation: id.Incarnation, Boot: boots, BootId: r.bootID,
 	}

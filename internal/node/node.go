@@ -295,7 +295,7 @@ func (n *Node) startGossip() error {
 	}
 	n.gossip, err = gossip.Start(gossip.Config{
 		Name: gossipName(n.id.Incarnation), Cluster: n.id.ClusterID, Bind: n.cfg.GossipListen, Advertise: n.cfg.GossipAdvertise,
-		Transport: transport, Logger: n.cfg.Logger, Meta: n.meta(),
+		Transport: transport, Logger: n.cfg.Logger, Meta: n.meta(), SecretKey: n.cfg.gossipKey(),
 		Seeds: func() []string {
 			var out []string
 			t := n.fence.Topology()

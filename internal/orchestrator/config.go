@@ -31,48 +31,50 @@ type Peer struct {
 type Bootstrap struct {
 	// FoundingNodes is how many data nodes must have registered before the ring forms.
 	// Default 3.
-	FoundingNodes int `yaml:"founding_nodes"`
+	FoundingNodes int `yaml:"founding_nodes" help:"data nodes that must have registered before the ring forms"`
 	// Vnodes is the number of vnodes, a power of two. Default 256.
-	Vnodes int `yaml:"vnodes"`
+	Vnodes int `yaml:"vnodes" help:"number of vnodes, a power of two; fixed for the life of the cluster"`
 	// HealthChecks is how fast nodes are taken for unhealthy and healthy again.
 	HealthChecks HealthChecks `yaml:"health_checks"`
 	// MaxValueBytes and MaxBatchBytes bound what clients write, MaxHintBytes and
 	// MaxHintAge what a node keeps for others.
-	MaxValueBytes int           `yaml:"max_value_bytes"`
-	MaxBatchBytes int           `yaml:"max_batch_bytes"`
-	MaxHintBytes  int64         `yaml:"max_hint_bytes"`
-	MaxHintAge    time.Duration `yaml:"max_hint_age"`
+	MaxValueBytes int           `yaml:"max_value_bytes" help:"largest value, in bytes"`
+	MaxBatchBytes int           `yaml:"max_batch_bytes" help:"largest batch, in bytes"`
+	MaxHintBytes  int64         `yaml:"max_hint_bytes" help:"hints a node keeps for all others together, in bytes"`
+	MaxHintAge    time.Duration `yaml:"max_hint_age" help:"how long a hint is kept"`
 }
 
 // HealthChecks are the cluster's settings of the same name.
 type HealthChecks struct {
-	Interval           time.Duration `yaml:"interval"`
-	Timeout            time.Duration `yaml:"timeout"`
-	HealthyThreshold   int           `yaml:"healthy_threshold"`
-	UnhealthyThreshold int           `yaml:"unhealthy_threshold"`
+	Interval           time.Duration `yaml:"interval" help:"time between probes of a node"`
+	Timeout            time.Duration `yaml:"timeout" help:"how long a probe may take"`
+	HealthyThreshold   int           `yaml:"healthy_threshold" help:"successful probes in a row that make a node healthy"`
+	UnhealthyThreshold int           `yaml:"unhealthy_threshold" help:"failed probes in a row that make a node unhealthy"`
 }
 
 // Config holds an orchestrator's process settings.
 type Config struct {
 	// Name is one of Peers. Required.
-	Name string `yaml:"name"`
+	Name string `yaml:"name" help:"this orchestrator, one of peers (required)"`
 	// DataDir is the directory of the Raft store. Required.
-	DataDir string `yaml:"data_dir"`
+	DataDir string `yaml:"data_dir" help:"directory of the Raft store (required)"`
 	// Listen, AdminListen, GossipListen and RaftListen are the host:port to listen on.
 	// Defaults 0.0.0.0:7390 to 0.0.0.0:7393.
-	Listen       string `yaml:"listen"`
-	AdminListen  string `yaml:"admin_listen"`
-	GossipListen string `yaml:"gossip_listen"`
-	RaftListen   string `yaml:"raft_listen"`
+	Listen       string `yaml:"listen" help:"host:port for nodes, clients and kvctl (gRPC)"`
+	AdminListen  string `yaml:"admin_listen" help:"host:port for health and metrics (HTTP)"`
+	GossipListen string `yaml:"gossip_listen" help:"host:port for gossip (TCP and UDP)"`
+	RaftListen   string `yaml:"raft_listen" help:"host:port for Raft"`
 	// Peers lists the 1, 3 or 5 orchestrators, this one included; the same on each.
 	Peers []Peer `yaml:"peers"`
 	// Bootstrap says what a new cluster is to be.
 	Bootstrap Bootstrap `yaml:"bootstrap"`
 	// ElectionTimeout is how long an orchestrator waits for its leader before it
 	// stands for election, at least. Default 1 s.
-	ElectionTimeout time.Duration `yaml:"election_timeout"`
-	// TLS names PEM files: all three or none.
+	ElectionTimeout time.Duration `yaml:"election_timeout" help:"least time without a leader before an election"`
+	// TLS names PEM files: all three or none. It covers gRPC and Raft; gossip has a key.
 	TLS rpc.TLSFiles `yaml:"tls"`
+	// GossipKey, 16, 24 or 32 bytes in base64, encrypts gossip. The same everywhere.
+	GossipKey string `yaml:"gossip_key" help:"16, 24 or 32 bytes in base64 that encrypt gossip; the same on every process"`
 
 	// What the process gives, not the operator.
 
@@ -185,5 +187,14 @@ func (c *Config) Validate() error {
 		bad("election_timeout", fmt.Errorf("%s: want 50ms to 1m", c.ElectionTimeout))
 	}
 	bad("tls", c.TLS.Check())
+	_, err := rpc.DecodeKey(c.GossipKey)
+	bad("gossip_key", err)
 	return errors.Join(errs...)
+}
+
+// gossipKey returns the key that gossip is encrypted with, or nil.
+// REQUIRES: Validate returned nil.
+func (c *Config) gossipKey() []byte {
+	key, _ := rpc.DecodeKey(c.GossipKey)
+	return key
 }

@@ -6,6 +6,7 @@ package orchestrator
 import (
 	"context"
 	"crypto/rand"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/hashicorp/memberlist"
+	"github.com/hashicorp/raft"
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health"
@@ -57,11 +59,11 @@ func Start(cfg Config) (*Orchestrator, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
-	cfg.Seams.setDefaults()
 	tlsConfig, err := cfg.TLS.Load()
 	if err != nil {
 		return nil, err
 	}
+	cfg.Seams.setDefaults(tlsConfig)
 	o := &Orchestrator{
 		cfg: cfg, transport: rpc.Transport{Dial: cfg.Seams.Dial, TLS: tlsConfig}, started: time.Now(),
 		machine: newMachine(), stopping: make(chan struct{}), registry: rpc.NewRegistry(),
@@ -76,7 +78,7 @@ func Start(cfg Config) (*Orchestrator, error) {
 	return o, nil
 }
 
-func (s *Seams) setDefaults() {
+func (s *Seams) setDefaults(tlsConfig *tls.Config) {
 	if s.FS == nil {
 		s.FS = vfs.Default
 	}
@@ -90,7 +92,9 @@ func (s *Seams) setDefaults() {
 		s.Gossip = func(string) (memberlist.Transport, error) { return nil, nil }
 	}
 	if s.Raft == nil {
-		s.Raft = consensus.NewTCPStreamLayer
+		s.Raft = func(bind, advertise string) (raft.StreamLayer, error) {
+			return consensus.NewTCPStreamLayer(bind, advertise, tlsConfig)
+		}
 	}
 	if s.WallClock == nil {
 		s.WallClock = func() int64 { return time.Now().UnixMilli() }
@@ -176,7 +180,7 @@ func (o *Orchestrator) startGossip() error {
 	}
 	o.gossip, err = gossip.Start(gossip.Config{
 		Name: "o." + o.cfg.Name, Cluster: o.machine.topology().ClusterID, Bind: o.cfg.GossipListen, Advertise: self.GossipAddress,
-		Transport: transport, Logger: o.cfg.Logger, Meta: gossipMeta(o.machine.topology()),
+		Transport: transport, Logger: o.cfg.Logger, Meta: gossipMeta(o.machine.topology()), SecretKey: o.cfg.gossipKey(),
 		Seeds: func() []string {
 			var out []string
 			for _, p := range o.cfg.Peers {

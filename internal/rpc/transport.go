@@ -8,6 +8,7 @@ import (
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"net"
@@ -45,9 +46,9 @@ func NetDialer(ctx context.Context, address string) (net.Conn, error) {
 // TLSFiles names the files of a process's identity, in PEM. The zero value means
 // no TLS. With TLS both sides must show a certificate of the authority.
 type TLSFiles struct {
-	Cert string `yaml:"cert"`
-	Key  string `yaml:"key"`
-	CA   string `yaml:"ca"`
+	Cert string `yaml:"cert" help:"PEM file with this process's certificate"`
+	Key  string `yaml:"key" help:"PEM file with its key"`
+	CA   string `yaml:"ca" help:"PEM file with the authority of all certificates"`
 }
 
 // Check returns an error unless all files or none are named.
@@ -82,6 +83,22 @@ func (f TLSFiles) Load() (*tls.Config, error) {
 		ClientAuth:   tls.RequireAndVerifyClientCert,
 		MinVersion:   tls.VersionTLS13,
 	}, nil
+}
+
+// DecodeKey reads a key of 16, 24 or 32 bytes in base64, with which gossip is
+// encrypted. An empty text is no key, nil.
+func DecodeKey(text string) ([]byte, error) {
+	key, err := base64.StdEncoding.DecodeString(text)
+	if err != nil {
+		return nil, fmt.Errorf("is not base64: %w", err)
+	}
+	if n := len(key); n != 0 && n != 16 && n != 24 && n != 32 {
+		return nil, fmt.Errorf("has %d bytes: want 16, 24 or 32", n)
+	}
+	if len(key) == 0 {
+		return nil, nil
+	}
+	return key, nil
 }
 
 // CheckAddress returns an error unless address is host:port with a port of 1 to

@@ -65,7 +65,7 @@ func (p Program[C]) command(stdout, stderr io.Writer, environ func() []string) *
 	root := &cobra.Command{
 		Use: p.Name, Short: p.Short, Args: cobra.NoArgs, SilenceErrors: true, SilenceUsage: true,
 		Long: p.Short + ".\n\nSettings come from --config, then from environment variables (" + p.EnvPrefix +
-			"DATA_DIR for data_dir,\n" + p.EnvPrefix + "LOG__LEVEL for log.level), then from flags; the last one wins. Unknown keys are refused.",
+			"DATA_DIR for data_dir,\n" + p.EnvPrefix + "LOG__LEVEL for log.level), then from flags; the last one wins. Lists of tables stand in the file only. Unknown keys are refused.",
 	}
 	root.SetOut(stdout)
 	root.SetErr(stderr)

@@ -1,0 +1,71 @@
+package node
+
+import (
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestConfig(t *testing.T) {
+	good := func() Config {
+		c := Defaults()
+		c.Name, c.DataDir, c.Orchestrators, c.Listen, c.AdminListen, c.GossipListen = "n1", "data", []string{"o:1"}, "h:1", "h:2", "h:3"
+		c.Complete()
+		return c
+	}
+	c := good()
+	if err := c.Validate(); err != nil || c.Advertise != "h:1" || c.GossipAdvertise != "h:3" {
+		t.Fatalf("%+v: %v", c, err)
+	}
+	for key, harm := range map[string]func(*Config){
+		"name":                func(c *Config) { c.Name = "a b" },
+		"zone":                func(c *Config) { c.Zone = "" },
+		"data_dir":            func(c *Config) { c.DataDir = "" },
+		"orchestrators":       func(c *Config) { c.Orchestrators = []string{"o"} },
+		"listen":              func(c *Config) { c.Listen = "h:99999" },
+		"admin_listen":        func(c *Config) { c.AdminListen = "" },
+		"gossip_listen":       func(c *Config) { c.GossipListen = "x" },
+		"advertise":           func(c *Config) { c.Advertise = "0.0.0.0:1" },
+		"gossip_advertise":    func(c *Config) { c.GossipAdvertise = ":1" },
+		"cache_bytes":         func(c *Config) { c.CacheBytes = 1 },
+		"memtable_bytes":      func(c *Config) { c.MemTableBytes = 1 << 40 },
+		"cpu_limit":           func(c *Config) { c.CPULimit = -1 },
+		"min_free_disk_bytes": func(c *Config) { c.MinFreeDiskBytes = -1 },
+		"drain_timeout":       func(c *Config) { c.DrainTimeout = time.Hour },
+		"tls":                 func(c *Config) { c.TLS.Key = "k" },
+		"gossip_key":          func(c *Config) { c.GossipKey = "c2hvcnQ=" },
+	} {
+		c := good()
+		harm(&c)
+		if err := c.Validate(); err == nil || !strings.Contains(err.Error(), key+":") {
+			t.Errorf("error = %v, want one that names %s", err, key)
+		}
+	}
+}
+
+func TestParseQuota(t *testing.T) {
+	for in, want := range map[string]float64{"max 100000\n": 0, "150000 100000\n": 1.5, "": 0, "x y": 0, "1 0": 0} {
+		if got := parseQuota([]byte(in)); got != want {
+			t.Errorf("%q: %v, want %v", in, got, want)
+		}
+	}
+}
+
+func TestProcess(t *testing.T) {
+	p := newProcess(2)
+	if p.cpu() != 0 {
+		t.Error("CPU of one sample is not 0")
+	}
+	for range 100 {
+		p.sample()
+	}
+	if len(p.mu.used) != cpuWindow+1 || p.cpu() < 0 {
+		t.Errorf("%d samples, CPU %v", len(p.mu.used), p.cpu())
+	}
+	if memory() < 1<<20 {
+		t.Errorf("memory is %d bytes", memory())
+	}
+	if newProcess(0).allowance <= 0 {
+		t.Error("no allowance")
+	}
+}
