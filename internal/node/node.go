@@ -60,6 +60,8 @@ type Node struct {
 	health                  *health.Server
 	registry                *prometheus.Registry
 
+	// built is set once every part above is there.
+	built atomic.Bool
 	// removed is why the cluster turned this data directory away.
 	removed  atomic.Pointer[string]
 	stopping chan struct{} // closed when a stop begins
@@ -247,6 +249,7 @@ func (n *Node) serve(run context.Context) error {
 	if err := n.startGossip(); err != nil {
 		return err
 	}
+	n.built.Store(true)
 	n.startServer()
 	n.startWorkers(run)
 	return nil
@@ -439,11 +442,14 @@ func (n *Node) ready() error {
 		return errors.New("stopping")
 	default:
 	}
-	if n.fence.Topology().Epoch == 0 {
+	if !n.built.Load() {
 		return errors.New("waits for an orchestrator")
 	}
 	if s, reason := n.state(); s != adminv1.NodeStatus_STATE_SERVING {
 		return fmt.Errorf("%s: %s", stateName(s), reason)
+	}
+	if !n.peers.settled() {
+		return errors.New("connects to its peers")
 	}
 	return nil
 }

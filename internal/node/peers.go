@@ -130,6 +130,28 @@ func (p *peers) greet(md metadata.MD) error {
 	return nil
 }
 
+// heard notes that a node has opened a link to this one, so it is there to be
+// connected to as well.
+func (p *peers) heard(md metadata.MD) {
+	if inc, err := strconv.ParseUint(first(md, mdFrom), 10, 64); err == nil {
+		if l := p.link(inc); l != nil {
+			l.Retry()
+		}
+	}
+}
+
+// settled reports whether every link has been tried at least once.
+func (p *peers) settled() bool {
+	for l := range maps.Values(*p.links.Load()) {
+		select {
+		case <-l.Ready():
+		default:
+			return false
+		}
+	}
+	return true
+}
+
 // Go sends a call to a node; see rpc.Link.Go.
 func (p *peers) Go(node uint64, call *replicav1.Call, deadline time.Time, done func(*replicav1.Reply, error)) error {
 	if node == p.self {

@@ -121,6 +121,7 @@ func (s replicaService) Link(stream grpc.BidiStreamingServer[replicav1.LinkReque
 	if err := s.node.peers.greet(in); err != nil {
 		return err
 	}
+	s.node.peers.heard(in)
 	address := first(in, mdAddress)
 	md := metadata.Pairs(mdIncarnation, strconv.FormatUint(s.node.id.Incarnation, 10))
 	return rpc.Serve(rpc.ReplicaServerStream(stream), md, (*replicav1.Reply).SizeVT,

@@ -69,6 +69,7 @@ type Link[C, R any] struct {
 	// up is whether the other side answers at the moment.
 	up    atomic.Bool
 	ready chan struct{} // closed when the first attempt to connect has ended
+	retry chan struct{} // holds a token when the next attempt should not wait
 
 	mu struct {
 		sync.Mutex
@@ -97,7 +98,7 @@ type pending[C, R any] struct {
 func NewLink[C, R any](cfg LinkConfig, proto Protocol[C, R]) *Link[C, R] {
 	cfg.setDefaults()
 	ctx, cancel := context.WithCancel(context.Background())
-	l := &Link[C, R]{cfg: cfg, proto: proto, cancel: cancel, ready: make(chan struct{})}
+	l := &Link[C, R]{cfg: cfg, proto: proto, cancel: cancel, ready: make(chan struct{}), retry: make(chan struct{}, 1)}
 	l.mu.pending = map[uint64]*pending[C, R]{}
 	l.mu.queue = newQueue[*pending[C, R]]()
 	l.stopped.Go(func() { l.run(ctx) })
@@ -109,6 +110,18 @@ func (l *Link[C, R]) Up() bool { return l.up.Load() }
 
 // Ready is closed once the first attempt to connect has ended, well or not.
 func (l *Link[C, R]) Ready() <-chan struct{} { return l.ready }
+
+// Retry has a link that is down connect at once: there is a sign that the peer is
+// back.
+func (l *Link[C, R]) Retry() {
+	if l.Up() {
+		return
+	}
+	select {
+	case l.retry <- struct{}{}:
+	default:
+	}
+}
 
 // Address returns where the link leads to.
 func (l *Link[C, R]) Address() string { return l.cfg.Address }
@@ -234,6 +247,7 @@ func (l *Link[C, R]) run(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
+		case <-l.retry:
 		case <-time.After(pause):
 		}
 	}

@@ -233,6 +233,23 @@ func TestLinkToNobody(t *testing.T) {
 	})
 }
 
+// A sign that the peer is back ends the pause between attempts.
+func TestLinkRetriesWhenTold(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		l := w.link(nil)
+		time.Sleep(20 * time.Second) // pauses are at their longest
+		w.serve(&echo{})
+		l.Retry()
+		time.Sleep(50 * time.Millisecond)
+		if !l.Up() {
+			t.Error("the link waits although it was told not to")
+		}
+		l.Close()
+		w.end()
+	})
+}
+
 func TestLinkNoticesASilentPeer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
