@@ -180,8 +180,12 @@ func (p *peers) why(node uint64) string {
 		return "does not answer"
 	}
 	state, gossips := p.says(node)
-	if gossips && state != adminv1.NodeStatus_STATE_SERVING {
-		return "says that it is " + stateName(state)
+	switch state {
+	case adminv1.NodeStatus_STATE_LOST_TAIL, adminv1.NodeStatus_STATE_REMOVED, adminv1.NodeStatus_STATE_STOPPING:
+		// A node that says it is starting may have gone on since it said so.
+		if gossips {
+			return "says that it is " + stateName(state)
+		}
 	}
 	if h := p.health(node); !gossips && h.GetState() == topologyv1.NodeHealth_STATE_UNHEALTHY {
 		return h.GetReason()

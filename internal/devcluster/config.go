@@ -1,0 +1,100 @@
+package devcluster
+
+import (
+	"fmt"
+	"path/filepath"
+	"time"
+
+	"go.yaml.in/yaml/v3"
+)
+
+// The keys below are those of the processes' own configuration. They are repeated
+// here, and compared with the real ones in a test, because kvctl must not be linked
+// with storage and consensus.
+
+type nodeConfig struct {
+	Name          string   `yaml:"name"`
+	Zone          string   `yaml:"zone"`
+	DataDir       string   `yaml:"data_dir"`
+	Orchestrators []string `yaml:"orchestrators"`
+	Listen        string   `yaml:"listen"`
+	AdminListen   string   `yaml:"admin_listen"`
+	GossipListen  string   `yaml:"gossip_listen"`
+}
+
+type orchestratorConfig struct {
+	Name            string        `yaml:"name"`
+	DataDir         string        `yaml:"data_dir"`
+	Listen          string        `yaml:"listen"`
+	AdminListen     string        `yaml:"admin_listen"`
+	GossipListen    string        `yaml:"gossip_listen"`
+	RaftListen      string        `yaml:"raft_listen"`
+	Peers           []peer        `yaml:"peers"`
+	Bootstrap       bootstrap     `yaml:"bootstrap"`
+	ElectionTimeout time.Duration `yaml:"election_timeout"`
+}
+
+type peer struct {
+	Name          string `yaml:"name"`
+	Address       string `yaml:"address"`
+	AdminAddress  string `yaml:"admin_address"`
+	GossipAddress string `yaml:"gossip_address"`
+	RaftAddress   string `yaml:"raft_address"`
+}
+
+type bootstrap struct {
+	FoundingNodes int          `yaml:"founding_nodes"`
+	HealthChecks  healthChecks `yaml:"health_checks"`
+}
+
+type healthChecks struct {
+	Interval           time.Duration `yaml:"interval"`
+	Timeout            time.Duration `yaml:"timeout"`
+	HealthyThreshold   int           `yaml:"healthy_threshold"`
+	UnhealthyThreshold int           `yaml:"unhealthy_threshold"`
+}
+
+// On one machine a process answers at once or is gone, so both are noticed sooner
+// than a real network would allow.
+var devHealthChecks = healthChecks{Interval: time.Second, Timeout: 500 * time.Millisecond, HealthyThreshold: 2, UnhealthyThreshold: 3}
+
+const devElectionTimeout = 500 * time.Millisecond
+
+// configFor returns a process's configuration.
+func (st *state) configFor(dir string, m member) any {
+	var peers []peer
+	var orchestrators []string
+	for _, p := range st.Processes {
+		if p.Role == RoleOrchestrator {
+			orchestrators = append(orchestrators, p.clientAddr())
+			peers = append(peers, peer{p.Name, p.clientAddr(), p.adminAddr(), p.gossipAddr(), p.raftAddr()})
+		}
+	}
+	if m.Role == RoleOrchestrator {
+		return orchestratorConfig{
+			Name: m.Name, DataDir: dataDir(dir, m.Name),
+			Listen: m.clientAddr(), AdminListen: m.adminAddr(), GossipListen: m.gossipAddr(), RaftListen: m.raftAddr(),
+			Peers:           peers,
+			Bootstrap:       bootstrap{FoundingNodes: st.Settings.Nodes, HealthChecks: devHealthChecks},
+			ElectionTimeout: devElectionTimeout,
+		}
+	}
+	return nodeConfig{
+		Name: m.Name, Zone: m.Zone, DataDir: dataDir(dir, m.Name), Orchestrators: orchestrators,
+		Listen: m.clientAddr(), AdminListen: m.adminAddr(), GossipListen: m.gossipAddr(),
+	}
+}
+
+// writeConfig writes a process's configuration file.
+func (st *state) writeConfig(dir string, m member) error {
+	b, err := yaml.Marshal(st.configFor(dir, m))
+	if err != nil {
+		return fmt.Errorf("encode the configuration of %s: %w", m.Name, err)
+	}
+	header := fmt.Sprintf("# Configuration of %s. Written by kvctl dev at every start: changes are lost.\n", m.Name)
+	return replaceFile(configPath(dir, m.Name), append([]byte(header), b...))
+}
+
+func configPath(dir, name string) string { return filepath.Join(dir, name+".yaml") }
+func logPath(dir, name string) string    { return filepath.Join(dir, name+".log") }
+func dataDir(dir, name string) string    { return filepath.Join(dir, name) }

@@ -1,0 +1,632 @@
+package devcluster_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+
+	"github.com/kvasirdb/kvasir/client"
+	"github.com/kvasirdb/kvasir/internal/devcluster"
+	"github.com/kvasirdb/kvasir/internal/rpc"
+	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
+	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
+)
+
+// The tests here run real processes and kill them. KVASIR_E2E=full makes them as
+// long as `make e2e` wants them; otherwise they are short enough for `make test`.
+var full = os.Getenv("KVASIR_E2E") == "full"
+
+// scale returns the first value in a short run, the second in a full one.
+func scale[T any](short, long T) T {
+	if full {
+		return long
+	}
+	return short
+}
+
+var binaries = sync.OnceValues(func() (string, error) {
+	dir, err := os.MkdirTemp("", "kvasir-e2e-bin")
+	if err != nil {
+		return "", err
+	}
+	out, err := exec.Command("go", "build", "-tags", "pebblegozstd", "-o", dir+"/",
+		"github.com/kvasirdb/kvasir/cmd/kvnode", "github.com/kvasirdb/kvasir/cmd/kvorch").CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("build: %w\n%s", err, out)
+	}
+	return dir, nil
+})
+
+// rig is a cluster of real processes with what a test needs of it.
+type rig struct {
+	t       *testing.T
+	cluster *devcluster.Cluster
+	rng     *rand.Rand
+}
+
+func start(t *testing.T, nodes, orchestrators int) *rig {
+	t.Helper()
+	bin, err := binaries()
+	if err != nil {
+		t.Fatal(err)
+	}
+	seed := uint64(time.Now().UnixNano())
+	if s := os.Getenv("KVASIR_SEED"); s != "" {
+		if seed, err = strconv.ParseUint(s, 10, 64); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Logf("to choose the same processes again: KVASIR_SEED=%d go test -run '^%s$' ./internal/devcluster", seed, t.Name())
+	r := &rig{t: t, rng: rand.New(rand.NewPCG(seed, 1))}
+	dir := t.TempDir()
+	for tries := 0; ; tries++ {
+		r.cluster, err = devcluster.Create(context.Background(), filepath.Join(dir, strconv.Itoa(tries)), devcluster.Settings{
+			Nodes: nodes, Orchestrators: orchestrators, Zones: min(nodes, 3), Port: freeBase(t, nodes, orchestrators),
+		}, devcluster.Options{BinDir: bin})
+		var busy *devcluster.PortsBusyError
+		if errors.As(err, &busy) && tries < 5 {
+			continue
+		}
+		break
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			r.logs()
+		}
+		if _, err := r.cluster.Stop(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	r.up()
+	return r
+}
+
+// freeBase returns a base port with room for a cluster.
+func freeBase(t *testing.T, nodes, orchestrators int) int {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	port := l.Addr().(*net.TCPAddr).Port
+	return min(max(port, 2000+10*orchestrators), 65000-10*nodes)
+}
+
+// logs shows the end of every process's log.
+func (r *rig) logs() {
+	for _, p := range r.status() {
+		b, err := os.ReadFile(r.cluster.LogPath(p.Name))
+		if err != nil {
+			continue
+		}
+		lines := strings.Split(strings.TrimSpace(string(b)), "\n")
+		r.t.Logf("%s:\n%s", p.Name, strings.Join(lines[max(0, len(lines)-8):], "\n"))
+	}
+}
+
+func (r *rig) status() []devcluster.Status {
+	r.t.Helper()
+	s, err := r.cluster.Status()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return s
+}
+
+// up starts what does not run and waits until it serves.
+func (r *rig) up(names ...string) {
+	r.t.Helper()
+	if _, err := r.cluster.Start(context.Background(), names...); err != nil {
+		r.t.Fatal(err)
+	}
+	if err := r.cluster.WaitReady(context.Background(), names...); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+func (r *rig) kill(names ...string) {
+	r.t.Helper()
+	if err := r.cluster.Kill(context.Background(), names...); err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+// named returns the names of all nodes, or of all orchestrators.
+func (r *rig) named(role string) (names []string) {
+	for _, p := range r.status() {
+		if p.Role == role {
+			names = append(names, p.Name)
+		}
+	}
+	return names
+}
+
+func (r *rig) endpoints() (out []string) {
+	for _, p := range r.status() {
+		if p.Role == devcluster.RoleData {
+			out = append(out, p.ClientAddr)
+		}
+	}
+	return out
+}
+
+func (r *rig) client(opts ...client.Option) *client.Client {
+	r.t.Helper()
+	c, err := client.New(context.Background(), r.endpoints(), opts...)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.t.Cleanup(func() { c.Close() })
+	return c
+}
+
+// control returns the control service at one process.
+func (r *rig) control(name string) adminv1.ControlServiceClient {
+	r.t.Helper()
+	i := slices.IndexFunc(r.status(), func(p devcluster.Status) bool { return p.Name == name })
+	cc, err := rpc.Transport{Dial: rpc.NetDialer}.NewConn(r.status()[i].ClientAddr)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.t.Cleanup(func() { cc.Close() })
+	return adminv1.NewControlServiceClient(cc)
+}
+
+// eventually waits until check returns "", and fails with what it returned last.
+func (r *rig) eventually(within time.Duration, check func() string) {
+	r.t.Helper()
+	last := ""
+	for deadline := time.Now().Add(within); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
+		if last = check(); last == "" {
+			return
+		}
+	}
+	r.t.Fatalf("not within %s: %s", within, last)
+}
+
+// With 16 callers and deadlines of 2 s every node is killed and restarted in turn,
+// the client's first endpoint included. No operation fails, and what was written
+// meanwhile gets to the returned node's own copy.
+func TestE2EKillsInTurnFailNothing(t *testing.T) {
+	r := start(t, 3, 1)
+	c := r.client()
+	length, least := scale(9*time.Second, 62*time.Second), scale(int64(10_000), int64(100_000))
+	var done atomic.Int64
+	stop := make(chan struct{})
+	var callers sync.WaitGroup
+	for i := range 16 {
+		callers.Go(func() {
+			for n := 0; ; n++ {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				key, value := fmt.Sprintf("%d/%d", i, n%50), strconv.Itoa(n)
+				ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+				if _, err := c.Put(ctx, []byte(key), []byte(value)); err != nil {
+					t.Errorf("put %s: %v", key, err)
+				}
+				cancel()
+				ctx, cancel = context.WithTimeout(context.Background(), 2*time.Second)
+				if v, err := c.Get(ctx, []byte(key)); err != nil || string(v.Value) != value {
+					t.Errorf("get %s = %q, %v; want %s", key, v.Value, err, value)
+				}
+				cancel()
+				done.Add(2)
+			}
+		})
+	}
+	began := time.Now()
+	for round := 0; time.Since(began) < length || done.Load() < least; round++ {
+		for _, name := range r.named(devcluster.RoleData) {
+			r.kill(name)
+			time.Sleep(scale(700*time.Millisecond, 2*time.Second)) // load goes on without it
+			r.up(name)
+			time.Sleep(scale(700*time.Millisecond, 2*time.Second)) // and with it
+		}
+		if t.Failed() || round > 100 {
+			break
+		}
+	}
+	close(stop)
+	callers.Wait()
+	t.Logf("%d operations in %s", done.Load(), time.Since(began).Round(time.Second))
+	for i := range 16 {
+		for k := range 50 {
+			key := fmt.Sprintf("%d/%d", i, k)
+			want, err := c.Get(context.Background(), []byte(key))
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, node := range r.named(devcluster.RoleData) {
+				r.eventually(20*time.Second, func() string {
+					own, err := c.Get(context.Background(), []byte(key), client.FromReplica(node))
+					if err != nil || string(own.Value) != string(want.Value) {
+						return fmt.Sprintf("%s's own copy of %s is %q, %v; want %q", node, key, own.Value, err, want.Value)
+					}
+					return ""
+				})
+			}
+		}
+	}
+}
+
+// With every orchestrator dead: writes and reads go on, a new client connects, a
+// node restarts and serves; also after kill −9 of all nodes.
+func TestE2EWithoutOrchestrators(t *testing.T) {
+	r := start(t, 3, 3)
+	c := r.client()
+	ctx := context.Background()
+	put := func(c *client.Client, key, value string) {
+		t.Helper()
+		if _, err := c.Put(ctx, []byte(key), []byte(value)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := func(c *client.Client, key, value string) {
+		t.Helper()
+		if v, err := c.Get(ctx, []byte(key)); err != nil || string(v.Value) != value {
+			t.Fatalf("get %s = %q, %v; want %q", key, v.Value, err, value)
+		}
+	}
+	put(c, "before", "1")
+	r.kill(r.named(devcluster.RoleOrchestrator)...)
+	put(c, "during", "2")
+	want(c, "before", "1")
+	fresh := r.client()
+	want(fresh, "during", "2")
+	r.kill("node2")
+	put(fresh, "during", "3")
+	r.up("node2")
+	second, err := client.New(ctx, []string{r.endpoints()[1]})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer second.Close()
+	want(second, "during", "3")
+	r.kill(r.named(devcluster.RoleData)...)
+	r.up(r.named(devcluster.RoleData)...)
+	again := r.client()
+	want(again, "before", "1")
+	want(again, "during", "3")
+	put(again, "after", "4")
+	want(again, "after", "4")
+}
+
+// Five nodes, N=5, W=40%, one node paused: two acknowledgements, the answer, two
+// late ones, and a hint for the fifth.
+func TestE2ETraceWithAPausedNode(t *testing.T) {
+	r := start(t, 5, 1)
+	if _, err := r.control("node1").CreateNamespace(context.Background(), &adminv1.CreateNamespaceRequest{
+		Name: "wide", Settings: &adminv1.NamespaceSettings{N: ptr(uint32(5))},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	c := r.client(client.WithNamespace("wide"))
+	if _, err := c.Put(context.Background(), []byte("k"), []byte("v")); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.cluster.Pause(context.Background(), "node5"); err != nil {
+		t.Fatal(err)
+	}
+	// Keys until one is coordinated by a node that runs, which the first may not be.
+	receipt, err := c.Put(context.Background(), []byte("k"), []byte("v"), client.W("40%"), client.Traced())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if receipt.Needed != 2 || receipt.N != 5 {
+		t.Errorf("receipt %+v", receipt)
+	}
+	events, complete, err := c.Trace(context.Background(), receipt, 5*time.Second)
+	if err != nil || !complete {
+		t.Fatalf("complete %v, %v", complete, err)
+	}
+	count := map[string]int{}
+	var order []string
+	for _, e := range events {
+		if e.Kind == "hint" && e.Node != "node5" {
+			t.Errorf("a hint for %s", e.Node)
+		}
+		count[e.Kind]++
+		order = append(order, e.Kind)
+	}
+	if count["acknowledged"]+count["late"] != 4 || count["acknowledged"] < 2 || count["hint"] != 1 || count["answered"] != 1 {
+		t.Errorf("events %v", order)
+	}
+}
+
+func ptr[T any](v T) *T { return &v }
+
+// Keys made stale on one replica, overwritten and deleted, with hints off: reads
+// mend them, blocking and asynchronous.
+func TestE2EReadsMendAStaleReplica(t *testing.T) {
+	r := start(t, 3, 1)
+	if _, err := r.control("node1").CreateNamespace(context.Background(), &adminv1.CreateNamespaceRequest{
+		Name: "nohints", Settings: &adminv1.NamespaceSettings{Hints: ptr(false)},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	c := r.client(client.WithNamespace("nohints"))
+	ctx := context.Background()
+	const keys = 1000
+	key := func(i int) []byte { return fmt.Appendf(nil, "k%04d", i) }
+	all := func(f func(i int)) {
+		var wg sync.WaitGroup
+		for w := range 16 {
+			wg.Go(func() {
+				for i := w; i < keys; i += 16 {
+					f(i)
+				}
+			})
+		}
+		wg.Wait()
+	}
+	all(func(i int) {
+		if _, err := c.Put(ctx, key(i), []byte("old"), client.W("all")); err != nil {
+			t.Error(err)
+		}
+	})
+	// pause stops node3 and waits until it is known to be gone: what is sent before
+	// waits in its sockets for it to come back.
+	pause := func() {
+		t.Helper()
+		if err := r.cluster.Pause(ctx, "node3"); err != nil {
+			t.Fatal(err)
+		}
+		r.eventually(10*time.Second, func() string {
+			if _, err := c.Put(ctx, []byte("probe"), nil, client.W("all"), client.WithoutRetries()); errors.Is(err, client.ErrUnavailable) && !errors.Is(err, client.ErrOutcomeUnknown) {
+				return ""
+			}
+			return "node3 still counts as live"
+		})
+	}
+	pause()
+	all(func(i int) {
+		var err error
+		if i%2 == 0 {
+			_, err = c.Put(ctx, key(i), []byte("new"))
+		} else {
+			_, err = c.Delete(ctx, key(i))
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	})
+	if err := r.cluster.Resume(ctx, "node3"); err != nil {
+		t.Fatal(err)
+	}
+	own := func(i int) string {
+		v, err := c.Get(ctx, key(i), client.FromReplica("node3"))
+		if errors.Is(err, client.ErrNotFound) {
+			return "deleted"
+		}
+		if err != nil {
+			return err.Error()
+		}
+		return string(v.Value)
+	}
+	r.eventually(10*time.Second, func() string {
+		if _, err := c.Put(ctx, []byte("probe"), nil, client.W("all")); err != nil {
+			return err.Error()
+		}
+		return ""
+	})
+	stale := 0
+	for i := range keys {
+		if own(i) == "old" {
+			stale++
+		}
+	}
+	if stale != keys {
+		t.Fatalf("%d of %d keys are stale on node3, the test needs all", stale, keys)
+	}
+	want := func(i int) string { return []string{"new", "deleted"}[i%2] }
+	all(func(i int) {
+		mode := client.RepairBlocking
+		if i >= keys/2 {
+			mode = client.RepairAsync
+		}
+		// R=all meets node3 for certain.
+		v, err := c.Get(ctx, key(i), client.R("all"), client.Repair(mode))
+		if got := string(v.Value); err == nil && got != want(i) || err != nil && (want(i) != "deleted" || !errors.Is(err, client.ErrNotFound)) {
+			t.Errorf("get %d = %q, %v", i, got, err)
+		}
+	})
+	for i := range keys {
+		r.eventually(5*time.Second, func() string {
+			if got := own(i); got != want(i) {
+				return fmt.Sprintf("node3's own copy of key %d is %s, want %s", i, got, want(i))
+			}
+			return ""
+		})
+	}
+	// The trace shows a repair.
+	pause()
+	if _, err := c.Put(ctx, key(0), []byte("newer")); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.cluster.Resume(ctx, "node3"); err != nil {
+		t.Fatal(err)
+	}
+	r.eventually(10*time.Second, func() string {
+		v, err := c.Get(ctx, key(0), client.R("all"), client.Traced())
+		if err != nil {
+			return err.Error()
+		}
+		events, _, err := c.Trace(ctx, v.Receipt, 5*time.Second)
+		if err != nil {
+			return err.Error()
+		}
+		kinds := map[string]string{}
+		for _, e := range events {
+			kinds[e.Kind] += e.Node
+		}
+		if kinds["stale"] != "node3" || kinds["repair"] != "node3" {
+			t.Fatalf("events %v", events)
+		}
+		return ""
+	})
+}
+
+// Three orchestrators, the leader killed under namespace changes: a new one within
+// 5 s, nothing lost.
+func TestE2ELeaderKilledUnderChanges(t *testing.T) {
+	r := start(t, 3, 3)
+	ctl := r.control("node1")
+	made := map[string]bool{}
+	create := func(name string) error {
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		defer cancel()
+		_, err := ctl.CreateNamespace(ctx, &adminv1.CreateNamespaceRequest{Name: name})
+		if err == nil || rpc.AsError(err).Reason == "NAMESPACE_EXISTS" {
+			made[name] = true
+			return nil
+		}
+		return err
+	}
+	for round := range scale(2, 6) {
+		for i := range 5 {
+			if err := create(fmt.Sprintf("ns-%d-%d", round, i)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		leader := r.leader()
+		r.kill(leader)
+		killed := time.Now()
+		r.eventually(15*time.Second, func() string {
+			if err := create(fmt.Sprintf("after-%d", round)); err != nil {
+				return err.Error()
+			}
+			return ""
+		})
+		took := time.Since(killed)
+		t.Logf("%s was killed, the next change was made after %s", leader, took.Round(time.Millisecond))
+		if took > 5*time.Second {
+			t.Errorf("no new leader within 5 s: %s", took)
+		}
+		r.up(leader)
+	}
+	status, err := ctl.GetClusterStatus(context.Background(), &adminv1.GetClusterStatusRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name := range made {
+		if !slices.ContainsFunc(status.GetTopology().GetNamespaces(), func(n *topologyv1.Namespace) bool { return n.GetName() == name }) {
+			t.Errorf("namespace %s is lost", name)
+		}
+	}
+}
+
+// leader returns the orchestrator that leads.
+func (r *rig) leader() (name string) {
+	r.t.Helper()
+	ctl := r.control("node1")
+	r.eventually(10*time.Second, func() string {
+		ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
+		defer cancel()
+		s, err := ctl.GetClusterStatus(ctx, &adminv1.GetClusterStatusRequest{}, grpc.WaitForReady(true))
+		if err != nil {
+			return err.Error()
+		}
+		for _, o := range s.GetOrchestrators() {
+			if o.GetStatus().GetRaftState() == "leader" {
+				name = o.GetName()
+				return ""
+			}
+		}
+		return "nobody leads"
+	})
+	return name
+}
+
+// Random processes are killed during acknowledged writes: none is lost.
+func TestE2ERandomKillsLoseNothing(t *testing.T) {
+	r := start(t, 3, 3)
+	c := r.client()
+	kills, least := scale(8, 50), scale(int64(5_000), int64(200_000))
+	type last struct{ acked, tried int }
+	const writers, keys = 16, 40
+	state := make([][keys]last, writers)
+	var acked, unacked atomic.Int64
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	for w := range writers {
+		wg.Go(func() {
+			for n := 1; ; n++ {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				l := &state[w][n%keys]
+				l.tried = n
+				ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+				_, err := c.Put(ctx, fmt.Appendf(nil, "%d/%d", w, n%keys), strconv.AppendInt(nil, int64(n), 10))
+				cancel()
+				if err == nil {
+					l.acked = n
+					acked.Add(1)
+				} else {
+					unacked.Add(1)
+				}
+			}
+		})
+	}
+	names := append(r.named(devcluster.RoleData), r.named(devcluster.RoleOrchestrator)...)
+	killed := 0
+	for killed < kills || acked.Load() < least {
+		victims := []string{names[r.rng.IntN(len(names))]}
+		if r.rng.IntN(4) == 0 {
+			victims = append(victims, names[r.rng.IntN(len(names))])
+		}
+		slices.Sort(victims)
+		victims = slices.Compact(victims)
+		r.kill(victims...)
+		killed += len(victims)
+		time.Sleep(time.Duration(r.rng.IntN(600)) * time.Millisecond)
+		if _, err := r.cluster.Start(context.Background(), victims...); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Duration(200+r.rng.IntN(600)) * time.Millisecond)
+		if killed > 1000 {
+			t.Fatalf("%d kills and only %d writes", killed, acked.Load())
+		}
+	}
+	close(stop)
+	wg.Wait()
+	r.up()
+	lost := 0
+	for w := range writers {
+		for k := range keys {
+			l := state[w][k]
+			if l.acked == 0 {
+				continue
+			}
+			v, err := c.Get(context.Background(), fmt.Appendf(nil, "%d/%d", w, k))
+			got, _ := strconv.Atoi(string(v.Value))
+			if err != nil || got < l.acked || got > l.tried {
+				lost++
+				t.Errorf("key %d/%d = %q, %v; acknowledged %d, tried %d", w, k, v.Value, err, l.acked, l.tried)
+			}
+		}
+	}
+	t.Logf("%d kills, %d acknowledged writes, %d not acknowledged, %d lost", killed, acked.Load(), unacked.Load(), lost)
+}
