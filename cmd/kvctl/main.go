@@ -12,11 +12,9 @@ import (
 
 	"golang.org/x/term"
 
+	"github.com/kvasirdb/kvasir/cmd/internal/process"
 	"github.com/kvasirdb/kvasir/internal/cli"
 )
-
-// version is set by the linker.
-var version = "dev"
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -42,7 +40,7 @@ func run(ctx context.Context) int {
 		Getenv:      os.Getenv,
 		ConfigDir:   configDir,
 		BinDir:      filepath.Dir(self),
-		Software:    version,
+		Software:    process.Software(),
 	}
 	return app.Run(ctx, os.Args[1:])
 }

@@ -1,0 +1,191 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
+
+	"github.com/kvasirdb/kvasir/client"
+	"github.com/kvasirdb/kvasir/internal/rpc"
+	"github.com/kvasirdb/kvasir/internal/topology"
+	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
+)
+
+// connectTimeout bounds one attempt to reach one endpoint. A process that is paused
+// takes connections and says nothing.
+const connectTimeout = time.Second
+
+// openTimeout is how long a cluster is looked for.
+const openTimeout = 2 * time.Second
+
+// openClient connects to the cluster for data commands. timeout bounds each request.
+func (a *App) openClient(ctx context.Context, timeout time.Duration, opts ...client.Option) (*client.Client, error) {
+	at, err := a.resolve()
+	if err != nil {
+		return nil, err
+	}
+	opts = append(opts, client.WithTimeout(timeout))
+	tls, err := at.TLS.Load()
+	if err != nil {
+		return nil, err
+	}
+	if tls != nil {
+		opts = append(opts, client.WithTLS(tls))
+	}
+	opening, cancel := context.WithTimeout(ctx, min(timeout, openTimeout))
+	defer cancel()
+	c, err := client.New(opening, at.Endpoints, opts...)
+	if !errors.Is(err, client.ErrNoCluster) || ctx.Err() != nil {
+		return c, err
+	}
+	// Somebody may be there who has no topology to give, and can say why.
+	if _, err := a.topology(ctx); err != nil {
+		return nil, err
+	}
+	return nil, noClusterError{at.Endpoints, err}
+}
+
+// question is one request to whichever endpoint answers it.
+type question struct {
+	ask func(ctx context.Context, cc *grpc.ClientConn) error
+	// changes tells that the request changes something: it is asked again elsewhere
+	// only if it certainly had no effect.
+	changes bool
+}
+
+// control asks one endpoint after the other. Nodes and orchestrators that are not
+// the leader pass requests on to it, so any will do.
+func (a *App) control(ctx context.Context, q question) error {
+	at, err := a.resolve()
+	if err != nil {
+		return err
+	}
+	transport, err := at.transport()
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, a.flags.timeout)
+	defer cancel()
+	var answer *rpc.Error // of an endpoint that could be reached
+	var cause error
+	for _, endpoint := range at.Endpoints {
+		reached, err := askAt(ctx, transport, endpoint, q.ask)
+		if err == nil {
+			return nil
+		}
+		if ctx.Err() != nil {
+			return rpc.AsError(ctx.Err()).With("endpoint", endpoint)
+		}
+		e := rpc.AsError(err)
+		switch {
+		case !reached:
+			cause = fmt.Errorf("%s: %w", endpoint, err)
+			continue
+		case !elsewhere(e, q.changes):
+			return e
+		}
+		answer = e
+	}
+	if answer != nil {
+		return answer
+	}
+	return noClusterError{at.Endpoints, cause}
+}
+
+// elsewhere reports whether another endpoint may answer what failed at one.
+func elsewhere(e *rpc.Error, changes bool) bool {
+	switch e.Code {
+	case codes.Unavailable, codes.DeadlineExceeded, codes.Unimplemented, codes.ResourceExhausted:
+		return !changes || e.NothingDone() || e.Code == codes.Unimplemented
+	}
+	return false
+}
+
+// transport is how a context's processes are reached.
+func (c Context) transport() (rpc.Transport, error) {
+	tls, err := c.TLS.Load()
+	return rpc.Transport{Dial: rpc.NetDialer, TLS: tls}, err
+}
+
+// askAt asks one endpoint. reached tells whether it took the connection.
+func askAt(ctx context.Context, transport rpc.Transport, endpoint string, ask func(context.Context, *grpc.ClientConn) error) (reached bool, err error) {
+	cc, err := transport.NewConn(endpoint)
+	if err != nil {
+		return false, err
+	}
+	defer cc.Close()
+	if err := connect(ctx, cc); err != nil {
+		return false, err
+	}
+	return true, ask(ctx, cc)
+}
+
+// connect waits until a connection is there, so that a request that fails later is
+// known to have been sent or not.
+func connect(ctx context.Context, cc *grpc.ClientConn) error {
+	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
+	defer cancel()
+	cc.Connect()
+	for {
+		state := cc.GetState()
+		switch state {
+		case connectivity.Ready:
+			return nil
+		case connectivity.TransientFailure, connectivity.Shutdown:
+			return errUnreachable
+		}
+		if !cc.WaitForStateChange(ctx, state) {
+			return errSilent
+		}
+	}
+}
+
+// What became of an attempt to connect.
+var (
+	errUnreachable = errors.New("cannot be reached")
+	errSilent      = errors.New("does not answer")
+)
+
+// topology fetches the topology of the cluster from whoever answers.
+func (a *App) topology(ctx context.Context) (*topology.Topology, error) {
+	var resp *topologyv1.GetTopologyResponse
+	err := a.control(ctx, question{ask: func(ctx context.Context, cc *grpc.ClientConn) (err error) {
+		resp, err = topologyv1.NewTopologyServiceClient(cc).GetTopology(ctx, &topologyv1.GetTopologyRequest{})
+		return err
+	}})
+	if err != nil {
+		return nil, err
+	}
+	return topology.FromProto(resp.GetTopology())
+}
+
+// formedTopology is topology once the vnodes have slots.
+func (a *App) formedTopology(ctx context.Context) (*topology.Topology, error) {
+	t, err := a.topology(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return t, checkFormed(t)
+}
+
+func checkFormed(t *topology.Topology) error {
+	if t.Formed() {
+		return nil
+	}
+	return rpc.Errorf(codes.FailedPrecondition, "RING_NOT_FORMED",
+		"the ring has not formed yet: %d of %d founding nodes have registered", t.DataNodes(), t.FoundingNodes).
+		With("data_nodes", t.DataNodes()).With("founding_nodes", t.FoundingNodes)
+}
+
+// resolveNode finds a node by name, or by incarnation as #17.
+func resolveNode(t *topology.Topology, name string) (*topology.Node, error) {
+	if n := t.Resolve(name); n != nil {
+		return n, nil
+	}
+	return nil, missingError{"node", name, nil}
+}

@@ -1,0 +1,152 @@
+package cli
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/kvasirdb/kvasir/internal/rpc"
+	"github.com/kvasirdb/kvasir/internal/topology"
+	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
+	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
+)
+
+// The fake's control services decide with the real rules of package topology.
+
+func (f *fake) led() error {
+	if !f.mu.controlled {
+		return rpc.Errorf(codes.Unavailable, rpc.ReasonNoLeader, "no orchestrator can be reached")
+	}
+	return nil
+}
+
+// decide makes a change of a namespace with the rules of package topology.
+func (f *fake) decide(name, what string, s *adminv1.NamespaceSettings, rule func(*topology.Topology, topology.NamespaceSettings) (topology.Namespace, []string, error)) (*topologyv1.Namespace, uint64, []string, error) {
+	t, err := topology.FromProto(f.mu.topology)
+	if err != nil {
+		return nil, 0, nil, err
+	}
+	ns, warnings, err := rule(t, settingsOf(s))
+	if err != nil {
+		return nil, 0, nil, err
+	}
+	f.mu.topology.Epoch++
+	ns.ChangedEpoch = f.mu.topology.GetEpoch()
+	if ns.ID == 0 {
+		ns.ID = uint32(len(t.Namespaces) + 1)
+	}
+	i := slices.IndexFunc(f.mu.topology.GetNamespaces(), func(o *topologyv1.Namespace) bool { return o.GetName() == name })
+	if i < 0 {
+		f.mu.topology.Namespaces = append(f.mu.topology.Namespaces, ns.Proto())
+	} else {
+		f.mu.topology.Namespaces[i] = ns.Proto()
+	}
+	f.note(name, what)
+	return ns.Proto(), f.mu.topology.GetEpoch(), warnings, nil
+}
+
+func (f *fake) note(name, what string) {
+	f.mu.history = append(f.mu.history, &topologyv1.Change{Epoch: f.mu.topology.GetEpoch(), AtMs: 1772366400000, Subject: "namespace", Name: name, What: what})
+}
+
+func settingsOf(s *adminv1.NamespaceSettings) (out topology.NamespaceSettings) {
+	if s.N != nil {
+		out.N = ptr(int(s.GetN()))
+	}
+	out.W, out.R, out.RepairChance, out.Hints = s.WriteQuorum, s.ReadQuorum, s.RepairChance, s.Hints
+	if s.ReadRepair != nil {
+		out.ReadRepair = ptr(topology.ReadRepair(s.GetReadRepair()))
+	}
+	if s.TtlMs != nil {
+		out.TTL = ptr(millis(s.GetTtlMs()))
+	}
+	return out
+}
+
+func (n *fakeNode) CreateNamespace(_ context.Context, r *adminv1.CreateNamespaceRequest) (*adminv1.CreateNamespaceResponse, error) {
+	n.f.mu.Lock()
+	defer n.f.mu.Unlock()
+	if err := n.f.led(); err != nil {
+		return nil, err
+	}
+	ns, epoch, warnings, err := n.f.decide(r.GetName(), "created", r.GetSettings(), func(t *topology.Topology, s topology.NamespaceSettings) (topology.Namespace, []string, error) {
+		return t.NewNamespace(r.GetName(), s)
+	})
+	return &adminv1.CreateNamespaceResponse{Namespace: ns, Epoch: epoch, Warnings: warnings}, err
+}
+
+func (n *fakeNode) UpdateNamespace(_ context.Context, r *adminv1.UpdateNamespaceRequest) (*adminv1.UpdateNamespaceResponse, error) {
+	n.f.mu.Lock()
+	defer n.f.mu.Unlock()
+	if err := n.f.led(); err != nil {
+		return nil, err
+	}
+	if old, err := n.f.namespace(r.GetName()); err == nil && r.GetIfChangedEpoch() != 0 && r.GetIfChangedEpoch() != old.GetChangedEpoch() {
+		return nil, &topology.Refusal{Kind: topology.Conflict, Reason: "EPOCH_CHANGED", Message: "the namespace was changed by somebody else"}
+	}
+	ns, epoch, warnings, err := n.f.decide(r.GetName(), "set", r.GetSettings(), func(t *topology.Topology, s topology.NamespaceSettings) (topology.Namespace, []string, error) {
+		return t.ChangedNamespace(r.GetName(), s)
+	})
+	return &adminv1.UpdateNamespaceResponse{Namespace: ns, Epoch: epoch, Warnings: warnings}, err
+}
+
+func (n *fakeNode) DropNamespace(_ context.Context, r *adminv1.DropNamespaceRequest) (*adminv1.DropNamespaceResponse, error) {
+	n.f.mu.Lock()
+	defer n.f.mu.Unlock()
+	t, err := topology.FromProto(n.f.mu.topology)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := t.DroppableNamespace(r.GetName()); err != nil {
+		return nil, err
+	}
+	n.f.mu.topology.Epoch++
+	n.f.mu.topology.Namespaces = slices.DeleteFunc(n.f.mu.topology.Namespaces, func(o *topologyv1.Namespace) bool { return o.GetName() == r.GetName() })
+	return &adminv1.DropNamespaceResponse{Epoch: n.f.mu.topology.GetEpoch()}, nil
+}
+
+func (n *fakeNode) ListChanges(_ context.Context, r *adminv1.ListChangesRequest) (*adminv1.ListChangesResponse, error) {
+	n.f.mu.Lock()
+	defer n.f.mu.Unlock()
+	if err := n.f.led(); err != nil {
+		return nil, err
+	}
+	resp := &adminv1.ListChangesResponse{}
+	for _, c := range n.f.mu.history {
+		if c.GetName() == r.GetName() && c.GetSubject() == r.GetSubject() {
+			resp.Changes = append(resp.Changes, c)
+		}
+	}
+	return resp, nil
+}
+
+func (n *fakeNode) GetClusterStatus(context.Context, *adminv1.GetClusterStatusRequest) (*adminv1.GetClusterStatusResponse, error) {
+	f := n.f
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	resp := &adminv1.GetClusterStatusResponse{Topology: proto.CloneOf(f.mu.topology), AnsweredBy: "node1", ControlPlaneAvailable: f.mu.controlled}
+	for _, node := range f.mu.topology.GetNodes() {
+		resp.Nodes = append(resp.Nodes, &adminv1.ObservedNode{
+			Health: proto.CloneOf(f.mu.health[node.GetIncarnation()]), Status: proto.CloneOf(f.mu.status[node.GetIncarnation()]), AgeMs: f.mu.ages[node.GetIncarnation()],
+		})
+	}
+	orch := &adminv1.ObservedOrchestrator{Name: "orch1"}
+	if f.mu.controlled {
+		resp.AnsweredBy, orch.Reachable = "orch1", true
+		orch.Status = &adminv1.OrchestratorStatus{Name: "orch1", RaftState: "leader", Leader: "orch1", Term: 2, AppliedIndex: 40, Epoch: f.mu.topology.GetEpoch(), UptimeMs: 61_000, Software: "v0-test"}
+	}
+	resp.Orchestrators = append(resp.Orchestrators, orch)
+	return resp, nil
+}
+
+// anonymous replaces the nodes' addresses, which differ from run to run.
+func (f *fake) anonymous(out string) string {
+	for i, n := range f.nodes {
+		out = strings.ReplaceAll(out, n.address, fmt.Sprintf("127.0.0.1:174%d0", i))
+	}
+	return out
+}

@@ -1,0 +1,84 @@
+package cli
+
+import (
+	"fmt"
+	"strconv"
+	"time"
+
+	"github.com/kvasirdb/kvasir/internal/quorum"
+	"github.com/kvasirdb/kvasir/internal/rpc"
+	"github.com/kvasirdb/kvasir/internal/topology"
+)
+
+// namespaceDoc is a namespace in a document.
+type namespaceDoc struct {
+	Name         string  `json:"name"`
+	ID           uint32  `json:"id"`
+	N            int     `json:"n"`
+	W            string  `json:"w"`
+	R            string  `json:"r"`
+	WNeeds       int     `json:"w_needs"`
+	RNeeds       int     `json:"r_needs"`
+	Strength     string  `json:"strength"`
+	ReadRepair   string  `json:"read_repair"`
+	RepairChance float64 `json:"repair_chance"`
+	Hints        bool    `json:"hints"`
+	TTLMs        int64   `json:"ttl_ms"`
+	ChangedEpoch uint64  `json:"changed_epoch"`
+}
+
+func namespaceDocOf(ns *topology.Namespace) namespaceDoc {
+	return namespaceDoc{
+		Name: ns.Name, ID: ns.ID, N: ns.N, W: ns.W.String(), R: ns.R.String(), WNeeds: ns.W.Need(ns.N), RNeeds: ns.R.Need(ns.N),
+		Strength: ns.Strength().String(), ReadRepair: ns.ReadRepair.String(), RepairChance: ns.RepairChance,
+		Hints: ns.Hints, TTLMs: ns.TTL.Milliseconds(), ChangedEpoch: ns.ChangedEpoch,
+	}
+}
+
+type changeDoc struct {
+	Epoch uint64 `json:"epoch"`
+	At    string `json:"at"`
+	What  string `json:"what"`
+}
+
+func namespaceFields(ns *topology.Namespace) []string {
+	return []string{
+		"name", ns.Name,
+		"N", fmt.Sprintf("%s of each key", plural(ns.N, "replica")),
+		"W", quorumText(ns.W, ns.N) + " must have a write before it is acknowledged",
+		"R", quorumText(ns.R, ns.N) + " must answer a read",
+		"reads are", ns.Strength().String(),
+		"read repair", fmt.Sprintf("%s, chance %s", ns.ReadRepair, chanceText(ns.RepairChance)),
+		"hints", onOff(ns.Hints),
+		"TTL", ttlText(ns.TTL),
+		"changed in epoch", topology.EpochString(ns.ChangedEpoch),
+	}
+}
+
+// quorumText writes a quorum with what it comes to: 2 (quorum), 2 (40%), 3.
+func quorumText(q quorum.Spec, n int) string {
+	need := strconv.Itoa(q.Need(n))
+	if q.String() == need {
+		return need
+	}
+	return fmt.Sprintf("%s (%s)", need, q)
+}
+
+func chanceText(p float64) string { return strconv.FormatFloat(p*100, 'g', 4, 64) + "%" }
+
+func onOff(b bool) string {
+	if b {
+		return "on"
+	}
+	return "off"
+}
+
+func ttlText(d time.Duration) string {
+	if d == 0 {
+		return "none"
+	}
+	return durationText(d)
+}
+
+// topologyRefusal gives a refusal that was made here the form of one that travelled.
+func topologyRefusal(r *topology.Refusal) error { return rpc.AsError(r) }

@@ -1,0 +1,124 @@
+package cli
+
+import (
+	"time"
+
+	"github.com/kvasirdb/kvasir/internal/quorum"
+	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
+)
+
+// nodeDoc is a node in a document.
+type nodeDoc struct {
+	Name         string `json:"name"`
+	Incarnation  uint64 `json:"incarnation"`
+	Role         string `json:"role"`
+	Zone         string `json:"zone"`
+	Address      string `json:"address"`
+	AdminAddress string `json:"admin_address"`
+	Slots        int    `json:"slots"`
+	State        string `json:"state"`
+	StateReason  string `json:"state_reason"`
+	Health       string `json:"health"`
+	HealthReason string `json:"health_reason"`
+	// Status is null for a node that never said anything of itself.
+	Status *statusDoc `json:"status"`
+}
+
+// statusDoc is what a node says of itself.
+type statusDoc struct {
+	AgeMs              int64         `json:"age_ms"`
+	SampledAt          string        `json:"sampled_at"`
+	Epoch              uint64        `json:"epoch"`
+	Software           string        `json:"software"`
+	UptimeMs           uint64        `json:"uptime_ms"`
+	CPUUtilization     float64       `json:"cpu_utilization"`
+	MemoryBytes        uint64        `json:"memory_bytes"`
+	DiskUsedBytes      uint64        `json:"disk_used_bytes"`
+	DiskAvailableBytes uint64        `json:"disk_available_bytes"`
+	OpsPerSecond       float64       `json:"operations_per_second"`
+	Get                operationsDoc `json:"get"`
+	Put                operationsDoc `json:"put"`
+	Scan               operationsDoc `json:"scan"`
+	RequestsInFlight   uint32        `json:"requests_in_flight"`
+	WriteBacklog       uint32        `json:"write_backlog"`
+	Queues             []queueDoc    `json:"queues"`
+	Clock              clockDoc      `json:"clock"`
+	Hints              []hintsDoc    `json:"hints"`
+	Unreachable        []string      `json:"unreachable"`
+}
+
+type operationsDoc struct {
+	PerSecond float64 `json:"per_second"`
+	P50Ms     float64 `json:"p50_ms"`
+	P99Ms     float64 `json:"p99_ms"`
+	Total     uint64  `json:"total"`
+	Errors    uint64  `json:"errors"`
+}
+
+type queueDoc struct {
+	Name  string `json:"name"`
+	Depth uint64 `json:"depth"`
+	// Capacity is 0 for a queue that is bounded elsewhere.
+	Capacity uint64 `json:"capacity"`
+}
+
+type clockDoc struct {
+	OK       bool   `json:"ok"`
+	OffsetMs int64  `json:"offset_ms"`
+	Opinions uint32 `json:"opinions"`
+	LeadMs   int64  `json:"lead_ms"`
+}
+
+type hintsDoc struct {
+	For       string `json:"for"`
+	Records   uint64 `json:"records"`
+	SizeBytes uint64 `json:"size_bytes"`
+	OldestAt  string `json:"oldest_at"`
+}
+
+// nodeDocs describes all nodes.
+func (s *clusterStatus) nodeDocs() []nodeDoc {
+	docs := []nodeDoc{}
+	slots := s.topology.SlotCounts(quorum.MaxN)
+	for i := range s.nodes {
+		n := &s.nodes[i]
+		docs = append(docs, nodeDoc{
+			Name: n.Name, Incarnation: n.Incarnation, Role: n.Role.String(), Zone: n.Zone, Address: n.Address, AdminAddress: n.AdminAddress,
+			Slots: slots[n.Incarnation], State: stateText(n.status.GetState()), StateReason: n.status.GetReason(),
+			Health: n.healthText(), HealthReason: n.reason, Status: s.statusDoc(n),
+		})
+	}
+	return docs
+}
+
+func (s *clusterStatus) statusDoc(n *observedNode) *statusDoc {
+	st := n.status
+	if st == nil {
+		return nil
+	}
+	d := &statusDoc{
+		AgeMs: n.age.Milliseconds(), SampledAt: millisDoc(st.GetSampledAtMs()), Epoch: st.GetEpoch(), Software: st.GetSoftware(), UptimeMs: st.GetUptimeMs(),
+		CPUUtilization: st.GetCpuUtilization(), MemoryBytes: st.GetMemoryBytes(), DiskUsedBytes: st.GetDiskUsedBytes(), DiskAvailableBytes: st.GetDiskAvailableBytes(),
+		OpsPerSecond: operations(st), Get: operationsDocOf(st.GetGet()), Put: operationsDocOf(st.GetPut()), Scan: operationsDocOf(st.GetScan()),
+		RequestsInFlight: st.GetRequestsInFlight(), WriteBacklog: st.GetWriteBacklog(),
+		Clock:  clockDoc{st.GetClockOk(), st.GetClockOffsetMs(), st.GetClockOpinions(), st.GetClockLeadMs()},
+		Queues: []queueDoc{}, Hints: []hintsDoc{}, Unreachable: []string{},
+	}
+	for _, q := range st.GetQueues() {
+		d.Queues = append(d.Queues, queueDoc{q.GetName(), q.GetDepth(), q.GetCapacity()})
+	}
+	for _, h := range st.GetHints() {
+		d.Hints = append(d.Hints, hintsDoc{s.topology.NodeName(h.GetTarget()), h.GetCount(), h.GetBytes(), millisDoc(h.GetOldestMs())})
+	}
+	for _, u := range st.GetUnreachable() {
+		d.Unreachable = append(d.Unreachable, s.topology.NodeName(u))
+	}
+	return d
+}
+
+func operationsDocOf(o *adminv1.OperationStats) operationsDoc {
+	return operationsDoc{o.GetPerSecond(), float64(o.GetP50Us()) / 1000, float64(o.GetP99Us()) / 1000, o.GetTotal(), o.GetErrors()}
+}
+
+// millisDoc is a time given in milliseconds since 1970.
+func millisDoc(ms uint64) string { return time.UnixMilli(int64(ms)).UTC().Format(time.RFC3339Nano) }
