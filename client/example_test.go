@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log"
 	"log/slog"
-	"net"
 	"os"
 	"sync"
 	"time"
@@ -14,6 +13,7 @@ import (
 	"github.com/kvasirdb/kvasir/client"
 	"github.com/kvasirdb/kvasir/internal/node"
 	"github.com/kvasirdb/kvasir/internal/orchestrator"
+	"github.com/kvasirdb/kvasir/internal/sim/loopback"
 )
 
 // endpoints stands for the addresses of your cluster.
@@ -109,7 +109,7 @@ func cluster() (stop func()) {
 	}
 	logger := slog.New(slog.DiscardHandler)
 	fatal := func(err error) { log.Fatal(err) }
-	a := addresses(7)
+	a := loopback.Addresses(nil, 7)
 
 	oc := orchestrator.Defaults()
 	oc.Name, oc.DataDir = "orch1", dir+"/orch1"
@@ -147,18 +147,4 @@ func cluster() (stop func()) {
 		os.RemoveAll(dir)
 		starting.Unlock()
 	}
-}
-
-// addresses returns free addresses on loopback.
-func addresses(n int) []string {
-	var out []string
-	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			log.Fatal(err)
-		}
-		defer l.Close()
-		out = append(out, l.Addr().String())
-	}
-	return out
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -22,6 +21,7 @@ import (
 	"github.com/kvasirdb/kvasir/client"
 	"github.com/kvasirdb/kvasir/internal/devcluster"
 	"github.com/kvasirdb/kvasir/internal/rpc"
+	"github.com/kvasirdb/kvasir/internal/sim/loopback"
 	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
 	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
 )
@@ -75,7 +75,7 @@ func start(t *testing.T, nodes, orchestrators int) *rig {
 	dir := t.TempDir()
 	for tries := 0; ; tries++ {
 		r.cluster, err = devcluster.Create(context.Background(), filepath.Join(dir, strconv.Itoa(tries)), devcluster.Settings{
-			Nodes: nodes, Orchestrators: orchestrators, Zones: min(nodes, 3), Port: freeBase(t, nodes, orchestrators),
+			Nodes: nodes, Orchestrators: orchestrators, Zones: min(nodes, 3), Port: loopback.Base(t, 10*(nodes+orchestrators)) + 10*orchestrators,
 		}, devcluster.Options{BinDir: bin})
 		var busy *devcluster.PortsBusyError
 		if errors.As(err, &busy) && tries < 5 {
@@ -96,17 +96,6 @@ func start(t *testing.T, nodes, orchestrators int) *rig {
 	})
 	r.up()
 	return r
-}
-
-// freeBase returns a base port with room for a cluster.
-func freeBase(t *testing.T, nodes, orchestrators int) int {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	port := l.Addr().(*net.TCPAddr).Port
-	return min(max(port, 2000+10*orchestrators), 65000-10*nodes)
 }
 
 // logs shows the end of every process's log.

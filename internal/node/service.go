@@ -52,7 +52,7 @@ func (s kvService) Trace(ctx context.Context, r *kvv1.TraceRequest) (*kvv1.Trace
 
 // Session serves a client's stream. Each call of a frame is served on its own.
 func (s kvService) Session(stream grpc.BidiStreamingServer[kvv1.SessionRequest, kvv1.SessionResponse]) error {
-	md := metadata.Pairs(mdIncarnation, strconv.FormatUint(s.node.id.Incarnation, 10))
+	md := metadata.Pairs(mdIncarnation, strconv.FormatUint(s.node.id.Incarnation, 10), rpc.MDUptime, strconv.FormatInt(s.node.uptime().Milliseconds(), 10))
 	return rpc.Serve(rpc.KVServerStream(stream), md, (*kvv1.SessionReply).SizeVT,
 		func(ctx context.Context, calls []*kvv1.SessionCall, reply func(*kvv1.SessionReply)) {
 			var wg sync.WaitGroup
@@ -71,6 +71,10 @@ func (s kvService) serve(ctx context.Context, c *kvv1.SessionCall) *kvv1.Session
 		defer cancel()
 	}
 	reply := &kvv1.SessionReply{Id: c.GetId()}
+	if err := s.tooLate(c); err != nil {
+		reply.Error = err.Proto()
+		return reply
+	}
 	var err error
 	switch r := c.GetRequest().(type) {
 	case *kvv1.SessionCall_Put:
@@ -108,6 +112,19 @@ func (s kvService) serve(ctx context.Context, c *kvv1.SessionCall) *kvv1.Session
 		return &kvv1.SessionReply{Id: c.GetId(), Error: rpc.AsError(err).Proto()}
 	}
 	return reply
+}
+
+// tooLate refuses a write whose client may have gone elsewhere with it by now.
+func (s kvService) tooLate(c *kvv1.SessionCall) *rpc.Error {
+	by := time.Duration(c.GetStartByMs()) * time.Millisecond
+	if by == 0 || s.node.uptime() <= by {
+		return nil
+	}
+	switch c.GetRequest().(type) {
+	case *kvv1.SessionCall_Put, *kvv1.SessionCall_Delete, *kvv1.SessionCall_Batch:
+		return rpc.Errorf(codes.Unavailable, rpc.ReasonTooLate, "the write arrived %s after the time by which it had to begin", (s.node.uptime() - by).Round(time.Millisecond))
+	}
+	return nil
 }
 
 // replicaService serves other nodes.

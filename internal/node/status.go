@@ -34,6 +34,9 @@ func (n *Node) state() (adminv1.NodeStatus_State, string) {
 	return adminv1.NodeStatus_STATE_SERVING, ""
 }
 
+// uptime returns for how long the process runs, by a clock that is never set.
+func (n *Node) uptime() time.Duration { return time.Since(n.started) }
+
 // refuse returns why the node must not serve records, or nil. A node without a ring
 // serves: its coordinator has nothing to do and says so.
 func (n *Node) refuse() *rpc.Error {
@@ -65,7 +68,7 @@ func (n *Node) status() *adminv1.NodeStatus {
 		Get: operationStats(stats.Gets()), Put: operationStats(stats.Puts()), Scan: operationStats(stats.Scans()),
 		ClockOffsetMs: offset.Milliseconds(), ClockOpinions: uint32(opinions), ClockOk: n.clock.MayCoordinate() == nil,
 		ClockLeadMs: n.clock.Lead(),
-		UptimeMs:    uint64(time.Since(n.started).Milliseconds()), Software: n.cfg.Software,
+		UptimeMs:    uint64(n.uptime().Milliseconds()), Software: n.cfg.Software,
 		Unreachable: n.peers.unreachable(), SampledAtMs: uint64(n.clock.Wall()),
 		Queues: n.queues(),
 	}

@@ -22,6 +22,7 @@ import (
 	"github.com/kvasirdb/kvasir/internal/node"
 	"github.com/kvasirdb/kvasir/internal/orchestrator"
 	"github.com/kvasirdb/kvasir/internal/rpc"
+	"github.com/kvasirdb/kvasir/internal/sim/loopback"
 )
 
 // identity writes an authority and a certificate of it for 127.0.0.1.
@@ -71,20 +72,6 @@ func identity(t *testing.T) rpc.TLSFiles {
 	}
 }
 
-func freeAddresses(t *testing.T, n int) []string {
-	t.Helper()
-	var out []string
-	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer l.Close()
-		out = append(out, l.Addr().String())
-	}
-	return out
-}
-
 // With TLS and a gossip key everything between processes is encrypted, and those
 // without a certificate are turned away.
 func TestEncryptedCluster(t *testing.T) {
@@ -92,7 +79,7 @@ func TestEncryptedCluster(t *testing.T) {
 	const gossipKey = "MDEyMzQ1Njc4OWFiY2RlZg=="
 	logger := slog.New(slog.DiscardHandler)
 	fatal := func(err error) { t.Error(err) }
-	a := freeAddresses(t, 15)
+	a := loopback.Addresses(t, 15)
 	var peers []orchestrator.Peer
 	for i := range 3 {
 		peers = append(peers, orchestrator.Peer{Name: fmt.Sprint("orch", i+1), Address: a[4*i], AdminAddress: a[4*i+1], GossipAddress: a[4*i+2], RaftAddress: a[4*i+3]})

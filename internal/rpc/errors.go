@@ -30,6 +30,8 @@ const (
 	ReasonStopping = "STOPPING"
 	// ReasonNotReady: the node does not serve yet, or must not serve.
 	ReasonNotReady = "NOT_READY"
+	// ReasonTooLate: the request came after the time by which it had to begin.
+	ReasonTooLate = "TOO_LATE"
 	// ReasonOverloaded: a bound is reached; nothing was done.
 	ReasonOverloaded = "OVERLOADED"
 	// ReasonNotEnoughReplicas: fewer live slots than needed; nothing was written.
@@ -99,7 +101,7 @@ func (e *Error) Error() string { return e.Message }
 // be tried again, whatever it was.
 func (e *Error) NothingDone() bool {
 	switch e.Reason {
-	case ReasonNotSent, ReasonStopping, ReasonNotReady, ReasonOverloaded, ReasonNotEnoughReplicas,
+	case ReasonNotSent, ReasonStopping, ReasonNotReady, ReasonTooLate, ReasonOverloaded, ReasonNotEnoughReplicas,
 		ReasonStaleEpoch, ReasonEpochAhead, ReasonNotOwner, ReasonWrongPeer, ReasonClockSkew, ReasonDiskFull, ReasonNoLeader:
 		return true
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -33,6 +34,9 @@ type LinkConfig struct {
 	// StallAfter is how long the other side may owe replies without sending any,
 	// before it counts as gone. Default 1.5 s.
 	StallAfter time.Duration
+	// StartWithin, when above zero, is how long after it was sent a call may begin at
+	// the peer. It must be shorter than StallAfter.
+	StartWithin time.Duration
 	// WallClock returns milliseconds since 1970.
 	WallClock func() int64
 	// Offset, when set, is told how far the other side's wall clock is ahead, and the
@@ -67,7 +71,11 @@ type Link[C, R any] struct {
 	cfg   LinkConfig
 	proto Protocol[C, R]
 	// up is whether the other side answers at the moment.
-	up    atomic.Bool
+	up atomic.Bool
+	// born is when the peer's process began, by this process's clock in nanoseconds
+	// since made; 0 while that is not known.
+	born  atomic.Int64
+	made  time.Time
 	ready chan struct{} // closed when the first attempt to connect has ended
 	retry chan struct{} // holds a token when the next attempt should not wait
 
@@ -98,7 +106,7 @@ type pending[C, R any] struct {
 func NewLink[C, R any](cfg LinkConfig, proto Protocol[C, R]) *Link[C, R] {
 	cfg.setDefaults()
 	ctx, cancel := context.WithCancel(context.Background())
-	l := &Link[C, R]{cfg: cfg, proto: proto, cancel: cancel, ready: make(chan struct{}), retry: make(chan struct{}, 1)}
+	l := &Link[C, R]{cfg: cfg, proto: proto, cancel: cancel, made: time.Now(), ready: make(chan struct{}), retry: make(chan struct{}, 1)}
 	l.mu.pending = map[uint64]*pending[C, R]{}
 	l.mu.queue = newQueue[*pending[C, R]]()
 	l.stopped.Go(func() { l.run(ctx) })
@@ -375,7 +383,30 @@ func (l *Link[C, R]) open(ctx context.Context, cancel context.CancelFunc, cc *gr
 	if err == nil && l.cfg.Greeted != nil {
 		err = l.cfg.Greeted(md)
 	}
+	l.noteUptime(md)
 	return stream, err
+}
+
+// noteUptime takes the peer's uptime from its greeting.
+func (l *Link[C, R]) noteUptime(md metadata.MD) {
+	l.born.Store(0)
+	v := md.Get(MDUptime)
+	if len(v) == 0 {
+		return
+	}
+	if ms, err := strconv.ParseUint(v[0], 10, 48); err == nil {
+		l.born.Store(int64(time.Since(l.made)) - int64(ms)*int64(time.Millisecond))
+	}
+}
+
+// startBy returns the peer's uptime by which a call that is sent now must have begun.
+func (l *Link[C, R]) startBy(now time.Time) uint64 {
+	born := l.born.Load()
+	if l.cfg.StartWithin == 0 || born == 0 {
+		return 0
+	}
+	uptime := now.Sub(l.made) - time.Duration(born)
+	return uint64(max(1, (uptime + l.cfg.StartWithin).Milliseconds()))
 }
 
 // send drains the queue into frames until the stream or ctx ends.
@@ -401,6 +432,7 @@ func (l *Link[C, R]) prepare(frame []*pending[C, R]) []C {
 		return nil
 	}
 	now := time.Now()
+	startBy := l.startBy(now)
 	calls := make([]C, 0, len(frame))
 	var late []*pending[C, R]
 	l.mu.Lock()
@@ -414,7 +446,7 @@ func (l *Link[C, R]) prepare(frame []*pending[C, R]) []C {
 			continue
 		}
 		p.sentAt = now
-		l.proto.Prepare(p.call, p.id, uint32(max(1, left.Milliseconds())))
+		l.proto.Prepare(p.call, p.id, uint32(max(1, left.Milliseconds())), startBy)
 		calls = append(calls, p.call)
 	}
 	l.mu.Unlock()

@@ -19,8 +19,9 @@ type ClientStream[C, R any] interface {
 // Protocol tells a link how its calls and replies are framed.
 type Protocol[C, R any] struct {
 	Open func(ctx context.Context, cc grpc.ClientConnInterface) (ClientStream[C, R], error)
-	// Prepare numbers a call and gives it what is left of its deadline.
-	Prepare func(call C, id uint64, timeoutMillis uint32)
+	// Prepare numbers a call and gives it what is left of its deadline, and the peer's
+	// uptime by which it must have begun (0: none).
+	Prepare func(call C, id uint64, timeoutMillis uint32, startByMillis uint64)
 	Size    func(call C) int
 	ReplyID func(reply R) uint64
 	// ReplyError returns the failure a reply carries, or nil.
@@ -36,7 +37,9 @@ var KV = Protocol[*kvv1.SessionCall, *kvv1.SessionReply]{
 		s, err := kvv1.NewKVServiceClient(cc).Session(ctx)
 		return kvClientStream{s}, err
 	},
-	Prepare:    func(c *kvv1.SessionCall, id uint64, timeoutMillis uint32) { c.Id, c.TimeoutMs = id, timeoutMillis },
+	Prepare: func(c *kvv1.SessionCall, id uint64, timeoutMillis uint32, startByMillis uint64) {
+		c.Id, c.TimeoutMs, c.StartByMs = id, timeoutMillis, startByMillis
+	},
 	Size:       (*kvv1.SessionCall).SizeVT,
 	ReplyID:    (*kvv1.SessionReply).GetId,
 	ReplyError: (*kvv1.SessionReply).GetError,
@@ -65,7 +68,10 @@ var Replica = Protocol[*replicav1.Call, *replicav1.Reply]{
 		s, err := replicav1.NewReplicaServiceClient(cc).Link(ctx)
 		return replicaClientStream{s}, err
 	},
-	Prepare:    func(c *replicav1.Call, id uint64, timeoutMillis uint32) { c.Id, c.TimeoutMs = id, timeoutMillis },
+	// A replica's writes carry their versions, so they may begin at any time.
+	Prepare: func(c *replicav1.Call, id uint64, timeoutMillis uint32, _ uint64) {
+		c.Id, c.TimeoutMs = id, timeoutMillis
+	},
 	Size:       (*replicav1.Call).SizeVT,
 	ReplyID:    (*replicav1.Reply).GetId,
 	ReplyError: (*replicav1.Reply).GetError,

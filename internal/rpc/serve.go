@@ -66,6 +66,10 @@ func (s replicaServerStream) RecvFrame() ([]*replicav1.Call, error) {
 // in any order and from any goroutine, before it returns.
 type FrameHandler[C, R any] func(ctx context.Context, calls []C, reply func(R))
 
+// MDUptime is the key of a greeting's metadata with the server's uptime, in
+// milliseconds.
+const MDUptime = "kvasir-uptime-ms"
+
 // Serve greets the caller with md and answers its frames until the stream ends.
 // It returns after every handler has.
 func Serve[C, R any](stream ServerStream[C, R], md metadata.MD, size func(R) int, handle FrameHandler[C, R]) error {
@@ -160,7 +164,7 @@ func (l *Loop[C, R]) run(ctx context.Context) {
 		calls := make([]C, len(frame))
 		for i, p := range frame {
 			calls[i] = p.call
-			l.proto.Prepare(p.call, uint64(i), uint32(max(1, p.deadline.Sub(now).Milliseconds())))
+			l.proto.Prepare(p.call, uint64(i), uint32(max(1, p.deadline.Sub(now).Milliseconds())), 0)
 		}
 		slots <- struct{}{}
 		handlers.Go(func() {

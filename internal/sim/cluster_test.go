@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -11,7 +12,9 @@ import (
 	"time"
 
 	"github.com/kvasirdb/kvasir/client"
+	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/sim"
+	kvv1 "github.com/kvasirdb/kvasir/proto/kvasir/kv/v1"
 )
 
 // world runs a test in a bubble with a cluster of its own.
@@ -215,5 +218,66 @@ func TestIsolatedNode(t *testing.T) {
 		for i := range 100 {
 			want(t, c, fmt.Sprint("k", i), "v", client.FromReplica("node3"))
 		}
+	})
+}
+
+// A client that gives a node up goes elsewhere with its write. Whatever the first
+// node still had on the way must not begin there later: it would undo younger writes.
+func TestLateWritesDoNotBegin(t *testing.T) {
+	world(t, sim.Config{Seed: 5, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		ctx, cancel := context.WithCancel(context.Background())
+		defer cancel()
+		stream, err := kvv1.NewKVServiceClient(w.Conn("node1")).Session(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		md, err := stream.Header()
+		if err != nil {
+			t.Fatal(err)
+		}
+		uptime, err := strconv.ParseUint(md.Get(rpc.MDUptime)[0], 10, 64)
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Second)
+		c := w.Client()
+		defer c.Close()
+		put(t, c, "k", "younger")
+		for late, ok := range map[uint64]bool{uptime + 500: false, uptime + 60_000: true, 0: true} {
+			call := &kvv1.SessionCall{Id: 1, StartByMs: late, Request: &kvv1.SessionCall_Put{Put: &kvv1.PutRequest{Key: []byte("k"), Value: []byte("late")}}}
+			if err := stream.Send(&kvv1.SessionRequest{Calls: []*kvv1.SessionCall{call}}); err != nil {
+				t.Fatal(err)
+			}
+			resp, err := stream.Recv()
+			if err != nil {
+				t.Fatal(err)
+			}
+			e := rpc.ErrorFromProto(resp.GetReplies()[0].GetError())
+			if (e == nil) != ok || e != nil && (e.Reason != rpc.ReasonTooLate || !e.NothingDone()) {
+				t.Errorf("a write to begin by %d at uptime %d: %+v", late, uptime+1000, e)
+			}
+			if !ok {
+				want(t, c, "k", "younger")
+			}
+			put(t, c, "k", "younger")
+		}
+	})
+}
+
+// The client says by when its writes must begin.
+func TestClientLimitsItsWrites(t *testing.T) {
+	world(t, sim.Config{Seed: 5, Nodes: 1, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		c := w.Client()
+		defer c.Close()
+		put(t, c, "k", "before")
+		// From now on each direction takes longer than a write may take to begin.
+		w.Net.SetLatency(func(string, string) (time.Duration, time.Duration) { return 700 * time.Millisecond, 0 })
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+		defer cancel()
+		if _, err := c.Put(ctx, []byte("k"), []byte("late")); err == nil {
+			t.Error("a late write was acknowledged")
+		}
+		w.Net.SetLatency(func(string, string) (time.Duration, time.Duration) { return 0, 0 })
+		want(t, c, "k", "before")
 	})
 }

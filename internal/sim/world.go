@@ -322,9 +322,15 @@ func (w *World) Client(opts ...client.Option) *client.Client {
 	return c
 }
 
-// Control returns the control service as the process at name serves it. The
-// connection ends with the test.
+// Control returns the control service as a process serves it.
 func (w *World) Control(name string) adminv1.ControlServiceClient {
+	w.t.Helper()
+	return adminv1.NewControlServiceClient(w.Conn(name))
+}
+
+// Conn returns a connection to a process's gRPC server from a host of its own. It
+// ends with the world.
+func (w *World) Conn(name string) *grpc.ClientConn {
 	w.t.Helper()
 	port := ":7400"
 	if w.process(name).host[:7] == "10.0.1." {
@@ -336,7 +342,7 @@ func (w *World) Control(name string) adminv1.ControlServiceClient {
 		w.t.Fatal(err)
 	}
 	w.conns = append(w.conns, cc)
-	return adminv1.NewControlServiceClient(cc)
+	return cc
 }
 
 // TryStart is Start for processes that may refuse to.

@@ -1526,7 +1526,12 @@ type SessionCall struct {
 	//	*SessionCall_Scan
 	//	*SessionCall_Trace
 	//	*SessionCall_Ping
-	Request       isSessionCall_Request `protobuf_oneof:"request"`
+	Request isSessionCall_Request `protobuf_oneof:"request"`
+	// The node's uptime, in milliseconds, by which a write must have begun; later it
+	// is refused. A client that gives a node up and goes elsewhere thereby knows that
+	// the write does not begin at the first node afterwards, when it would overtake
+	// younger ones. 0 means no limit. The uptime comes with the stream's header.
+	StartByMs     uint64 `protobuf:"varint,10,opt,name=start_by_ms,json=startByMs,proto3" json:"start_by_ms,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1643,6 +1648,13 @@ func (x *SessionCall) GetPing() *PingRequest {
 		}
 	}
 	return nil
+}
+
+func (x *SessionCall) GetStartByMs() uint64 {
+	if x != nil {
+		return x.StartByMs
+	}
+	return 0
 }
 
 type isSessionCall_Request interface {
@@ -2186,7 +2198,7 @@ const file_kvasir_kv_v1_kv_proto_rawDesc = "" +
 	"\await_ms\x18\x02 \x01(\rR\x06waitMs\"]\n" +
 	"\rTraceResponse\x120\n" +
 	"\x06events\x18\x01 \x03(\v2\x18.kvasir.kv.v1.TraceEventR\x06events\x12\x1a\n" +
-	"\bcomplete\x18\x02 \x01(\bR\bcomplete\"\xa4\x03\n" +
+	"\bcomplete\x18\x02 \x01(\bR\bcomplete\"\xc4\x03\n" +
 	"\vSessionCall\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x1d\n" +
 	"\n" +
@@ -2197,7 +2209,9 @@ const file_kvasir_kv_v1_kv_proto_rawDesc = "" +
 	"\x05batch\x18\x06 \x01(\v2\x1a.kvasir.kv.v1.BatchRequestH\x00R\x05batch\x12/\n" +
 	"\x04scan\x18\a \x01(\v2\x19.kvasir.kv.v1.ScanRequestH\x00R\x04scan\x122\n" +
 	"\x05trace\x18\b \x01(\v2\x1a.kvasir.kv.v1.TraceRequestH\x00R\x05trace\x12/\n" +
-	"\x04ping\x18\t \x01(\v2\x19.kvasir.kv.v1.PingRequestH\x00R\x04pingB\t\n" +
+	"\x04ping\x18\t \x01(\v2\x19.kvasir.kv.v1.PingRequestH\x00R\x04ping\x12\x1e\n" +
+	"\vstart_by_ms\x18\n" +
+	" \x01(\x04R\tstartByMsB\t\n" +
 	"\arequest\"&\n" +
 	"\vPingRequest\x12\x17\n" +
 	"\awall_ms\x18\x01 \x01(\x04R\x06wallMs\"=\n" +

@@ -1221,6 +1221,11 @@ func (m *SessionCall) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		}
 		i -= size
 	}
+	if m.StartByMs != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.StartByMs))
+		i--
+		dAtA[i] = 0x50
+	}
 	if m.TimeoutMs != 0 {
 		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.TimeoutMs))
 		i--
@@ -2263,6 +2268,9 @@ func (m *SessionCall) SizeVT() (n int) {
 	}
 	if vtmsg, ok := m.Request.(interface{ SizeVT() int }); ok {
 		n += vtmsg.SizeVT()
+	}
+	if m.StartByMs != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.StartByMs))
 	}
 	n += len(m.unknownFields)
 	return n
@@ -5771,6 +5779,25 @@ func (m *SessionCall) UnmarshalVTUnsafe(dAtA []byte) error {
 				m.Request = &SessionCall_Ping{Ping: v}
 			}
 			iNdEx = postIndex
+		case 10:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field StartByMs", wireType)
+			}
+			m.StartByMs = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.StartByMs |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
