@@ -51,7 +51,8 @@ func (c *Client) do(ctx context.Context, req request) (answered, error) {
 	}
 	c.budget.earn()
 	var failure *rpc.Error
-	maybeDone := false // an attempt may have written something
+	var failedAt string // who said so
+	maybeDone := false  // an attempt may have written something
 	pause := minPause
 	began := time.Now()
 	for {
@@ -69,23 +70,23 @@ func (c *Client) do(ctx context.Context, req request) (answered, error) {
 				maybeDone = maybeDone || req.writes
 			}
 			if telling(e) >= telling(failure) {
-				failure = e
+				failure, failedAt = e, address
 			}
 			if e.Reason == rpc.ReasonNotEnoughReplicas {
 				refused++
 			}
 			if ctx.Err() != nil {
-				return answered{}, c.timedOut(ctx, failure, maybeDone)
+				return answered{}, c.timedOut(ctx, failure, failedAt, maybeDone)
 			}
 			if !retriable(e, req.retry) || !c.budget.spend() {
-				return answered{}, publicError(failure, maybeDone)
+				return answered{}, publicError(failure, failedAt, maybeDone)
 			}
 			if e.RetryAfter > 0 {
 				break // the node says when, not where
 			}
 		}
 		if refused > 0 && failure.Reason == rpc.ReasonNotEnoughReplicas && time.Since(began) >= c.cfg.patience {
-			return answered{}, publicError(failure, maybeDone)
+			return answered{}, publicError(failure, failedAt, maybeDone)
 		}
 		wait := pause/2 + rand.N(pause)
 		if failure != nil {
@@ -94,7 +95,7 @@ func (c *Client) do(ctx context.Context, req request) (answered, error) {
 		pause = min(2*pause, maxPause)
 		select {
 		case <-ctx.Done():
-			return answered{}, c.timedOut(ctx, failure, maybeDone)
+			return answered{}, c.timedOut(ctx, failure, failedAt, maybeDone)
 		case <-time.After(wait):
 		}
 	}
@@ -115,7 +116,7 @@ func telling(e *rpc.Error) int {
 
 // timedOut is the error of a request whose time is over: what failed last, and that
 // there was no time for more.
-func (c *Client) timedOut(ctx context.Context, failure *rpc.Error, maybeDone bool) error {
+func (c *Client) timedOut(ctx context.Context, failure *rpc.Error, failedAt string, maybeDone bool) error {
 	e := rpc.AsError(ctx.Err())
 	if failure != nil && failure.Code != codes.DeadlineExceeded && failure.Code != codes.Canceled {
 		last := *failure
@@ -123,9 +124,9 @@ func (c *Client) timedOut(ctx context.Context, failure *rpc.Error, maybeDone boo
 		e = &last
 	}
 	if errors.Is(ctx.Err(), context.Canceled) {
-		return publicError(e, maybeDone, context.Canceled)
+		return publicError(e, failedAt, maybeDone, context.Canceled)
 	}
-	return publicError(e, maybeDone, ErrTimeout, context.DeadlineExceeded)
+	return publicError(e, failedAt, maybeDone, ErrTimeout, context.DeadlineExceeded)
 }
 
 // retriable reports whether another attempt may be made after a failure.

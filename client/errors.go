@@ -2,6 +2,7 @@ package client
 
 import (
 	"errors"
+	"strconv"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -44,6 +45,9 @@ type Error struct {
 	Details map[string]string
 	// RetryAfter, when above zero, says that a retry after it may succeed.
 	RetryAfter time.Duration
+	// Receipt leads to the timeline of a traced call that failed: see Client.Trace. Its
+	// TraceID is 0 when there is none.
+	Receipt Receipt
 
 	is []error
 }
@@ -61,13 +65,16 @@ func (e *Error) Is(target error) bool {
 	return false
 }
 
-// publicError converts an error for callers. sent tells whether a write may have
-// reached a replica; too are variables that it matches besides.
-func publicError(e *rpc.Error, sent bool, too ...error) error {
+// publicError converts an error that was given at an address. sent tells whether a
+// write may have reached a replica; too are variables that it matches besides.
+func publicError(e *rpc.Error, address string, sent bool, too ...error) error {
 	if e == nil {
 		return nil
 	}
 	out := &Error{Code: e.Code.String(), Reason: e.Reason, Message: e.Message, Details: e.Details, RetryAfter: e.RetryAfter, is: too}
+	if id, err := strconv.ParseUint(e.Details[rpc.DetailTrace], 10, 64); err == nil {
+		out.Receipt = Receipt{TraceID: id, address: address}
+	}
 	switch e.Code {
 	case codes.NotFound:
 		if e.Reason == "NAMESPACE_NOT_FOUND" {

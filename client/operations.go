@@ -171,7 +171,7 @@ func (c *Client) takeResults(b *kvv1.BatchResponse, todo []int, results []Result
 		if e == nil {
 			continue
 		}
-		results[i].Err = publicError(e, !e.NothingDone() && e.Code != codes.InvalidArgument)
+		results[i].Err = publicError(e, "", !e.NothingDone() && e.Code != codes.InvalidArgument)
 		if retriable(e, retry) {
 			again = append(again, i)
 		}

@@ -160,6 +160,7 @@ func (a *App) change(ctx context.Context, f *dataFlags, do func(context.Context,
 	defer c.Close()
 	receipt, err := do(ctx, c)
 	if err != nil {
+		a.explain(ctx, c, err)
 		return err
 	}
 	if !f.trace {
@@ -220,6 +221,7 @@ func (a *App) get(ctx context.Context, f *dataFlags, key []byte) error {
 	v, err := c.Get(ctx, key, f.options()...)
 	missing := errors.Is(err, client.ErrNotFound)
 	if err != nil && !missing {
+		a.explain(ctx, c, err)
 		return err
 	}
 	if !missing && a.flags.output == outputTable {

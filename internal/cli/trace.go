@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"strings"
@@ -47,6 +48,18 @@ func (a *App) timeline(ctx context.Context, c *client.Client, r client.Receipt, 
 	return t
 }
 
+// explain shows the course of a traced request that failed.
+func (a *App) explain(ctx context.Context, c *client.Client, err error) {
+	var e *client.Error
+	if a.flags.output != outputTable || !errors.As(err, &e) || e.Receipt.TraceID == 0 {
+		return
+	}
+	if t := a.timeline(ctx, c, e.Receipt, opWrite); len(t.events) > 0 {
+		t.writeEvents(a.Stderr, "the coordinator")
+		fmt.Fprintln(a.Stderr)
+	}
+}
+
 func (t timeline) doc() traceDoc {
 	d := traceDoc{Trace: []eventDoc{}, Complete: &t.complete}
 	for _, e := range t.events {
@@ -63,16 +76,7 @@ func (t timeline) doc() traceDoc {
 func (t timeline) write(w io.Writer) {
 	r := t.receipt
 	if len(t.events) > 0 {
-		fmt.Fprintf(w, "\ntimeline, from when %s received the request:\n\n", r.Coordinator)
-		tab := newTable(">TIME", "NODE", "WHAT", "DETAIL")
-		for _, e := range t.events {
-			node := e.Node
-			if node == "" {
-				node = "(coordinator)"
-			}
-			tab.add(fmt.Sprintf("%.2f ms", msDoc(e.At)), node, e.Kind, e.Detail)
-		}
-		tab.write(w)
+		t.writeEvents(w, r.Coordinator)
 	}
 	letter, verb, others, fate := "W", "had the write", "other replicas", t.otherReplicas()
 	if t.op == opRead {
@@ -88,6 +92,20 @@ func (t timeline) write(w io.Writer) {
 	if !t.complete && len(t.events) > 0 {
 		fmt.Fprintf(w, "\nsome replicas had not been heard of after %s\n", durationText(traceWait))
 	}
+}
+
+// writeEvents writes what happened, a line each.
+func (t timeline) writeEvents(w io.Writer, coordinator string) {
+	fmt.Fprintf(w, "\ntimeline, from when %s received the request:\n\n", coordinator)
+	tab := newTable(">TIME", "NODE", "WHAT", "DETAIL")
+	for _, e := range t.events {
+		node := e.Node
+		if node == "" {
+			node = "(coordinator)"
+		}
+		tab.add(fmt.Sprintf("%.2f ms", msDoc(e.At)), node, e.Kind, e.Detail)
+	}
+	tab.write(w)
 }
 
 // nodesWith counts the nodes that a kind of event happened to.

@@ -47,7 +47,7 @@ func (c *Coordinator) Get(ctx context.Context, r *kvv1.GetRequest) (_ *kvv1.GetR
 	if rerr != nil {
 		tr.add(kvv1.TraceEvent_KIND_ANSWERED, "", "error: %s", rerr.Message)
 		tr.finish()
-		return nil, rerr
+		return nil, tr.mark(rerr)
 	}
 	resp := &kvv1.GetResponse{Receipt: res.receipt(c.cfg.Self)}
 	resp.Receipt.TraceId = tr.identifier()

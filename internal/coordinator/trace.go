@@ -6,6 +6,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/kvasirdb/kvasir/internal/rpc"
 	kvv1 "github.com/kvasirdb/kvasir/proto/kvasir/kv/v1"
 )
 
@@ -63,6 +64,14 @@ func (tr *trace) identifier() uint64 {
 		return 0
 	}
 	return tr.id
+}
+
+// mark returns an error that leads to the trace of its request.
+func (tr *trace) mark(e *rpc.Error) *rpc.Error {
+	if tr == nil {
+		return e
+	}
+	return e.With(rpc.DetailTrace, tr.id)
 }
 
 // add notes an event.

@@ -84,7 +84,7 @@ func (c *Coordinator) writeOne(ctx context.Context, r request, w string, op *kvv
 		}
 		tr.add(kvv1.TraceEvent_KIND_ANSWERED, "", "error: %s", werr.Message)
 		tr.finishUnless(last)
-		return nil, werr
+		return nil, tr.mark(werr)
 	}
 	receipt := last.receipt(version)
 	receipt.Coordinator = t.NodeName(c.cfg.Self)

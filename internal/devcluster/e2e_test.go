@@ -44,7 +44,7 @@ var binaries = sync.OnceValues(func() (string, error) {
 		return "", err
 	}
 	out, err := exec.Command("go", "build", "-tags", "pebblegozstd", "-o", dir+"/",
-		"github.com/kvasirdb/kvasir/cmd/kvnode", "github.com/kvasirdb/kvasir/cmd/kvorch").CombinedOutput()
+		"github.com/kvasirdb/kvasir/cmd/kvnode", "github.com/kvasirdb/kvasir/cmd/kvorch", "github.com/kvasirdb/kvasir/cmd/kvctl").CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("build: %w\n%s", err, out)
 	}
@@ -618,4 +618,73 @@ func TestE2ERandomKillsLoseNothing(t *testing.T) {
 		}
 	}
 	t.Logf("%d kills, %d acknowledged writes, %d not acknowledged, %d lost", killed, acked.Load(), unacked.Load(), lost)
+}
+
+// What is exported is what was imported, row by row, up to order.
+func TestE2EExportEqualsImport(t *testing.T) {
+	r := start(t, 3, 1)
+	bin, err := binaries()
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows := packageIndex(t)
+	if rows == nil {
+		for i := range scale(5_000, 60_000) {
+			rows = append(rows, fmt.Sprintf("package-%d\t%d.%d\tdescription of %d, with \"quotes\" and ünïcode\t%d", i, i%7, i%11, i, i*i))
+		}
+	}
+	file := filepath.Join(t.TempDir(), "rows.tsv")
+	if err := os.WriteFile(file, []byte(strings.Join(rows, "\n")+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	kvctl := func(args ...string) string {
+		t.Helper()
+		cmd := exec.Command(filepath.Join(bin, "kvctl"), append([]string{"--endpoints", strings.Join(r.endpoints(), ",")}, args...)...)
+		var talk strings.Builder
+		cmd.Stderr = &talk
+		out, err := cmd.Output()
+		if err != nil {
+			t.Fatalf("kvctl %v: %v\n%s", args, err, talk.String())
+		}
+		t.Logf("kvctl %s: %s", args[0], strings.TrimSpace(talk.String()))
+		return string(out)
+	}
+	kvctl("import", file, "--format", "tsv", "--key-column", "1")
+	kvctl("import", file, "--format", "tsv", "--key-column", "1") // again is safe
+	got := strings.Split(strings.TrimSuffix(kvctl("export", "--format", "tsv", "--key-column", "1"), "\n"), "\n")
+	slices.Sort(rows)
+	slices.Sort(got)
+	if !slices.Equal(rows, got) {
+		t.Errorf("%d rows went in, %d other ones came out", len(rows), len(got))
+	}
+	t.Logf("%d rows", len(rows))
+}
+
+// packageIndex returns Debian's package index as rows of name, version, section and
+// description, in a full run on a machine that has one.
+func packageIndex(t *testing.T) (rows []string) {
+	if !full {
+		return nil
+	}
+	out, err := exec.Command("apt-cache", "dumpavail").Output()
+	if err != nil {
+		t.Logf("no package index here: %v", err)
+		return nil
+	}
+	seen := map[string]bool{}
+	for stanza := range strings.SplitSeq(string(out), "\n\n") {
+		fields := map[string]string{}
+		for line := range strings.SplitSeq(stanza, "\n") {
+			if name, value, ok := strings.Cut(line, ": "); ok && !strings.HasPrefix(line, " ") {
+				fields[name] = value
+			}
+		}
+		name := fields["Package"]
+		if name == "" || seen[name] {
+			continue
+		}
+		seen[name] = true
+		rows = append(rows, strings.Join([]string{name, fields["Version"], fields["Section"], fields["Description"]}, "\t"))
+	}
+	return rows
 }

@@ -67,6 +67,9 @@ const (
 	ReasonInternal = "INTERNAL"
 )
 
+// DetailTrace is the detail that names the trace of a request that failed.
+const DetailTrace = "trace_id"
+
 // Error is a failure as it travels: a gRPC code, a stable reason, a message for
 // people and facts for programs.
 type Error struct {

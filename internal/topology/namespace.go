@@ -84,7 +84,7 @@ func (t *Topology) ChangedNamespace(name string, set NamespaceSettings) (ns Name
 	}
 	if ns.N != old.N {
 		return ns, nil, refuse(Precondition, "N_NEEDS_MOVES",
-			fmt.Sprintf("namespace %s has N=%d and may hold records: N=%d would need them moved between replicas; create a namespace with N=%d and export and import the records", name, old.N, ns.N, ns.N),
+			fmt.Sprintf("namespace %s has N=%d and may hold records, which another N would have to move between replicas: if it is empty, drop it and create it with N=%d; if not, create another one and export and import the records", name, old.N, ns.N),
 			"n", old.N, "wanted_n", ns.N)
 	}
 	ns.LeastWriteAcks = min(old.LeastWriteAcks, ns.W.Need(ns.N))
