@@ -132,7 +132,7 @@ func (a *App) commands() []commandGroup {
 	return []commandGroup{
 		{"Records", []*cobra.Command{a.putCommand(), a.getCommand(), a.delCommand(), a.scanCommand(), a.importCommand(), a.exportCommand()}},
 		{"Cluster", []*cobra.Command{a.clusterCommand(), a.nodeCommand(), a.ringCommand(), a.namespaceCommand(), a.configCommand(), a.healthCommand()}},
-		{"This machine", []*cobra.Command{a.devCommand(), a.contextCommand(), a.versionCommand()}},
+		{"This machine", []*cobra.Command{a.devCommand(), a.benchCommand(), a.contextCommand(), a.versionCommand()}},
 	}
 }
 
