@@ -32,14 +32,14 @@ const horizon = 5
 //   - the nodes of a vnode are distinct, and its first N slots lie in distinct
 //     zones for every N up to width where there are that many zones; otherwise no
 //     zone has two more of them than another one with a free node;
-//   - nodes have the same number of slots within one, and of the first N slots
-//     within two for every smaller N, as far as zones and present slots allow it.
+//   - nodes have the same number of slots within one, and also of the first N slots
+//     for every smaller N, as far as zones and present slots allow it.
 //
 // First every vnode gets a set of nodes; then, from the last slot to the first,
-// each vnode chooses which of its nodes stands there. Both steps balance nodes by
-// cost-reducing paths (Harvey, Ladner, Lovász, Tamir, "Semi-matchings for
-// bipartite graphs and load balancing", 2006). At last single exchanges are made
-// as long as they even out the shares of the first 1, 2, … width slots together.
+// each vnode chooses which of its nodes stands there; at last, from the first slot
+// to the last, what is still uneven is exchanged with nodes further behind. All
+// three balance nodes by cost-reducing paths (Harvey, Ladner, Lovász, Tamir,
+// "Semi-matchings for bipartite graphs and load balancing", 2006).
 func Widen(current Assignment, vnodes int, nodes []Node, width int) (Assignment, error) {
 	if width > len(nodes) {
 		return nil, fmt.Errorf("%w: %d slots, %d nodes", ErrTooFewNodes, width, len(nodes))
@@ -52,7 +52,9 @@ func Widen(current Assignment, vnodes int, nodes []Node, width int) (Assignment,
 	for n := ahead; n > 1; n-- {
 		p.order(n)
 	}
-	p.refine(width)
+	for n := 1; n <= width; n++ {
+		p.settle(n)
+	}
 	out := make(Assignment, vnodes)
 	for v, slots := range p.slots {
 		for _, n := range slots[:max(width, p.fixed[v])] {
@@ -247,67 +249,56 @@ func (p *plan) walk(source, end int, via, from []int, apply func(vnode, node, ot
 	return true
 }
 
-// refine exchanges two nodes of a vnode's order, or one for a node outside, while
-// that lowers the sum of squares of the nodes' shares of the first 1 to width
-// slots. Each exchange lowers it by at least one, so it ends.
-func (p *plan) refine(width int) {
-	shares := make([][]int, width) // shares[i] counts the first i+1 slots
-	for i := range shares {
-		shares[i] = make([]int, len(p.load))
-		for _, slots := range p.slots {
-			for _, n := range slots[:i+1] {
-				shares[i][n]++
-			}
+// settle gives slot n of every vnode to one of the nodes behind it or outside, so
+// that the nodes' shares of the first n slots are even. The slots before it stay.
+func (p *plan) settle(n int) {
+	clear(p.load)
+	for _, slots := range p.slots {
+		for _, node := range slots[:n] {
+			p.load[node]++
 		}
 	}
-	for improved := true; improved; {
-		improved = false
+	p.balance(func(node int, visit func(vnode, other int)) {
 		for v, slots := range p.slots {
-			for i := p.fixed[v]; i < width; i++ {
-				for other := range p.load {
-					if p.exchange(slots, i, other, shares) {
-						improved = true
-					}
+			if p.fixed[v] >= n || slots[n-1] != node {
+				continue
+			}
+			for other := range p.load {
+				if _, ok := p.exchange(slots, n-1, other); ok {
+					visit(v, other)
 				}
 			}
 		}
-	}
+	}, func(vnode, node, other int) bool {
+		slots := p.slots[vnode]
+		if slots[n-1] != node {
+			return false
+		}
+		changed, ok := p.exchange(slots, n-1, other)
+		copy(slots, changed)
+		return ok
+	})
 }
 
-// exchange puts another node at place i of slots, and the one that was there in
-// its place when it has one behind i, if that is fair and lowers the cost.
-func (p *plan) exchange(slots []int, i, other int, shares [][]int) bool {
+// exchange returns slots with another node at place i, and the one that was there
+// in its place when it has one behind i. It refuses what would not be fair.
+func (p *plan) exchange(slots []int, i, other int) ([]int, bool) {
 	j := slices.Index(slots, other)
 	if j >= 0 && j <= i {
-		return false
-	}
-	until := len(shares)
-	if j >= 0 {
-		until = min(until, j)
-	}
-	node, gain := slots[i], 0
-	for k := i; k < until; k++ {
-		gain += shares[k][node] - shares[k][other] - 1
-	}
-	if gain <= 0 {
-		return false
+		return nil, false
 	}
 	changed := slices.Clone(slots)
 	changed[i] = other
+	until := len(slots)
 	if j >= 0 {
-		changed[j] = node
+		changed[j], until = slots[i], j
 	}
-	for n := i + 1; n <= len(shares); n++ {
+	for n := i + 1; n <= until; n++ {
 		if !p.fair(p.zones(changed[:n])) {
-			return false
+			return nil, false
 		}
 	}
-	copy(slots, changed)
-	for k := i; k < until; k++ {
-		shares[k][node]--
-		shares[k][other]++
-	}
-	return true
+	return changed, true
 }
 
 // eligible returns the nodes that may join a vnode's set: those it does not have
