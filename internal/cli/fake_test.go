@@ -206,7 +206,7 @@ func (r ran) want(t *testing.T, code int, texts ...string) ran {
 }
 
 func (n *fakeNode) Session(stream grpc.BidiStreamingServer[kvv1.SessionRequest, kvv1.SessionResponse]) error {
-	return rpc.Serve(rpc.KVServerStream(stream), metadata.MD{}, (*kvv1.SessionReply).SizeVT,
+	return rpc.Serve(rpc.KVServerStream(stream), metadata.MD{}, rpc.KV,
 		func(_ context.Context, calls []*kvv1.SessionCall, reply func(*kvv1.SessionReply)) {
 			var wg sync.WaitGroup
 			for _, c := range calls {

@@ -53,7 +53,7 @@ func (s kvService) Trace(ctx context.Context, r *kvv1.TraceRequest) (*kvv1.Trace
 // Session serves a client's stream. Each call of a frame is served on its own.
 func (s kvService) Session(stream grpc.BidiStreamingServer[kvv1.SessionRequest, kvv1.SessionResponse]) error {
 	md := metadata.Pairs(mdIncarnation, strconv.FormatUint(s.node.id.Incarnation, 10), rpc.MDUptime, strconv.FormatInt(s.node.uptime().Milliseconds(), 10))
-	return rpc.Serve(rpc.KVServerStream(stream), md, (*kvv1.SessionReply).SizeVT,
+	return rpc.Serve(rpc.KVServerStream(stream), md, rpc.KV,
 		func(ctx context.Context, calls []*kvv1.SessionCall, reply func(*kvv1.SessionReply)) {
 			var wg sync.WaitGroup
 			for _, c := range calls[1:] {
@@ -104,6 +104,7 @@ func (s kvService) serve(ctx context.Context, c *kvv1.SessionCall) *kvv1.Session
 	case *kvv1.SessionCall_Ping:
 		reply.Response = &kvv1.SessionReply_Ping{Ping: &kvv1.PingResponse{
 			WallMs: uint64(s.node.clock.Wall()), Epoch: s.node.fence.Topology().Epoch,
+			UptimeMs: uint64(s.node.uptime().Milliseconds()),
 		}}
 	default:
 		err = rpc.Errorf(codes.Unimplemented, "UNKNOWN_OPERATION", "this node does not know the operation: upgrade it")
@@ -141,7 +142,7 @@ func (s replicaService) Link(stream grpc.BidiStreamingServer[replicav1.LinkReque
 	s.node.peers.heard(in)
 	address := first(in, mdAddress)
 	md := metadata.Pairs(mdIncarnation, strconv.FormatUint(s.node.id.Incarnation, 10))
-	return rpc.Serve(rpc.ReplicaServerStream(stream), md, (*replicav1.Reply).SizeVT,
+	return rpc.Serve(rpc.ReplicaServerStream(stream), md, rpc.Replica,
 		func(ctx context.Context, calls []*replicav1.Call, reply func(*replicav1.Reply)) {
 			s.node.replica.Handle(ctx, address, calls, reply)
 		})

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"strconv"
 	"sync"
@@ -74,10 +75,11 @@ type Link[C, R any] struct {
 	up atomic.Bool
 	// born is when the peer's process began, by this process's clock in nanoseconds
 	// since made; 0 while that is not known.
-	born  atomic.Int64
-	made  time.Time
-	ready chan struct{} // closed when the first attempt to connect has ended
-	retry chan struct{} // holds a token when the next attempt should not wait
+	born   atomic.Int64
+	uptime uptime
+	made   time.Time
+	ready  chan struct{} // closed when the first attempt to connect has ended
+	retry  chan struct{} // holds a token when the next attempt should not wait
 
 	mu struct {
 		sync.Mutex
@@ -154,6 +156,12 @@ func (l *Link[C, R]) Conn() *grpc.ClientConn {
 // or given to done, are *Error; ReasonNotSent and ReasonOverloaded mean that the
 // peer never saw the call.
 func (l *Link[C, R]) Go(call C, deadline time.Time, done func(R, error)) error {
+	_, err := l.start(call, deadline, done)
+	return err
+}
+
+// start is Go; it returns the call's number.
+func (l *Link[C, R]) start(call C, deadline time.Time, done func(R, error)) (uint64, error) {
 	p := &pending[C, R]{call: call, size: l.proto.Size(call), deadline: deadline, done: done}
 	l.mu.Lock()
 	q := l.mu.queue
@@ -161,10 +169,10 @@ func (l *Link[C, R]) Go(call C, deadline time.Time, done func(R, error)) error {
 	case q == nil:
 		err := l.mu.lastErr
 		l.mu.Unlock()
-		return l.notSent(err)
+		return 0, l.notSent(err)
 	case len(l.mu.pending) >= l.cfg.MaxPending:
 		l.mu.Unlock()
-		return &Error{
+		return 0, &Error{
 			Code: codes.ResourceExhausted, Reason: ReasonOverloaded, RetryAfter: 50 * time.Millisecond,
 			Message: fmt.Sprintf("%d calls to %s wait for replies already", l.cfg.MaxPending, l.cfg.Peer),
 			Details: map[string]string{"limit": fmt.Sprint(l.cfg.MaxPending), "peer": l.cfg.Peer},
@@ -178,10 +186,10 @@ func (l *Link[C, R]) Go(call C, deadline time.Time, done func(R, error)) error {
 		// The stream ended in between, and failed all pending calls, this one too
 		// unless it came too late for that.
 		if l.forget(p.id) {
-			return l.notSent(nil)
+			return 0, l.notSent(nil)
 		}
 	}
-	return nil
+	return p.id, nil
 }
 
 // Do sends a call and waits for its reply, at most until ctx ends.
@@ -196,13 +204,15 @@ func (l *Link[C, R]) Do(ctx context.Context, call C) (R, error) {
 		deadline = time.Now().Add(defaultTimeout)
 	}
 	c := make(chan result, 1)
-	if err := l.Go(call, deadline, func(r R, err error) { c <- result{r, err} }); err != nil {
+	id, err := l.start(call, deadline, func(r R, err error) { c <- result{r, err} })
+	if err != nil {
 		return zero, err
 	}
 	select {
 	case r := <-c:
 		return r.reply, r.err
 	case <-ctx.Done():
+		l.forget(id)
 		return zero, AsError(ctx.Err())
 	}
 }
@@ -383,20 +393,47 @@ func (l *Link[C, R]) open(ctx context.Context, cancel context.CancelFunc, cc *gr
 	if err == nil && l.cfg.Greeted != nil {
 		err = l.cfg.Greeted(md)
 	}
-	l.noteUptime(md)
+	l.greetedUptime(md)
 	return stream, err
 }
 
-// noteUptime takes the peer's uptime from its greeting.
-func (l *Link[C, R]) noteUptime(md metadata.MD) {
+// uptime estimates when a peer began. A message that was long on its way makes the
+// peer look younger than it is, so the smallest estimate is the best; but not one
+// from long ago, since clocks drift and suspended machines stand still.
+// REQUIRES: used by one goroutine at a time.
+type uptime struct {
+	since             time.Duration // when the present window began
+	present, previous time.Duration // the smallest estimates of two windows
+}
+
+const uptimeWindow = 10 * time.Second
+
+// note takes an estimate made at now, and returns the best there is.
+func (u *uptime) note(now, born time.Duration) time.Duration {
+	if now-u.since > uptimeWindow {
+		u.since, u.previous, u.present = now, u.present, born
+	}
+	u.present = min(u.present, born)
+	return min(u.present, u.previous)
+}
+
+// greetedUptime takes the peer's uptime from its greeting.
+func (l *Link[C, R]) greetedUptime(md metadata.MD) {
 	l.born.Store(0)
-	v := md.Get(MDUptime)
-	if len(v) == 0 {
+	l.uptime = uptime{since: time.Since(l.made), present: math.MaxInt64, previous: math.MaxInt64}
+	if v := md.Get(MDUptime); len(v) > 0 {
+		ms, _ := strconv.ParseUint(v[0], 10, 48)
+		l.noteUptime(ms)
+	}
+}
+
+// noteUptime takes what the peer has just said of its uptime, 0 for nothing.
+func (l *Link[C, R]) noteUptime(ms uint64) {
+	if ms == 0 {
 		return
 	}
-	if ms, err := strconv.ParseUint(v[0], 10, 48); err == nil {
-		l.born.Store(int64(time.Since(l.made)) - int64(ms)*int64(time.Millisecond))
-	}
+	now := time.Since(l.made)
+	l.born.Store(int64(l.uptime.note(now, now-time.Duration(ms)*time.Millisecond)))
 }
 
 // startBy returns the peer's uptime by which a call that is sent now must have begun.
@@ -426,7 +463,7 @@ func (l *Link[C, R]) send(ctx context.Context, stream ClientStream[C, R], q *que
 	}
 }
 
-// prepare numbers the calls of a frame and drops those whose deadline has passed.
+// prepare numbers the calls of a frame and drops those that nobody waits for.
 func (l *Link[C, R]) prepare(frame []*pending[C, R]) []C {
 	if len(frame) == 0 {
 		return nil
@@ -437,12 +474,13 @@ func (l *Link[C, R]) prepare(frame []*pending[C, R]) []C {
 	var late []*pending[C, R]
 	l.mu.Lock()
 	for _, p := range frame {
+		if l.mu.pending[p.id] != p {
+			continue // given up on
+		}
 		left := p.deadline.Sub(now)
 		if left <= 0 {
-			if _, ok := l.mu.pending[p.id]; ok {
-				delete(l.mu.pending, p.id)
-				late = append(late, p)
-			}
+			delete(l.mu.pending, p.id)
+			late = append(late, p)
 			continue
 		}
 		p.sentAt = now
@@ -509,12 +547,15 @@ func (l *Link[C, R]) ping() {
 	sent, wall := time.Now(), l.cfg.WallClock()
 	// A ping that cannot be sent is no news: the queue is full or the stream ends.
 	_ = l.Go(l.proto.Ping(wall), sent.Add(10*l.cfg.StallAfter), func(r R, err error) {
-		if err != nil || l.cfg.Offset == nil {
+		if err != nil {
 			return
 		}
-		trip := time.Since(sent)
-		ahead := time.Duration(l.proto.Pong(r)-wall)*time.Millisecond - trip/2
-		l.cfg.Offset(ahead, trip)
+		there, uptime := l.proto.Pong(r)
+		l.noteUptime(uptime)
+		if l.cfg.Offset != nil {
+			trip := time.Since(sent)
+			l.cfg.Offset(time.Duration(there-wall)*time.Millisecond-trip/2, trip)
+		}
 	})
 }
 

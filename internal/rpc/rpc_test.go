@@ -41,7 +41,7 @@ func (e *echo) Session(s grpc.BidiStreamingServer[kvv1.SessionRequest, kvv1.Sess
 	if md, _ := metadata.FromIncomingContext(s.Context()); len(md["stranger"]) > 0 {
 		return rpc.Errorf(codes.FailedPrecondition, rpc.ReasonWrongPeer, "go away").With("name", "echo")
 	}
-	return rpc.Serve(rpc.KVServerStream(s), metadata.Pairs("name", "echo"), (*kvv1.SessionReply).SizeVT, e.frame)
+	return rpc.Serve(rpc.KVServerStream(s), metadata.Pairs("name", "echo"), rpc.KV, e.frame)
 }
 
 func (e *echo) frame(ctx context.Context, calls []call, reply func(reply)) {

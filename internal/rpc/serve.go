@@ -8,14 +8,27 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
 
 	kvv1 "github.com/kvasirdb/kvasir/proto/kvasir/kv/v1"
 	replicav1 "github.com/kvasirdb/kvasir/proto/kvasir/replica/v1"
 )
 
-// maxFrames bounds the frames of one stream that are being handled. Beyond it
-// nothing is read, and flow control makes the sender wait.
+// Limits of one stream's answering end. At the first two nothing more is read, and
+// flow control makes the sender wait; a Link never reaches the first.
+const (
+	// maxCalls bounds the calls whose replies have not been sent.
+	maxCalls = 20 << 10
+	// pauseBytes is the size of the replies that wait to be sent.
+	pauseBytes = 8 << 20
+	// refuseBytes is their size at which what was read is not kept for sending.
+	refuseBytes = 64 << 20
+	// maxFrameCalls bounds the calls of one frame.
+	maxFrameCalls = 4096
+)
+
+// maxFrames bounds the frames of a loop that are being handled.
 const maxFrames = 64
 
 // ServerStream is the answering end of a stream of frames.
@@ -70,50 +83,139 @@ type FrameHandler[C, R any] func(ctx context.Context, calls []C, reply func(R))
 // milliseconds.
 const MDUptime = "kvasir-uptime-ms"
 
-// Serve greets the caller with md and answers its frames until the stream ends.
-// It returns after every handler has.
-func Serve[C, R any](stream ServerStream[C, R], md metadata.MD, size func(R) int, handle FrameHandler[C, R]) error {
+// Serve greets the caller with md and answers its frames until the stream ends. It
+// returns after every handler has. A caller that closes its sending half gets the
+// replies that it is owed.
+func Serve[C, R any](stream ServerStream[C, R], md metadata.MD, proto Protocol[C, R], handle FrameHandler[C, R]) error {
 	if err := stream.SendHeader(md); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithCancel(stream.Context())
-	replies := newQueue[R]()
+	defer cancel()
+	o := &outbox[C, R]{proto: proto, queue: newQueue[outgoing[R]](), answered: make(chan struct{})}
+	o.room.L = &o.mu
+	defer context.AfterFunc(ctx, o.end)()
 	var sender, handlers sync.WaitGroup
-	sender.Go(func() {
-		for {
-			select {
-			case <-ctx.Done():
-				return
-			case <-replies.wake:
-			}
-			if frame := replies.take(size); len(frame) > 0 {
-				if stream.SendFrame(frame) != nil {
-					return // the stream is broken, which RecvFrame sees too
-				}
-			}
-		}
-	})
-	reply := func(r R) { replies.push(r) }
-	slots := make(chan struct{}, maxFrames)
+	sender.Go(func() { o.send(ctx, stream) })
 	var err error
 	for {
 		var calls []C
 		if calls, err = stream.RecvFrame(); err != nil {
 			break
 		}
-		slots <- struct{}{}
-		handlers.Go(func() {
-			handle(ctx, calls, reply)
-			<-slots
-		})
+		if len(calls) == 0 {
+			continue
+		}
+		if len(calls) > maxFrameCalls {
+			err = Errorf(codes.InvalidArgument, ReasonBadRequest, "a frame of %d calls: the limit is %d", len(calls), maxFrameCalls)
+			break
+		}
+		if !o.admit(len(calls)) {
+			err = context.Cause(ctx)
+			break
+		}
+		handlers.Go(func() { handle(ctx, calls, o.reply) })
 	}
-	cancel()
-	handlers.Wait()
-	sender.Wait()
 	if errors.Is(err, io.EOF) {
-		return nil
+		err = nil
+	} else {
+		cancel()
 	}
+	handlers.Wait()
+	close(o.answered)
+	sender.Wait()
 	return err
+}
+
+// outbox holds the replies of a stream until they are sent, and bounds them.
+type outbox[C, R any] struct {
+	proto    Protocol[C, R]
+	queue    *queue[outgoing[R]]
+	answered chan struct{} // closed after the last reply
+	mu       sync.Mutex
+	room     sync.Cond
+	calls    int // without a sent reply
+	bytes    int // of replies in the queue
+	ended    bool
+}
+
+type outgoing[R any] struct {
+	reply R
+	size  int
+}
+
+// admit waits until n more calls may be handled; it reports false when the stream
+// has ended.
+func (o *outbox[C, R]) admit(n int) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	for !o.ended && (o.bytes > pauseBytes || o.calls > 0 && o.calls+n > maxCalls) {
+		o.room.Wait()
+	}
+	o.calls += n
+	return !o.ended
+}
+
+func (o *outbox[C, R]) end() {
+	o.mu.Lock()
+	o.ended = true
+	o.mu.Unlock()
+	o.room.Broadcast()
+}
+
+// reply queues a reply. It never blocks: what was read for a caller that takes
+// nothing off the stream is thrown away instead.
+func (o *outbox[C, R]) reply(r R) {
+	size := o.proto.ReplySize(r)
+	o.mu.Lock()
+	full := o.bytes+size > refuseBytes
+	if !full {
+		o.bytes += size
+	}
+	o.mu.Unlock()
+	if full {
+		err := Errorf(codes.ResourceExhausted, ReasonOverloaded, "%d MiB of replies wait for the caller to take them", refuseBytes>>20)
+		err.RetryAfter = 50 * time.Millisecond
+		if refusal, ok := o.proto.Refusal(r, err); ok {
+			r, size = refusal, o.proto.ReplySize(refusal)
+		}
+		o.mu.Lock()
+		o.bytes += size
+		o.mu.Unlock()
+	}
+	o.queue.push(outgoing[R]{r, size})
+}
+
+// send sends replies until the stream breaks, ctx ends, or the last is sent.
+func (o *outbox[C, R]) send(ctx context.Context, stream ServerStream[C, R]) {
+	for last := false; ; {
+		select {
+		case <-ctx.Done():
+			return
+		case <-o.queue.wake:
+		case <-o.answered:
+			last = true
+		}
+		frame := o.queue.take(func(g outgoing[R]) int { return g.size })
+		if len(frame) == 0 {
+			if last {
+				return
+			}
+			continue
+		}
+		replies, bytes := make([]R, len(frame)), 0
+		for i, g := range frame {
+			replies[i], bytes = g.reply, bytes+g.size
+		}
+		if stream.SendFrame(replies) != nil {
+			return // the stream is broken, which RecvFrame sees too
+		}
+		o.mu.Lock()
+		o.calls -= len(frame)
+		o.bytes -= bytes
+		o.mu.Unlock()
+		o.room.Signal()
+	}
 }
 
 // Loop is a link of a process to itself: calls are batched and handled as those of

@@ -1530,7 +1530,8 @@ type SessionCall struct {
 	// The node's uptime, in milliseconds, by which a write must have begun; later it
 	// is refused. A client that gives a node up and goes elsewhere thereby knows that
 	// the write does not begin at the first node afterwards, when it would overtake
-	// younger ones. 0 means no limit. The uptime comes with the stream's header.
+	// younger ones. 0 means no limit. The uptime comes with the stream's header and with
+	// every answer to a ping.
 	StartByMs     uint64 `protobuf:"varint,10,opt,name=start_by_ms,json=startByMs,proto3" json:"start_by_ms,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1750,9 +1751,11 @@ func (x *PingRequest) GetWallMs() uint64 {
 }
 
 type PingResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	WallMs        uint64                 `protobuf:"varint,1,opt,name=wall_ms,json=wallMs,proto3" json:"wall_ms,omitempty"`
-	Epoch         uint64                 `protobuf:"fixed64,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	WallMs uint64                 `protobuf:"varint,1,opt,name=wall_ms,json=wallMs,proto3" json:"wall_ms,omitempty"`
+	Epoch  uint64                 `protobuf:"fixed64,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// How long the node's process has been running, in milliseconds.
+	UptimeMs      uint64 `protobuf:"varint,3,opt,name=uptime_ms,json=uptimeMs,proto3" json:"uptime_ms,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1797,6 +1800,13 @@ func (x *PingResponse) GetWallMs() uint64 {
 func (x *PingResponse) GetEpoch() uint64 {
 	if x != nil {
 		return x.Epoch
+	}
+	return 0
+}
+
+func (x *PingResponse) GetUptimeMs() uint64 {
+	if x != nil {
+		return x.UptimeMs
 	}
 	return 0
 }
@@ -2214,10 +2224,11 @@ const file_kvasir_kv_v1_kv_proto_rawDesc = "" +
 	" \x01(\x04R\tstartByMsB\t\n" +
 	"\arequest\"&\n" +
 	"\vPingRequest\x12\x17\n" +
-	"\awall_ms\x18\x01 \x01(\x04R\x06wallMs\"=\n" +
+	"\awall_ms\x18\x01 \x01(\x04R\x06wallMs\"Z\n" +
 	"\fPingResponse\x12\x17\n" +
 	"\awall_ms\x18\x01 \x01(\x04R\x06wallMs\x12\x14\n" +
-	"\x05epoch\x18\x02 \x01(\x06R\x05epoch\"\xb9\x03\n" +
+	"\x05epoch\x18\x02 \x01(\x06R\x05epoch\x12\x1b\n" +
+	"\tuptime_ms\x18\x03 \x01(\x04R\buptimeMs\"\xb9\x03\n" +
 	"\fSessionReply\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12)\n" +
 	"\x05error\x18\x02 \x01(\v2\x13.kvasir.kv.v1.ErrorR\x05error\x12-\n" +

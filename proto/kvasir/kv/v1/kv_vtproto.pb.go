@@ -1468,6 +1468,11 @@ func (m *PingResponse) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if m.UptimeMs != 0 {
+		i = protohelpers.EncodeVarint(dAtA, i, uint64(m.UptimeMs))
+		i--
+		dAtA[i] = 0x18
+	}
 	if m.Epoch != 0 {
 		i -= 8
 		binary.LittleEndian.PutUint64(dAtA[i:], uint64(m.Epoch))
@@ -2398,6 +2403,9 @@ func (m *PingResponse) SizeVT() (n int) {
 	}
 	if m.Epoch != 0 {
 		n += 9
+	}
+	if m.UptimeMs != 0 {
+		n += 1 + protohelpers.SizeOfVarint(uint64(m.UptimeMs))
 	}
 	n += len(m.unknownFields)
 	return n
@@ -5948,6 +5956,25 @@ func (m *PingResponse) UnmarshalVTUnsafe(dAtA []byte) error {
 			}
 			m.Epoch = uint64(binary.LittleEndian.Uint64(dAtA[iNdEx:]))
 			iNdEx += 8
+		case 3:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field UptimeMs", wireType)
+			}
+			m.UptimeMs = 0
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				m.UptimeMs |= uint64(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
