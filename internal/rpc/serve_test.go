@@ -190,12 +190,16 @@ func TestServeHasNoHeadOfLine(t *testing.T) {
 // come after their time.
 type young struct {
 	echo
-	born  time.Time
+	born  atomic.Int64 // in milliseconds since 1970
 	delay time.Duration
 }
 
+func (y *young) uptime() time.Duration {
+	return time.Duration(time.Now().UnixMilli()-y.born.Load()) * time.Millisecond
+}
+
 func (y *young) Session(s grpc.BidiStreamingServer[kvv1.SessionRequest, kvv1.SessionResponse]) error {
-	uptime := func() uint64 { return uint64(time.Since(y.born).Milliseconds()) }
+	uptime := func() uint64 { return uint64(y.uptime().Milliseconds()) }
 	md := metadata.Pairs(rpc.MDUptime, strconv.FormatUint(uptime(), 10))
 	time.Sleep(y.delay)
 	return rpc.Serve(rpc.KVServerStream(s), md, rpc.KV, func(_ context.Context, calls []call, answer func(reply)) {
@@ -214,7 +218,8 @@ func (y *young) Session(s grpc.BidiStreamingServer[kvv1.SessionRequest, kvv1.Ses
 func TestSlowGreeting(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
-		y := &young{born: time.Now().Add(-time.Hour), delay: 900 * time.Millisecond}
+		y := &young{delay: 900 * time.Millisecond}
+		y.born.Store(time.Now().Add(-time.Hour).UnixMilli())
 		listener, err := w.net.Listen("server:1")
 		if err != nil {
 			t.Fatal(err)
@@ -229,20 +234,20 @@ func TestSlowGreeting(t *testing.T) {
 		time.Sleep(time.Second)
 		for range 100 {
 			if _, err := l.Do(t.Context(), get("a")); err != nil {
-				t.Fatalf("after %s: %v", time.Since(y.born)-time.Hour, err)
+				t.Fatalf("after %s: %v", y.uptime()-time.Hour, err)
 			}
 			time.Sleep(time.Second)
 		}
 		// A peer that was suspended is younger than it was thought to be. Writes that wait
 		// at it must not begin long after.
-		y.born = y.born.Add(time.Minute)
+		y.born.Add(time.Minute.Milliseconds())
 		time.Sleep(30 * time.Second)
 		c := get("a")
 		if _, err := l.Do(t.Context(), c); err != nil {
 			t.Fatal(err)
 		}
-		if by := time.Duration(c.GetStartByMs()) * time.Millisecond; by > time.Since(y.born)+time.Second {
-			t.Errorf("the call might begin %s from now", by-time.Since(y.born))
+		if by := time.Duration(c.GetStartByMs()) * time.Millisecond; by > y.uptime()+time.Second {
+			t.Errorf("the call might begin %s from now", by-y.uptime())
 		}
 	})
 }
