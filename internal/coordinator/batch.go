@@ -53,7 +53,7 @@ func (c *Coordinator) Batch(ctx context.Context, r *kvv1.BatchRequest) (_ *kvv1.
 	resp := &kvv1.BatchResponse{Results: make([]*kvv1.BatchResult, len(r.GetOperations())), Epoch: t.Epoch}
 	// All groups are on their way before the first is waited for.
 	for _, g := range groups {
-		g.begin(c, t, ns)
+		g.first, g.firstErr = g.begin(c, t, ns)
 	}
 	for _, g := range groups {
 		gerr := g.finish(ctx, c, r.GetNamespace())
@@ -101,12 +101,13 @@ type group struct {
 	indexes  []int
 	entries  []*replicav1.Entry
 	versions []record.Version
-	write    *write
-	err      *rpc.Error
+	// first and firstErr are the outcome of begin.
+	first    *write
+	firstErr *rpc.Error
 }
 
-func (g *group) begin(c *Coordinator, t *topology.Topology, ns *topology.Namespace) {
-	g.write, g.err = c.start(writeJob{
+func (g *group) begin(c *Coordinator, t *topology.Topology, ns *topology.Namespace) (*write, *rpc.Error) {
+	return c.start(writeJob{
 		topology: t, namespace: ns, vnode: g.vnode, need: g.need,
 		entries: g.entries, source: replicav1.Source_SOURCE_FIRST_HAND, hints: ns.Hints,
 	})
@@ -114,19 +115,15 @@ func (g *group) begin(c *Coordinator, t *topology.Topology, ns *topology.Namespa
 
 // finish waits for the group, and follows a changing topology.
 func (g *group) finish(ctx context.Context, c *Coordinator, namespace string) *rpc.Error {
-	first := true
-	return c.follow(ctx, func() (uint64, uint64, *rpc.Error) {
-		if !first {
-			t, ns, err := c.namespace(namespace)
-			if err != nil {
-				return 0, 0, err
-			}
-			g.begin(c, t, ns)
+	var tries attempts
+	return tries.follow(ctx, c, func() (*write, *rpc.Error) {
+		if len(tries) == 0 {
+			return g.first, g.firstErr
 		}
-		first = false
-		if g.err != nil {
-			return 0, 0, g.err
+		t, ns, err := c.namespace(namespace)
+		if err != nil {
+			return nil, err
 		}
-		return g.write.wait(ctx)
+		return g.begin(c, t, ns)
 	})
 }

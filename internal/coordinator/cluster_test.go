@@ -146,6 +146,17 @@ func (c *cluster) setRing(slots func(vnode int) []topology.Slot) {
 	c.apply(&topologyv1.Mutation{Kind: &topologyv1.Mutation_SetRing{SetRing: &topologyv1.SetRing{Ring: topology.RingProto(ring)}}})
 }
 
+// place puts every vnode's slots on the same nodes.
+func (c *cluster) place(ids ...uint64) {
+	c.t.Helper()
+	c.setRing(func(int) (out []topology.Slot) {
+		for _, id := range ids {
+			out = append(out, topology.Slot{Node: id, Phase: topology.Stable})
+		}
+		return out
+	})
+}
+
 // publish gives the present topology to some nodes, or to all.
 func (c *cluster) publish(ids ...uint64) {
 	for _, n := range c.nodes {

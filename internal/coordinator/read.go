@@ -119,6 +119,9 @@ func (c *Coordinator) read(ctx context.Context, namespace string, job readJob) (
 		res = &result{job: job, topology: t, namespace: ns, vnode: v, slots: t.Slots(v, ns.N)}
 		return c.readOnce(ctx, res)
 	})
+	if err == nil {
+		err = c.see(res.winner.Version.Time)
+	}
 	return res, err
 }
 
@@ -136,9 +139,9 @@ func (c *Coordinator) readOnce(ctx context.Context, res *result) (stale, by uint
 	}
 	if res.decide(); res.winner.Version.Compare(res.job.least) < 0 {
 		// The client knows of a newer record: ask everybody.
-		g.run(ctx, len(order)) // those that fail cannot help
+		epoch, by := g.runAll(ctx)
 		if res.decide(); res.winner.Version.Compare(res.job.least) < 0 {
-			return 0, 0, rpc.Errorf(codes.Unavailable, rpc.ReasonReadFailed, "no replica that answered has version %s or a newer one", res.job.least)
+			return epoch, by, rpc.Errorf(codes.Unavailable, rpc.ReasonReadFailed, "no replica that answered has version %s or a newer one", res.job.least)
 		}
 	}
 	if err := g.fetch(ctx); err != nil {
@@ -153,13 +156,35 @@ func (c *Coordinator) readOnce(ctx context.Context, res *result) (stale, by uint
 	return 0, 0, nil
 }
 
+// see has the clock follow a version that a reader is about to see, so that what
+// this node writes afterwards is newer.
+func (c *Coordinator) see(ts hlc.Timestamp) *rpc.Error {
+	if c.cfg.Clock.CheckAhead(ts) != nil {
+		return nil // the replica that took it had another clock; nothing can be newer than it yet
+	}
+	if err := c.cfg.Clock.Join(ts); err != nil {
+		return rpc.AsError(err)
+	}
+	return nil
+}
+
+// slotsToHold is how many slots must hold what a read returns, so that later reads
+// do not go back: N−R+1, with the smallest R that those reads will have.
+func (r *result) slotsToHold() int {
+	least := r.job.need
+	if usual := r.namespace.R.Need(r.namespace.N); usual > 1 {
+		least = min(least, usual)
+	}
+	return r.namespace.N - least + 1
+}
+
 // slotsToAsk is how many slots must answer. Where reads promise never to go back
-// (R+W>N and R>1, with blocking repair) N−R+1 slots must be known to hold what is
-// returned, even if the first R agree; with majorities that is no more than R.
+// (R+W>N and R>1, with blocking repair) slotsToHold of them must be known to hold
+// what is returned, even if the first R agree; with majorities that is no more.
 func (r *result) slotsToAsk() int {
 	n, need := r.namespace.N, r.job.need
 	if r.job.repair == topology.RepairBlocking && need > 1 && quorum.StrengthOf(n, r.namespace.LeastWriteAcks, need) != quorum.Eventual {
-		return max(need, n-need+1)
+		return max(need, r.slotsToHold())
 	}
 	return need
 }
@@ -304,6 +329,28 @@ func (g *gather) run(ctx context.Context, want int) (stale, by uint64, _ *rpc.Er
 		}
 	}
 	return 0, 0, nil
+}
+
+// runAll asks all that have not been asked, and returns when everybody has answered
+// or failed, or ctx ends; and the newest epoch by which one refused.
+func (g *gather) runAll(ctx context.Context) (stale, by uint64) {
+	for g.asked < len(g.order) {
+		g.ask(ctx, g.fullAsked)
+	}
+	for ; g.pending > 0; g.pending-- {
+		select {
+		case a := <-g.answers:
+			if epoch := refusedEpoch(a.err); epoch > stale {
+				stale, by = epoch, a.node
+			}
+			if a.err == nil {
+				g.res.replies = append(g.res.replies, a)
+			}
+		case <-ctx.Done():
+			return stale, by
+		}
+	}
+	return stale, by
 }
 
 // next returns the slowest of the nodes that are asked first.

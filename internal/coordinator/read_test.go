@@ -377,3 +377,87 @@ func TestTraceOfARepair(t *testing.T) {
 		wantError(t, err, codes.NotFound, "TRACE_NOT_FOUND")
 	})
 }
+
+// A node that returned a version writes newer ones from then on, though it holds no
+// replica and its clock is behind.
+func TestReadsMoveTheClock(t *testing.T) {
+	read := map[string]func(*node){
+		"get":  func(n *node) { n.wantValue("k", "first") },
+		"scan": func(n *node) { n.coord.Scan(context.Background(), &kvv1.ScanRequest{}) },
+	}
+	for name, see := range read {
+		t.Run(name, func(t *testing.T) {
+			run(t, 2, func(s *topology.NamespaceSettings) { s.N = ptr(1) }, func(t *testing.T, c *cluster) {
+				c.place(1)
+				c.publish()
+				c.nodes[0].offset.Store(200) // within all limits
+				put := func(n *node, v string) {
+					if _, err := n.coord.Put(context.Background(), &kvv1.PutRequest{Key: []byte("k"), Value: []byte(v)}); err != nil {
+						t.Fatal(err)
+					}
+				}
+				put(c.nodes[0], "first")
+				see(c.nodes[1])
+				put(c.nodes[1], "second")
+				c.nodes[1].wantValue("k", "second")
+			})
+		})
+	}
+}
+
+// All replicas go away while a background check mends.
+func TestRepairWithNobodyLeft(t *testing.T) {
+	set := func(s *topology.NamespaceSettings) { s.N, s.RepairChance, s.R = ptr(3), ptr(1.0), ptr("one") }
+	run(t, 4, set, func(t *testing.T, c *cluster) {
+		c.place(1, 2, 3)
+		c.publish()
+		c.nodes[1].plant("k", recordAt(time.Now().UnixMilli(), "new"))
+		c.set(slowly, 2, 3)
+		time.AfterFunc(50*time.Millisecond, func() { c.set(down, 1, 2, 3) })
+		c.nodes[3].wantValue("k", "")
+		time.Sleep(time.Second)
+	})
+}
+
+// A read that must see what the client has seen asks everybody, whoever fails.
+func TestMinVersionWithOneFailing(t *testing.T) {
+	run(t, 3, nil, func(t *testing.T, c *cluster) {
+		c.place(1, 2, 3)
+		c.publish()
+		now := time.Now().UnixMilli()
+		c.nodes[0].plant("k", recordAt(now-1, "old"))
+		c.nodes[2].plant("k", recordAt(now, "mine"))
+		c.set(refusing, 2)
+		c.set(slowly, 3)
+		least := &kvv1.Version{Timestamp: uint64(hlc.At(now)), Incarnation: 1}
+		resp, err := c.nodes[0].get("k", func(r *kvv1.GetRequest) { r.ReadQuorum, r.MinVersion = "one", least })
+		if err != nil || string(resp.GetValue()) != "mine" {
+			t.Errorf("%v, %v", resp, err)
+		}
+	})
+}
+
+// Blocking repair makes up the number with live slots.
+func TestRepairPrefersLiveSlots(t *testing.T) {
+	run(t, 5, func(s *topology.NamespaceSettings) { s.W, s.R = ptr("2"), ptr("2") }, func(t *testing.T, c *cluster) {
+		c.place(1, 2, 3, 4, 5)
+		c.publish()
+		c.nodes[0].plant("k", recordAt(time.Now().UnixMilli(), "v"))
+		c.set(down, 3)
+		c.nodes[0].wantValue("k", "v")
+	})
+}
+
+// Invariant 3: what a read of all returned is seen by a read of a quorum after it.
+func TestReadAllThenQuorum(t *testing.T) {
+	run(t, 3, nil, func(t *testing.T, c *cluster) {
+		c.place(1, 2, 3)
+		c.publish()
+		c.nodes[0].plant("k", recordAt(time.Now().UnixMilli(), "v"))
+		for _, n := range c.nodes[1:] {
+			n.store.SetDiskFull(true) // repairs fail
+		}
+		_, err := c.nodes[0].get("k", func(r *kvv1.GetRequest) { r.ReadQuorum = "all" })
+		wantError(t, err, codes.Unavailable, rpc.ReasonRepairFailed)
+	})
+}

@@ -15,7 +15,7 @@ import (
 
 // mend brings stale replicas up to what a read found, as its repair mode says.
 //
-// Blocking: the answer may leave when N−R+1 slots hold the winner, in a transition
+// Blocking: the answer may leave when slotsToHold slots hold the winner, in a transition
 // both nodes of every counted slot; any later read of R slots then meets one of
 // them, in whatever phase. Mending only the stale among the R lets later reads go
 // backwards.
@@ -28,7 +28,7 @@ func (c *Coordinator) mend(ctx context.Context, res *result) (epoch, by uint64, 
 		res.job.trace.add(kvv1.TraceEvent_KIND_STALE, res.topology.NodeName(n), "has not %s", res.winner.Version)
 	}
 	blocking := res.job.repair == topology.RepairBlocking && res.job.need > 1
-	targets := res.repairTargets(holders, stale, blocking)
+	targets := c.repairTargets(res, holders, stale, blocking)
 	if len(targets) == 0 {
 		return 0, 0, nil
 	}
@@ -57,7 +57,7 @@ func (c *Coordinator) mend(ctx context.Context, res *result) (epoch, by uint64, 
 }
 
 // repairTargets returns the nodes to send the winner to.
-func (r *result) repairTargets(holders, stale []uint64, blocking bool) []uint64 {
+func (c *Coordinator) repairTargets(r *result, holders, stale []uint64, blocking bool) []uint64 {
 	targets := slices.Clone(stale)
 	if !blocking {
 		return targets
@@ -78,13 +78,12 @@ func (r *result) repairTargets(holders, stale []uint64, blocking bool) []uint64 
 		return nil // all that were asked agree
 	}
 	have := len(r.replies)
-	for slot := range r.slots {
-		if have >= r.namespace.N-r.job.need+1 {
-			break
-		}
-		if !counted[slot] {
-			add(slot)
-			have++
+	for _, live := range []bool{true, false} {
+		for slot := range r.slots {
+			if have < r.slotsToHold() && !counted[slot] && r.slots[slot].Live(c.cfg.Peers.Alive) == live {
+				add(slot)
+				have++
+			}
 		}
 	}
 	return targets
@@ -98,7 +97,7 @@ func (r *result) repairJob(holders, targets []uint64) writeJob {
 		topology: r.topology, namespace: r.namespace, vnode: r.vnode,
 		entries: []*replicav1.Entry{{Key: r.job.key, Record: r.raw}},
 		source:  replicav1.Source_SOURCE_REPAIR,
-		need:    r.namespace.N - r.job.need + 1, holders: holders, targets: targets, trace: r.job.trace,
+		need:    r.slotsToHold(), holders: holders, targets: targets, trace: r.job.trace,
 	}
 }
 
@@ -117,7 +116,7 @@ func (c *Coordinator) compareRest(res *result, rest []int) {
 		other.replies = nil
 		g := c.newGather(&other, rest)
 		g.fullAsked = true
-		g.run(ctx, len(rest)) // those that fail cannot be compared
+		g.runAll(ctx) // those that fail cannot be compared
 		var stale []uint64
 		newer := false
 		for _, a := range other.replies {
@@ -148,7 +147,7 @@ func (c *Coordinator) mendAll(ctx context.Context, res *result) {
 	all.replies, all.job.trace = nil, nil
 	all.job.repair = topology.RepairAsync
 	g := c.newGather(&all, c.readOrder(all.slots))
-	g.run(ctx, len(g.order))
+	g.runAll(ctx)
 	all.decide()
 	if g.fetch(ctx) == nil {
 		c.mend(ctx, &all)

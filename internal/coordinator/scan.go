@@ -49,10 +49,22 @@ func (c *Coordinator) Scan(ctx context.Context, r *kvv1.ScanRequest) (_ *kvv1.Sc
 		return nil, overloaded("scans", c.cfg.MaxScans)
 	}
 	defer c.scans.Release(1)
+	// A page that takes long ends early: there may be little to return in much that was
+	// deleted.
+	soon := time.Now().Add(c.cfg.RequestTimeout / 2)
+	if d, ok := ctx.Deadline(); ok {
+		soon = time.Now().Add(time.Until(d) / 2)
+	}
 	for !s.done {
 		if err := c.follow(ctx, func() (uint64, uint64, *rpc.Error) { return s.round(ctx) }); err != nil {
 			return nil, err
 		}
+		if s.advanced && !s.done && time.Now().After(soon) {
+			s.cut()
+		}
+	}
+	if err := c.see(s.newest); err != nil {
+		return nil, err
 	}
 	return s.page, nil
 }
@@ -70,7 +82,10 @@ type scan struct {
 	bytes    int
 	nowMilli int64
 	failed   []uint64 // nodes that did not answer this scan
+	newest   hlc.Timestamp
 	page     *kvv1.ScanResponse
+	// advanced is set once start lies behind a key.
+	advanced bool
 	done     bool
 }
 
@@ -141,6 +156,17 @@ type part struct {
 	err          error
 }
 
+// asked are the nodes that are asked for a vnode, and whether any of their slots
+// moves.
+type asked struct {
+	nodes  []uint64
+	moving bool
+}
+
+// minScanRecords is how many records a part is asked for at least: of a few, all
+// may be deleted.
+const minScanRecords = 256
+
 // round asks every vnode's replicas for the next stretch of keys and emits what
 // they agree on, up to the smallest last key of any reply that was cut short.
 func (s *scan) round(ctx context.Context) (stale, by uint64, _ *rpc.Error) {
@@ -149,7 +175,7 @@ func (s *scan) round(ctx context.Context) (stale, by uint64, _ *rpc.Error) {
 		return 0, 0, err
 	}
 	s.page.Epoch = t.Epoch
-	parts, endpoints, err := s.assign(t, ns)
+	parts, asked, err := s.assign(t, ns)
 	if err != nil {
 		return 0, 0, err
 	}
@@ -166,16 +192,16 @@ func (s *scan) round(ctx context.Context) (stale, by uint64, _ *rpc.Error) {
 	if retry {
 		return 0, 0, nil // the next round goes round them, or finds too few replicas
 	}
-	return s.merge(ctx, t, ns, parts, endpoints)
+	return s.merge(ctx, t, ns, parts, asked)
 }
 
 // assign chooses for every vnode the nodes to ask: one for whole records, the
 // others for headers.
-func (s *scan) assign(t *topology.Topology, ns *topology.Namespace) (map[uint64]*part, [][]uint64, *rpc.Error) {
+func (s *scan) assign(t *topology.Topology, ns *topology.Namespace) (map[uint64]*part, []asked, *rpc.Error) {
 	alive := func(n uint64) bool { return s.c.cfg.Peers.Alive(n) && !slices.Contains(s.failed, n) }
 	ask := (&result{namespace: ns, job: readJob{need: s.need, repair: s.mode}}).slotsToAsk()
 	parts := map[uint64]*part{}
-	endpoints := make([][]uint64, t.Vnodes)
+	vnodes := make([]asked, t.Vnodes)
 	for v := range t.Vnodes {
 		slots := t.Slots(v, ns.N)
 		order := slices.DeleteFunc(s.c.readOrder(slots), func(i int) bool { return !alive(slots[i].Read) })
@@ -194,10 +220,11 @@ func (s *scan) assign(t *topology.Topology, ns *topology.Namespace) (map[uint64]
 			} else {
 				p.header = append(p.header, v)
 			}
-			endpoints[v] = append(endpoints[v], n)
+			vnodes[v].nodes = append(vnodes[v].nodes, n)
+			vnodes[v].moving = vnodes[v].moving || slots[slot].Write[1] != 0
 		}
 	}
-	return parts, endpoints, nil
+	return parts, vnodes, nil
 }
 
 // wanted is how many records are still wanted on this page.
@@ -219,7 +246,7 @@ func (s *scan) ask(ctx context.Context, t *topology.Topology, ns *topology.Names
 	for _, p := range parts {
 		call := &replicav1.Call{Epoch: t.Epoch, Operation: &replicav1.Call_Scan{Scan: &replicav1.Scan{
 			Namespace: ns.ID, Start: s.start, End: s.end, FullVnodes: p.full, HeaderVnodes: p.header,
-			Limit: uint32(s.wanted() + 1), LimitBytes: scanPageBytes, KeysOnly: s.req.GetKeysOnly(),
+			Limit: uint32(max(s.wanted()+1, minScanRecords)), LimitBytes: scanPageBytes, KeysOnly: s.req.GetKeysOnly(),
 		}}}
 		err := s.c.cfg.Peers.Go(p.node, call, deadline, func(reply *replicav1.Reply, err error) {
 			p.entries, p.truncated, p.err = reply.GetScan().GetEntries(), reply.GetScan().GetTruncated(), err
@@ -246,7 +273,7 @@ func (s *scan) ask(ctx context.Context, t *topology.Topology, ns *topology.Names
 }
 
 // merge emits the records of a round in key order.
-func (s *scan) merge(ctx context.Context, t *topology.Topology, ns *topology.Namespace, parts map[uint64]*part, endpoints [][]uint64) (stale, by uint64, _ *rpc.Error) {
+func (s *scan) merge(ctx context.Context, t *topology.Topology, ns *topology.Namespace, parts map[uint64]*part, vnodes []asked) (stale, by uint64, _ *rpc.Error) {
 	bound, cut := []byte(nil), false
 	for _, p := range parts {
 		if p.truncated {
@@ -264,12 +291,14 @@ func (s *scan) merge(ctx context.Context, t *topology.Topology, ns *topology.Nam
 		if s.full() {
 			return 0, 0, nil
 		}
-		agreed, rec, err := take(parts, key, endpoints[t.VnodeOf(key)])
+		v := vnodes[t.VnodeOf(key)]
+		agreed, rec, err := take(parts, key, v.nodes)
 		if err != nil {
 			return 0, 0, rpc.AsError(err)
 		}
-		if !agreed {
-			// Its replicas differ: a quorum read of its own decides, and mends.
+		if !agreed || v.moving && s.mode == topology.RepairBlocking {
+			// Its replicas differ, or only one end of a move was asked: a quorum read of its
+			// own decides, and mends.
 			res, err := s.c.read(ctx, s.req.GetNamespace(), readJob{key: key, need: s.need, repair: s.mode})
 			if err != nil {
 				return 0, 0, err
@@ -296,17 +325,23 @@ func (s *scan) full() bool {
 		return true
 	}
 	if len(s.page.Records) >= scanPageRecords || s.bytes >= scanPageBytes {
-		last := s.start[:len(s.start)-1] // advance appended a zero byte
-		s.page.ResumeToken = encodeResume(last, s.returned)
-		s.done = true
+		s.cut()
 		return true
 	}
 	return false
 }
 
+// cut ends the page with a token to go on by.
+// REQUIRES: s.advanced.
+func (s *scan) cut() {
+	last := s.start[:len(s.start)-1] // advance appended a zero byte
+	s.page.ResumeToken = encodeResume(last, s.returned)
+	s.done = true
+}
+
 // advance moves the start behind a key.
 func (s *scan) advance(key []byte) {
-	s.start = append(slices.Clone(key), 0)
+	s.start, s.advanced = append(slices.Clone(key), 0), true
 }
 
 // smallest returns the smallest key that a part has left, or nil.
@@ -354,6 +389,7 @@ func take(parts map[uint64]*part, key []byte, endpoints []uint64) (agreed bool, 
 // behind its key.
 func (s *scan) emit(key []byte, rec record.Record) {
 	s.advance(key)
+	s.newest = max(s.newest, rec.Version.Time)
 	if !rec.IsLive(s.nowMilli) {
 		return
 	}

@@ -13,6 +13,7 @@ import (
 
 	"github.com/kvasirdb/kvasir/internal/record"
 	"github.com/kvasirdb/kvasir/internal/rpc"
+	"github.com/kvasirdb/kvasir/internal/topology"
 	kvv1 "github.com/kvasirdb/kvasir/proto/kvasir/kv/v1"
 )
 
@@ -164,6 +165,72 @@ func TestScanPages(t *testing.T) {
 		got, pages := c.nodes[0].scanAll(&kvv1.ScanRequest{Prefix: []byte("large")})
 		if len(got) != 6 || pages < 3 {
 			t.Errorf("%d large records on %d pages", len(got), pages)
+		}
+	})
+}
+
+// A limit makes a scan over deleted keys no slower, and a page that takes long ends
+// early.
+func TestScanOverTombstones(t *testing.T) {
+	run(t, 4, func(s *topology.NamespaceSettings) { s.N = ptr(3) }, func(t *testing.T, c *cluster) {
+		c.place(1, 2, 3)
+		c.publish()
+		for i := range 300 {
+			for _, n := range c.nodes[:3] {
+				n.plant(fmt.Sprintf("k%05d", i), recordAt(time.Now().UnixMilli(), ""))
+			}
+		}
+		c.set(slowly, 1, 2, 3)
+		start := time.Now()
+		if _, err := c.nodes[3].coord.Scan(context.Background(), &kvv1.ScanRequest{Limit: 1}); err != nil {
+			t.Fatal(err)
+		}
+		if took := time.Since(start); took > 300*time.Millisecond {
+			t.Errorf("2 rounds of 100 ms took %s", took)
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), 150*time.Millisecond)
+		defer cancel()
+		r, err := c.nodes[3].coord.Scan(ctx, &kvv1.ScanRequest{Limit: 1})
+		if err != nil || len(r.GetResumeToken()) == 0 {
+			t.Fatalf("a page without time to finish: %v, %v", r, err)
+		}
+		r, err = c.nodes[3].coord.Scan(context.Background(), &kvv1.ScanRequest{Limit: 1, ResumeToken: r.GetResumeToken()})
+		if err != nil || len(r.GetRecords()) != 0 || len(r.GetResumeToken()) != 0 {
+			t.Errorf("the rest: %v, %v", r, err)
+		}
+	})
+}
+
+// Invariant 3: what a scan returned from the old node of a moving slot is there when
+// the new one is read.
+func TestScanDuringAMove(t *testing.T) {
+	run(t, 4, func(s *topology.NamespaceSettings) { s.N = ptr(3) }, func(t *testing.T, c *cluster) {
+		move := func(p topology.Phase) {
+			c.setRing(func(int) []topology.Slot {
+				return []topology.Slot{{Node: 1, Incoming: 4, Phase: p}, {Node: 2, Phase: topology.Stable}, {Node: 3, Phase: topology.Stable}}
+			})
+			c.publish()
+		}
+		move(topology.WriteBothReadOld)
+		// A write that was not acknowledged: nodes 1 and 2 have it, 3 and 4 do not.
+		rec := recordAt(time.Now().UnixMilli(), "v")
+		c.nodes[0].plant("k", rec)
+		c.nodes[1].plant("k", rec)
+		scan := func(n *node, without uint64) int {
+			c.set(down, without)
+			defer c.set(open, without)
+			r, err := n.coord.Scan(context.Background(), &kvv1.ScanRequest{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return len(r.GetRecords())
+		}
+		if n := scan(c.nodes[0], 3); n != 1 {
+			t.Fatalf("%d records", n)
+		}
+		move(topology.WriteBothReadNew)
+		if n := scan(c.nodes[3], 2); n != 1 {
+			t.Errorf("the first scan returned the record, the second %d records", n)
 		}
 	})
 }

@@ -102,13 +102,6 @@ func (tr *trace) finish() {
 	}
 }
 
-// finishUnless finishes the trace of a request that failed before w was started.
-func (tr *trace) finishUnless(w *write) {
-	if w == nil {
-		tr.finish()
-	}
-}
-
 func (tr *trace) snapshot() (events []*kvv1.TraceEvent, complete bool) {
 	tr.mu.Lock()
 	defer tr.mu.Unlock()

@@ -63,34 +63,61 @@ func (c *Coordinator) writeOne(ctx context.Context, r request, w string, op *kvv
 	}
 	tr := c.traces.begin(r.trace, time.Now())
 	tr.add(kvv1.TraceEvent_KIND_RECEIVED, "", "%s of a key in vnode %d of namespace %s: W=%d of N=%d", verb(op), t.VnodeOf(op.GetKey()), ns.Name, need, ns.N)
-	var last *write
-	werr := c.follow(ctx, func() (uint64, uint64, *rpc.Error) {
+	var tries attempts
+	werr := tries.follow(ctx, c, func() (*write, *rpc.Error) {
 		t, ns, err := c.namespace(r.namespace)
 		if err != nil {
-			return 0, 0, err
+			return nil, err
 		}
-		last, err = c.start(writeJob{
+		return c.start(writeJob{
 			topology: t, namespace: ns, vnode: t.VnodeOf(op.GetKey()), need: need, trace: tr,
 			entries: []*replicav1.Entry{entry}, source: replicav1.Source_SOURCE_FIRST_HAND, hints: ns.Hints,
 		})
-		if err != nil {
-			return 0, 0, err
-		}
-		return last.wait(ctx)
 	})
 	if werr != nil {
 		if werr.Reason == rpc.ReasonOutcomeUnknown {
 			c.metrics.unknown.Inc()
 		}
 		tr.add(kvv1.TraceEvent_KIND_ANSWERED, "", "error: %s", werr.Message)
-		tr.finishUnless(last)
+		if len(tries) == 0 {
+			tr.finish()
+		}
 		return nil, tr.mark(werr)
 	}
-	receipt := last.receipt(version)
+	receipt := tries[len(tries)-1].receipt(version)
 	receipt.Coordinator = t.NodeName(c.cfg.Self)
 	receipt.TraceId = tr.identifier()
 	tr.add(kvv1.TraceEvent_KIND_ANSWERED, "", "version %s, %d of %d slots have it", version, receipt.GetAcknowledged(), receipt.GetN())
 	return receipt, nil
+}
+
+// attempts are the writes of one request: one, and one more for every newer topology
+// that replicas told of.
+type attempts []*write
+
+// follow starts one attempt after the other and waits for it.
+func (a *attempts) follow(ctx context.Context, c *Coordinator, start func() (*write, *rpc.Error)) *rpc.Error {
+	err := c.follow(ctx, func() (uint64, uint64, *rpc.Error) {
+		w, err := start()
+		if err != nil {
+			return 0, 0, err
+		}
+		*a = append(*a, w)
+		return w.wait(ctx)
+	})
+	if err == nil || err.Reason == rpc.ReasonOutcomeUnknown {
+		return err
+	}
+	// The last attempt did nothing; that is not the whole truth.
+	for _, w := range *a {
+		if w.mayHaveHappened() {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.mu.lastErr = err
+			return w.unknownOutcome("under an older epoch")
+		}
+	}
+	return err
 }
 
 func verb(op *kvv1.BatchOperation) string {
@@ -175,8 +202,12 @@ type write struct {
 		waiting int
 		stale   uint64 // epoch of the newest refusal, and who refused
 		staleBy uint64
-		// unknown is set when a target failed in a way that leaves its outcome open.
-		unknown   bool
+		// applied is set when a target has the records, unknown when one failed in a way
+		// that leaves its outcome open.
+		applied, unknown bool
+		// unhinted are the failed targets that get hints once the records are known to
+		// be somewhere, or may be: a write that never happened must not be seen later.
+		unhinted  []uint64
 		lastErr   error
 		reached   bool
 		abandoned bool
@@ -290,6 +321,7 @@ func (w *write) name(node uint64) string { return w.topology.NodeName(node) }
 func (w *write) answered(node uint64, err error) {
 	w.mu.Lock()
 	if err == nil {
+		w.mu.applied = true
 		if reached := w.mu.counter.Ack(node); w.mu.reached && w.trace != nil {
 			w.trace.add(kvv1.TraceEvent_KIND_LATE, w.name(node), "acknowledged after the answer")
 		} else {
@@ -302,32 +334,33 @@ func (w *write) answered(node uint64, err error) {
 	} else {
 		w.mu.failed = append(w.mu.failed, node)
 		w.mu.lastErr = err
-		if e := rpc.AsError(err); !e.NothingDone() && e.Code != codes.InvalidArgument {
+		e := rpc.AsError(err)
+		if !e.NothingDone() && e.Code != codes.InvalidArgument {
 			w.mu.unknown = true
+		}
+		if e.Code != codes.InvalidArgument {
+			w.mu.unhinted = append(w.mu.unhinted, node)
 		}
 		if epoch := refusedEpoch(err); epoch > w.mu.stale {
 			w.mu.stale, w.mu.staleBy = epoch, node
 		}
 		w.trace.add(kvv1.TraceEvent_KIND_FAILED, w.name(node), "%s", err)
 	}
+	var hints []uint64
+	if (w.mu.applied || w.mu.unknown) && !w.mu.abandoned {
+		hints, w.mu.unhinted = w.mu.unhinted, nil
+	}
 	w.mu.Unlock()
-	if err != nil {
-		w.keepHints(node)
+	if len(hints) > 0 && w.hints {
+		w.keepHints(hints)
 	}
 	w.settle()
 }
 
-// keepHints has hints kept for a target that failed, and for those whose hints it
+// keepHints has hints kept for targets that failed, and for those whose hints they
 // carried.
-func (w *write) keepHints(node uint64) {
-	w.mu.Lock()
-	abandoned := w.mu.abandoned
-	w.mu.Unlock()
-	if !w.hints || abandoned {
-		return
-	}
-	targets := []uint64{node}
-	if node == w.carrier {
+func (w *write) keepHints(targets []uint64) {
+	if slices.Contains(targets, w.carrier) {
 		targets = append(targets, w.hinted...)
 	}
 	writes := make([]storage.Write, len(w.entries))
@@ -397,13 +430,20 @@ func (w *write) judge() (done bool, stale, by uint64, _ *rpc.Error) {
 	case w.mu.stale > 0:
 		w.mu.abandoned = true
 		return true, w.mu.stale, w.mu.staleBy, w.unknownOutcome("under this epoch")
-	case w.mu.waiting == 0 && !w.mu.unknown && w.mu.counter.Acked() == 0 && w.mu.lastErr != nil:
+	case w.mu.waiting == 0 && !w.mu.unknown && !w.mu.applied && w.mu.lastErr != nil:
 		// Nobody took it: what the last one said is the truth for all.
 		return true, 0, 0, rpc.AsError(w.mu.lastErr)
-	case w.mu.waiting > 0 && w.mu.counter.Acked() == 0 && !w.mu.unknown:
+	case w.mu.waiting > 0 && !w.mu.applied && !w.mu.unknown:
 		return false, 0, 0, nil // the others decide whether anything was done
 	}
 	return true, 0, 0, w.unknownOutcome("since replicas failed")
+}
+
+// mayHaveHappened reports whether any node has the records, or may get them yet.
+func (w *write) mayHaveHappened() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.mu.applied || w.mu.unknown || w.mu.waiting > 0
 }
 
 // unknownOutcome is the error of a write that may have happened.

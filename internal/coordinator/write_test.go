@@ -532,3 +532,79 @@ func TestRecordsOnReplicasAreEqual(t *testing.T) {
 		}
 	})
 }
+
+// Invariant 17: an attempt under the old epoch was applied by one replica, and the
+// one under the new epoch is refused before it begins. That is no definite failure.
+func TestAnOlderAttemptIsNotForgotten(t *testing.T) {
+	for name, write := range map[string]func(*node) error{
+		"put": func(n *node) error { _, err := n.put("k", "v", ""); return err },
+		"batch": func(n *node) error {
+			r, err := n.coord.Batch(context.Background(), &kvv1.BatchRequest{Operations: []*kvv1.BatchOperation{{Key: []byte("k"), Value: []byte("v")}}})
+			if err != nil {
+				return err
+			}
+			return rpc.ErrorFromProto(r.GetResults()[0].GetError())
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			run(t, 3, nil, func(t *testing.T, c *cluster) {
+				c.place(3, 2, 1)
+				c.publish(2, 3) // node 1, replica and coordinator, is still behind
+				c.set(slowly, 3)
+				time.AfterFunc(50*time.Millisecond, func() { c.set(down, 2, 3) })
+				err := write(c.nodes[0])
+				if c.nodes[0].own("k") == nil {
+					t.Fatal("the first attempt was to be applied by node 1")
+				}
+				wantError(t, err, codes.Unavailable, rpc.ReasonOutcomeUnknown)
+			})
+		})
+	}
+}
+
+// Invariant 17: the old node of a moving slot took the write, the incoming one did
+// not. No slot has it, and yet it is readable.
+func TestHalfASlotIsNotNothing(t *testing.T) {
+	run(t, 2, func(s *topology.NamespaceSettings) { s.N = ptr(1) }, func(t *testing.T, c *cluster) {
+		c.setRing(func(int) []topology.Slot {
+			return []topology.Slot{{Node: 1, Incoming: 2, Phase: topology.WriteBothReadOld}}
+		})
+		c.publish()
+		c.set(refusing, 2)
+		_, err := c.nodes[0].put("k", "v", "")
+		wantError(t, err, codes.Unavailable, rpc.ReasonOutcomeUnknown)
+	})
+}
+
+// Invariant 17: a write that failed for certain leaves no hints, which would have it
+// seen later.
+func TestDefiniteFailureLeavesNoHints(t *testing.T) {
+	run(t, 4, func(s *topology.NamespaceSettings) { s.N = ptr(3) }, func(t *testing.T, c *cluster) {
+		c.place(1, 2, 3)
+		c.publish()
+		for _, n := range c.nodes[:3] {
+			n.store.SetDiskFull(true)
+		}
+		_, err := c.nodes[3].put("k", "v", "")
+		wantError(t, err, codes.ResourceExhausted, rpc.ReasonDiskFull)
+		time.Sleep(time.Second)
+		if n := hintCount(c.nodes[3]); n != 0 {
+			t.Errorf("%d hints", n)
+		}
+		// With one that took it, the others get hints.
+		c.nodes[0].store.SetDiskFull(false)
+		_, err = c.nodes[3].put("k", "v", "")
+		wantError(t, err, codes.Unavailable, rpc.ReasonOutcomeUnknown)
+		time.Sleep(time.Second)
+		if n := hintCount(c.nodes[3]); n != 2 {
+			t.Errorf("%d hints, want 2", n)
+		}
+	})
+}
+
+func hintCount(n *node) (count int) {
+	for _, u := range n.hints.Backlog() {
+		count += int(u.Count)
+	}
+	return count
+}
