@@ -14,12 +14,14 @@ import (
 // order of the keys is that of the numbers.
 //
 //	f                          the format of the store, one byte
+//	n                          the number of commits so far, this one included
 //	l index(8)                 a log entry
 //	s name                     a value of Raft's stable store: term and vote
 //	m index(8) term(8)         what a snapshot is
 //	c index(8) term(8) n(4)    the nth part of a snapshot's content
 const (
 	prefixFormat   = 'f'
+	prefixCommits  = 'n'
 	prefixLog      = 'l'
 	prefixStable   = 's'
 	prefixSnapshot = 'm'

@@ -64,6 +64,9 @@ func Open(cfg Config, sm StateMachine) (*Raft, error) {
 		return nil, err
 	}
 	s, err := openStore(cfg.FS, cfg.Dir, cfg.Logger, cfg.Fatal)
+	if errors.Is(err, errLostTail) {
+		err = fmt.Errorf("%w: %s", err, remedy(len(cfg.Servers)))
+	}
 	if err != nil {
 		cfg.Streams.Close()
 		return nil, err
@@ -74,6 +77,15 @@ func Open(cfg Config, sm StateMachine) (*Raft, error) {
 		return nil, errors.Join(fmt.Errorf("consensus: store in %s: %w", cfg.Dir, err), s.close())
 	}
 	return r, nil
+}
+
+// remedy says what to do about a store that lost its tail. Starting it as it is
+// could break what the servers agreed on.
+func remedy(servers int) string {
+	if servers == 1 {
+		return "there is no other server to learn them from: restore the whole directory from a copy made since the last change; an empty directory would found a new cluster"
+	}
+	return "start it with an empty directory, but only while all other servers are up, one of them leads and the rest have applied what it has: they bring it up to date"
 }
 
 // start runs a server on an open store.

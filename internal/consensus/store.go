@@ -22,15 +22,24 @@ const pebbleFormat = pebble.FormatValueSeparation
 // errNotFound has the text by which Raft recognizes that a stable value is missing.
 var errNotFound = errors.New("not found")
 
+// errLostTail: the store may lack entries and votes that it had acknowledged.
+var errLostTail = errors.New("entries or votes are missing that this server had given its word for")
+
 // store is Raft's log, its stable store (term and vote) and its snapshots. Every
 // write is synced before it returns. It is safe for concurrent use.
 //
 // Invariant 1: the log's entries are contiguous. The first one is entry 1, or one at
 // or before the index of the newest snapshot; that index is in the log.
 // Invariant 2: no entry at or below the newest snapshot's index contradicts it.
+// Invariant 3: mark.commits is at most the number of commits that are synced, and
+// equals it between two commits.
 type store struct {
-	dir string
-	db  *pebble.DB
+	dir   string
+	fatal func(error)
+	db    *pebble.DB
+	mark  *mark
+	// committing holds one token; who has it may commit, and use mark.
+	committing chan struct{}
 	// users counts the calls that use db.
 	users sync.WaitGroup
 	// saving holds one token; who has it may add a snapshot. It is no mutex, as the
@@ -53,10 +62,11 @@ func openStore(fsys vfs.FS, dir string, logger *slog.Logger, fatal func(error)) 
 	if err != nil {
 		return nil, err
 	}
-	s := &store{dir: dir, db: db, saving: make(chan struct{}, 1)}
+	s := &store{dir: dir, fatal: fatal, db: db, committing: make(chan struct{}, 1), saving: make(chan struct{}, 1)}
+	s.committing <- struct{}{}
 	s.saving <- struct{}{}
-	if err := s.load(); err != nil {
-		return nil, errors.Join(fmt.Errorf("consensus: store in %s: %w", dir, err), db.Close())
+	if err := s.load(fsys); err != nil {
+		return nil, errors.Join(fmt.Errorf("consensus: store in %s: %w", dir, err), s.close())
 	}
 	return s, nil
 }
@@ -105,12 +115,13 @@ func openError(dir string, err error) error {
 	return fmt.Errorf("consensus: store in %s: %w", dir, err)
 }
 
-// load checks the store's format and finds the ends of the log.
-func (s *store) load() error {
+// load checks the store's format and its mark, and finds the ends of the log.
+func (s *store) load(fsys vfs.FS) error {
 	format, err := s.get([]byte{prefixFormat})
+	fresh := errors.Is(err, pebble.ErrNotFound)
 	switch {
-	case errors.Is(err, pebble.ErrNotFound):
-		if err := s.writeFormat(); err != nil {
+	case fresh:
+		if err := s.checkUnused(); err != nil {
 			return err
 		}
 	case err != nil:
@@ -119,6 +130,16 @@ func (s *store) load() error {
 		return errMalformed
 	case format[0] > storeFormat:
 		return fmt.Errorf("it was written by a newer release (format %d, this release reads up to %d)", format[0], storeFormat)
+	}
+	if err := s.checkTail(fsys, fresh); err != nil {
+		return err
+	}
+	if fresh {
+		b := s.db.NewBatch()
+		defer b.Close()
+		if err := errors.Join(b.Set([]byte{prefixFormat}, []byte{storeFormat}, nil), s.commit(b)); err != nil {
+			return err
+		}
 	}
 	if s.mu.first, s.mu.last, err = s.logEnds(); err != nil {
 		return err
@@ -130,8 +151,8 @@ func (s *store) load() error {
 	return err
 }
 
-// writeFormat marks an empty database as a store of ours.
-func (s *store) writeFormat() error {
+// checkUnused tells whether an empty database is about to become a store of ours.
+func (s *store) checkUnused() error {
 	it, err := s.db.NewIter(nil)
 	if err != nil {
 		return err
@@ -143,7 +164,45 @@ func (s *store) writeFormat() error {
 	if used {
 		return errors.New("the directory holds a database of another kind")
 	}
-	return s.db.Set([]byte{prefixFormat}, []byte{storeFormat}, pebble.Sync)
+	return nil
+}
+
+// checkTail compares the database with the mark. A fresh one gets its mark before
+// anything is written, so that only a mark of 0, or none, can go with an empty one.
+func (s *store) checkTail(fsys vfs.FS, fresh bool) error {
+	commits, err := s.commits()
+	if err != nil {
+		return err
+	}
+	var found bool
+	if s.mark, found, err = openMark(fsys, s.dir); err != nil {
+		return err
+	}
+	switch {
+	case fresh && !found:
+		return s.mark.write(0)
+	case !found:
+		return fmt.Errorf("%w: the file %s is missing or damaged, so nothing vouches for the write-ahead log", errLostTail, markName)
+	case commits < s.mark.commits:
+		return fmt.Errorf("%w: the write-ahead log ends at commit %d, but commit %d had been synced", errLostTail, commits, s.mark.commits)
+	case commits > s.mark.commits:
+		return s.mark.write(commits)
+	}
+	return nil
+}
+
+// commits returns how many commits the database holds.
+func (s *store) commits() (uint64, error) {
+	value, err := s.get([]byte{prefixCommits})
+	switch {
+	case errors.Is(err, pebble.ErrNotFound):
+		return 0, nil
+	case err != nil:
+		return 0, err
+	case len(value) != 8:
+		return 0, errMalformed
+	}
+	return binary.BigEndian.Uint64(value), nil
 }
 
 func (s *store) logEnds() (first, last uint64, err error) {
@@ -171,7 +230,11 @@ func (s *store) close() error {
 		return nil
 	}
 	s.users.Wait()
-	if err := s.db.Close(); err != nil {
+	err := s.db.Close()
+	if s.mark != nil {
+		err = errors.Join(err, s.mark.file.Close())
+	}
+	if err != nil {
 		return fmt.Errorf("consensus: closing the store in %s: %w", s.dir, err)
 	}
 	return nil
@@ -202,13 +265,23 @@ func (s *store) get(key []byte) ([]byte, error) {
 	return value, closer.Close()
 }
 
-// commit applies a batch durably. The batch is the caller's to close.
+// commit applies a batch durably: the batch first, then the mark (invariant 3).
+// The batch is the caller's to close.
 func (s *store) commit(b *pebble.Batch) error {
 	if err := s.use(); err != nil {
 		return err
 	}
 	defer s.users.Done()
-	return b.Commit(pebble.Sync)
+	<-s.committing
+	defer func() { s.committing <- struct{}{} }()
+	commits := s.mark.commits + 1
+	if err := b.Set([]byte{prefixCommits}, binary.BigEndian.AppendUint64(nil, commits), nil); err != nil {
+		return err
+	}
+	if err := b.Commit(pebble.Sync); err != nil {
+		return err
+	}
+	return s.mark.write(commits)
 }
 
 func (s *store) iterate(over span) (*pebble.Iterator, error) {

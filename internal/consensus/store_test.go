@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -343,7 +342,8 @@ func TestCrashWhileCreating(t *testing.T) {
 	}
 }
 
-// hookFS calls hook before files are created and renamed.
+// hookFS calls hook before files are created and renamed, and before the mark is
+// written and synced.
 type hookFS struct {
 	vfs.FS
 	hook func()
@@ -352,6 +352,27 @@ type hookFS struct {
 func (h *hookFS) Create(name string, c vfs.DiskWriteCategory) (vfs.File, error) {
 	h.hook()
 	return h.FS.Create(name, c)
+}
+
+func (h *hookFS) OpenReadWrite(name string, c vfs.DiskWriteCategory, opts ...vfs.OpenOption) (vfs.File, error) {
+	h.hook()
+	f, err := h.FS.OpenReadWrite(name, c, opts...)
+	return hookFile{f, h.hook}, err
+}
+
+type hookFile struct {
+	vfs.File
+	hook func()
+}
+
+func (f hookFile) WriteAt(b []byte, at int64) (int, error) {
+	f.hook()
+	return f.File.WriteAt(b, at)
+}
+
+func (f hookFile) SyncData() error {
+	f.hook()
+	return f.File.SyncData()
 }
 
 func (h *hookFS) Rename(from, to string) error {
@@ -371,13 +392,7 @@ func TestDamagedLogIsNoticed(t *testing.T) {
 	}
 	after := fsys.CrashClone(vfs.CrashCloneCfg{})
 	mustClose(t, s)
-	names, err := after.List("data/raft")
-	if err != nil {
-		t.Fatal(err)
-	}
-	names = slices.DeleteFunc(names, func(n string) bool { return !strings.HasSuffix(n, ".log") })
-	slices.Sort(names)
-	name := "data/raft/" + names[len(names)-1]
+	name := newestLog(t, after, "data/raft")
 	f, err := after.OpenReadWrite(name, vfs.WriteCategoryUnspecified)
 	if err != nil {
 		t.Fatal(err)
