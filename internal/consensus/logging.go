@@ -114,5 +114,5 @@ func (l pebbleLogger) Errorf(format string, args ...any) {
 
 // Fatalf implements pebble.Logger.
 func (l pebbleLogger) Fatalf(format string, args ...any) {
-	l.fatal(fmt.Errorf("consensus: store in %s: %s", l.dir, fmt.Sprintf(format, args...)))
+	l.fatal(fmt.Errorf(format, args...))
 }

@@ -5,9 +5,11 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"os"
 	"slices"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -129,30 +131,56 @@ func TestStateMachineRefusesSnapshot(t *testing.T) {
 	}
 }
 
-// A disk that cannot sync the log is reported where the process can be ended.
+// A disk that cannot be written is reported where the process can be ended, with
+// what to do.
 func TestFatal(t *testing.T) {
-	var broken atomic.Bool
-	fsys := errorfs.Wrap(vfs.NewMem(), errorfs.InjectorFunc(func(op errorfs.Op) error {
-		if broken.Load() && strings.HasSuffix(op.Path, ".log") && (op.Kind == errorfs.OpFileSync || op.Kind == errorfs.OpFileSyncData) {
-			return errors.New("disk on fire")
-		}
-		return nil
-	}))
-	failed := make(chan error, 100)
-	s, err := openStore(fsys, "raft", slog.New(slog.DiscardHandler), func(err error) {
-		select {
-		case failed <- err:
-		default:
-		}
-		select {} // It must not return.
-	})
-	if err != nil {
-		t.Fatal(err)
+	const sync, write, create = "sync", "write", "create"
+	kinds := map[string][]errorfs.OpKind{
+		sync:   {errorfs.OpFileSync, errorfs.OpFileSyncData, errorfs.OpFileSyncTo},
+		write:  {errorfs.OpFileWrite, errorfs.OpFileWriteAt},
+		create: {errorfs.OpCreate, errorfs.OpReuseForWrite},
 	}
-	broken.Store(true)
-	go s.StoreLog(entry(1, 1, "x"))
-	if err := <-failed; !strings.Contains(err.Error(), "disk on fire") || !strings.Contains(err.Error(), "store in raft") {
-		t.Errorf("fatal error: %v", err)
+	for _, tc := range []struct {
+		op, suffix string
+		err        error
+		want       string
+	}{
+		{sync, ".log", syscall.EIO, "check the disk, then start"},
+		{write, ".log", syscall.ENOSPC, "the disk is full: free space, then start"},
+		{create, ".log", syscall.ENOSPC, "the disk is full: free space, then start"},
+		{sync, markName, syscall.EIO, "check the disk, then start"},
+		{write, markName, syscall.ENOSPC, "the disk is full: free space, then start"},
+	} {
+		t.Run(tc.op+" "+tc.suffix, func(t *testing.T) {
+			var broken atomic.Bool
+			fsys := errorfs.Wrap(vfs.NewMem(), errorfs.InjectorFunc(func(op errorfs.Op) error {
+				if broken.Load() && strings.HasSuffix(op.Path, tc.suffix) && slices.Contains(kinds[tc.op], op.Kind) {
+					return &os.PathError{Op: tc.op, Path: op.Path, Err: tc.err}
+				}
+				return nil
+			}))
+			failed := make(chan error)
+			s, err := openStore(fsys, "raft", slog.New(slog.DiscardHandler), func(err error) {
+				failed <- err
+				select {} // It must not return.
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			broken.Store(true)
+			size := 1
+			if tc.op == create {
+				size = 1 << 20 // Another log is begun after a few entries.
+			}
+			go func() {
+				for i := uint64(1); ; i++ {
+					s.StoreLog(entry(i, 1, strings.Repeat("x", size)))
+				}
+			}()
+			if err := <-failed; !strings.Contains(err.Error(), tc.err.Error()) || !strings.Contains(err.Error(), "store in raft") || !strings.Contains(err.Error(), tc.want) {
+				t.Errorf("fatal error: %v", err)
+			}
+		})
 	}
 }
 

@@ -58,11 +58,14 @@ type store struct {
 // openStore opens or creates the store in dir. Failures that leave it unknown
 // what is on disk go to fatal.
 func openStore(fsys vfs.FS, dir string, logger *slog.Logger, fatal func(error)) (*store, error) {
-	db, err := openPebble(fsys, dir, logger, fatal)
+	failed := func(err error) { fatal(diskError(dir, err)) }
+	// Pebble may crash over a full disk before it says so.
+	fsys = vfs.OnDiskFull(fsys, func() { failed(syscall.ENOSPC) })
+	db, err := openPebble(fsys, dir, logger, failed)
 	if err != nil {
 		return nil, err
 	}
-	s := &store{dir: dir, fatal: fatal, db: db, committing: make(chan struct{}, 1), saving: make(chan struct{}, 1)}
+	s := &store{dir: dir, fatal: failed, db: db, committing: make(chan struct{}, 1), saving: make(chan struct{}, 1)}
 	s.committing <- struct{}{}
 	s.saving <- struct{}{}
 	if err := s.load(fsys); err != nil {
@@ -265,8 +268,18 @@ func (s *store) get(key []byte) ([]byte, error) {
 	return value, closer.Close()
 }
 
+// diskError says what to do about a write that failed.
+func diskError(dir string, err error) error {
+	advice := "check the disk"
+	if errors.Is(err, syscall.ENOSPC) {
+		advice = "the disk is full: free space"
+	}
+	return fmt.Errorf("consensus: store in %s cannot be written: %w: %s, then start this server again; nothing acknowledged is lost", dir, err, advice)
+}
+
 // commit applies a batch durably: the batch first, then the mark (invariant 3).
-// The batch is the caller's to close.
+// A failure is fatal, as what is on disk is unknown after it. The batch is the
+// caller's to close.
 func (s *store) commit(b *pebble.Batch) error {
 	if err := s.use(); err != nil {
 		return err
@@ -278,10 +291,24 @@ func (s *store) commit(b *pebble.Batch) error {
 	if err := b.Set([]byte{prefixCommits}, binary.BigEndian.AppendUint64(nil, commits), nil); err != nil {
 		return err
 	}
-	if err := b.Commit(pebble.Sync); err != nil {
-		return err
+	err := commitBatch(b)
+	if err == nil {
+		err = s.mark.write(commits)
 	}
-	return s.mark.write(commits)
+	if err != nil {
+		s.fatal(err)
+	}
+	return err
+}
+
+// commitBatch turns the panic by which Pebble reports some failed writes into an error.
+func commitBatch(b *pebble.Batch) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("pebble: %v", p)
+		}
+	}()
+	return b.Commit(pebble.Sync)
 }
 
 func (s *store) iterate(over span) (*pebble.Iterator, error) {
