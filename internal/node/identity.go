@@ -8,7 +8,9 @@ import (
 	"fmt"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/peer"
 
 	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/storage"
@@ -73,8 +75,8 @@ func (r *registrar) register(ctx context.Context, id identity) (identity, *topol
 		Address: r.cfg.Advertise, AdminAddress: r.cfg.AdminAdvertise, GossipAddress: r.cfg.GossipAdvertise,
 		DataId: id.DataID, Incarnation: id.Incarnation, Boot: boots, BootId: r.bootID,
 	}
-	resp, err := anyOrchestrator(ctx, r.dial, r.orchs(), func(ctx context.Context, c adminv1.ControlServiceClient) (*adminv1.RegisterNodeResponse, error) {
-		return c.RegisterNode(ctx, req)
+	resp, err := anyOrchestrator(ctx, r.dial, r.orchs(), idempotent, func(ctx context.Context, c adminv1.ControlServiceClient, opts ...grpc.CallOption) (*adminv1.RegisterNodeResponse, error) {
+		return c.RegisterNode(ctx, req, opts...)
 	})
 	if err != nil {
 		return id, nil, err
@@ -108,12 +110,22 @@ func refused(err error) bool {
 // orchestratorTimeout bounds one call to one orchestrator.
 const orchestratorTimeout = 3 * time.Second
 
+// repeat says whether a request that was sent and not answered may be sent again.
+type repeat bool
+
+const (
+	idempotent repeat = true
+	change     repeat = false
+)
+
 // anyOrchestrator makes a call at one address after the other until one answers,
-// whether well or with a refusal.
-func anyOrchestrator[T any](ctx context.Context, dial rpc.Transport, addresses []string, call func(context.Context, adminv1.ControlServiceClient) (T, error)) (T, error) {
+// whether well or with a refusal. A change that was sent and not answered ends in
+// OUTCOME_UNKNOWN: the next orchestrator might find it made.
+func anyOrchestrator[T any](ctx context.Context, dial rpc.Transport, addresses []string, again repeat, call func(context.Context, adminv1.ControlServiceClient, ...grpc.CallOption) (T, error)) (T, error) {
 	var zero T
 	last := rpc.Errorf(codes.Unavailable, rpc.ReasonNoLeader, "no orchestrator is known")
 	for _, a := range addresses {
+		var sentTo peer.Peer // stays empty when the request never left
 		resp, err := func() (T, error) {
 			cc, err := dial.NewConn(a)
 			if err != nil {
@@ -122,13 +134,17 @@ func anyOrchestrator[T any](ctx context.Context, dial rpc.Transport, addresses [
 			defer cc.Close()
 			ctx, cancel := context.WithTimeout(ctx, orchestratorTimeout)
 			defer cancel()
-			return call(ctx, adminv1.NewControlServiceClient(cc))
+			return call(ctx, adminv1.NewControlServiceClient(cc), grpc.Peer(&sentTo))
 		}()
 		if err == nil {
 			return resp, nil
 		}
 		e := rpc.AsError(err)
-		if e.Code != codes.Unavailable && e.Code != codes.DeadlineExceeded || ctx.Err() != nil {
+		unanswered := e.Code == codes.Unavailable || e.Code == codes.DeadlineExceeded || e.Code == codes.Canceled
+		if again == change && unanswered && sentTo.Addr != nil && !e.NothingDone() {
+			return zero, rpc.Errorf(codes.Unavailable, rpc.ReasonOutcomeUnknown, "the change may have been made or not; orchestrator %s: %s", a, e.Message)
+		}
+		if !unanswered || ctx.Err() != nil {
 			return zero, e
 		}
 		last = rpc.Errorf(codes.Unavailable, rpc.ReasonNoLeader, "no orchestrator answers for its leader; %s: %s", a, e.Message)

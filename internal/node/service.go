@@ -211,26 +211,26 @@ type controlService struct {
 	node *Node
 }
 
-func forward[Q, T any](ctx context.Context, n *Node, r Q, call func(adminv1.ControlServiceClient, context.Context, Q, ...grpc.CallOption) (T, error)) (T, error) {
-	return anyOrchestrator(ctx, n.transport, n.topologies.orchestrators(), func(ctx context.Context, c adminv1.ControlServiceClient) (T, error) {
-		return call(c, ctx, r)
+func forward[Q, T any](ctx context.Context, n *Node, again repeat, r Q, call func(adminv1.ControlServiceClient, context.Context, Q, ...grpc.CallOption) (T, error)) (T, error) {
+	return anyOrchestrator(ctx, n.transport, n.topologies.orchestrators(), again, func(ctx context.Context, c adminv1.ControlServiceClient, opts ...grpc.CallOption) (T, error) {
+		return call(c, ctx, r, opts...)
 	})
 }
 
 func (s controlService) CreateNamespace(ctx context.Context, r *adminv1.CreateNamespaceRequest) (*adminv1.CreateNamespaceResponse, error) {
-	resp, err := forward(ctx, s.node, r, adminv1.ControlServiceClient.CreateNamespace)
+	resp, err := forward(ctx, s.node, change, r, adminv1.ControlServiceClient.CreateNamespace)
 	s.follow(ctx, resp.GetEpoch())
 	return resp, err
 }
 
 func (s controlService) UpdateNamespace(ctx context.Context, r *adminv1.UpdateNamespaceRequest) (*adminv1.UpdateNamespaceResponse, error) {
-	resp, err := forward(ctx, s.node, r, adminv1.ControlServiceClient.UpdateNamespace)
+	resp, err := forward(ctx, s.node, change, r, adminv1.ControlServiceClient.UpdateNamespace)
 	s.follow(ctx, resp.GetEpoch())
 	return resp, err
 }
 
 func (s controlService) DropNamespace(ctx context.Context, r *adminv1.DropNamespaceRequest) (*adminv1.DropNamespaceResponse, error) {
-	resp, err := forward(ctx, s.node, r, adminv1.ControlServiceClient.DropNamespace)
+	resp, err := forward(ctx, s.node, change, r, adminv1.ControlServiceClient.DropNamespace)
 	s.follow(ctx, resp.GetEpoch())
 	return resp, err
 }
@@ -244,11 +244,11 @@ func (s controlService) follow(ctx context.Context, epoch uint64) {
 }
 
 func (s controlService) ListChanges(ctx context.Context, r *adminv1.ListChangesRequest) (*adminv1.ListChangesResponse, error) {
-	return forward(ctx, s.node, r, adminv1.ControlServiceClient.ListChanges)
+	return forward(ctx, s.node, idempotent, r, adminv1.ControlServiceClient.ListChanges)
 }
 
 func (s controlService) GetClusterStatus(ctx context.Context, r *adminv1.GetClusterStatusRequest) (*adminv1.GetClusterStatusResponse, error) {
-	resp, err := forward(ctx, s.node, r, adminv1.ControlServiceClient.GetClusterStatus)
+	resp, err := forward(ctx, s.node, idempotent, r, adminv1.ControlServiceClient.GetClusterStatus)
 	var e *rpc.Error
 	if errors.As(err, &e) && e.Reason == rpc.ReasonNoLeader {
 		return s.node.clusterStatus(ctx), nil

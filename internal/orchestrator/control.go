@@ -10,6 +10,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/peer"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/kvasirdb/kvasir/internal/consensus"
@@ -46,12 +47,16 @@ func (o *Orchestrator) propose(ctx context.Context, cmd *topologyv1.Command) (ap
 // consensusError tells a caller what Raft's failure means for its request.
 func consensusError(err error) error {
 	switch {
-	case errors.Is(err, consensus.ErrNotLeader), errors.Is(err, consensus.ErrClosed):
+	case errors.Is(err, consensus.ErrNotLeader):
 		return noLeader()
-	case errors.Is(err, consensus.ErrLeadershipLost), errors.Is(err, consensus.ErrTimeout):
-		return rpc.Errorf(codes.Unavailable, rpc.ReasonOutcomeUnknown, "the orchestrators' leader changed or lost its majority: the change may have been made or not")
+	case errors.Is(err, consensus.ErrLeadershipLost), errors.Is(err, consensus.ErrTimeout), errors.Is(err, consensus.ErrClosed):
+		return outcomeUnknown()
 	}
 	return err
+}
+
+func outcomeUnknown() *rpc.Error {
+	return rpc.Errorf(codes.Unavailable, rpc.ReasonOutcomeUnknown, "the orchestrators' leader changed, stopped or lost its majority: the change may have been made or not")
 }
 
 func noLeader() *rpc.Error {
@@ -86,33 +91,51 @@ type controlService struct {
 	o *Orchestrator
 }
 
+// repeat says whether a request that was sent and not answered may be sent again.
+type repeat bool
+
+const (
+	idempotent repeat = true
+	change     repeat = false
+)
+
 // onLeader runs a request here if this orchestrator leads, and at the leader
 // otherwise.
-func onLeader[Q, T any](ctx context.Context, o *Orchestrator, r Q, here func(context.Context, Q) (T, error), there func(adminv1.ControlServiceClient, context.Context, Q, ...grpc.CallOption) (T, error)) (T, error) {
-	var zero T
+func onLeader[Q, T any](ctx context.Context, o *Orchestrator, again repeat, r Q, here func(context.Context, Q) (T, error), there func(adminv1.ControlServiceClient, context.Context, Q, ...grpc.CallOption) (T, error)) (T, error) {
 	if o.leads() {
 		return here(ctx, r)
 	}
 	in, _ := metadata.FromIncomingContext(ctx)
 	address, ok := o.leaderAddress()
 	if !ok || len(in.Get(mdForwarded)) > 0 {
+		var zero T
 		return zero, noLeader()
 	}
-	cc, err := o.transport.NewConn(address)
+	return forward(metadata.AppendToOutgoingContext(ctx, mdForwarded, o.cfg.Name), o.transport, address, again, r, there)
+}
+
+// forward sends a request to the leader that is known. Where it does not answer, a
+// new one is not elected yet; a change that was sent may have been made.
+func forward[Q, T any](ctx context.Context, transport rpc.Transport, address string, again repeat, r Q, there func(adminv1.ControlServiceClient, context.Context, Q, ...grpc.CallOption) (T, error)) (T, error) {
+	var zero T
+	cc, err := transport.NewConn(address)
 	if err != nil {
 		return zero, err
 	}
 	defer cc.Close()
-	resp, err := there(adminv1.NewControlServiceClient(cc), metadata.AppendToOutgoingContext(ctx, mdForwarded, o.cfg.Name), r)
-	if e := rpc.AsError(err); e != nil && e.Reason == rpc.ReasonLinkBroken {
-		// The leader that was known does not answer; a new one is not elected yet.
+	var sentTo peer.Peer // stays empty when the request never left
+	resp, err := there(adminv1.NewControlServiceClient(cc), ctx, r, grpc.Peer(&sentTo))
+	if e := rpc.AsError(err); e != nil && (e.Reason == rpc.ReasonLinkBroken || e.Reason == rpc.ReasonDeadline) {
+		if again == change && sentTo.Addr != nil {
+			return zero, outcomeUnknown()
+		}
 		return zero, noLeader()
 	}
 	return resp, err
 }
 
 func (s controlService) RegisterNode(ctx context.Context, r *adminv1.RegisterNodeRequest) (*adminv1.RegisterNodeResponse, error) {
-	return onLeader(ctx, s.o, r, s.registerNode, adminv1.ControlServiceClient.RegisterNode)
+	return onLeader(ctx, s.o, idempotent, r, s.registerNode, adminv1.ControlServiceClient.RegisterNode)
 }
 
 func (s controlService) registerNode(ctx context.Context, r *adminv1.RegisterNodeRequest) (*adminv1.RegisterNodeResponse, error) {
@@ -168,7 +191,7 @@ func settings(pb *adminv1.NamespaceSettings) topology.NamespaceSettings {
 }
 
 func (s controlService) CreateNamespace(ctx context.Context, r *adminv1.CreateNamespaceRequest) (*adminv1.CreateNamespaceResponse, error) {
-	return onLeader(ctx, s.o, r, s.createNamespace, adminv1.ControlServiceClient.CreateNamespace)
+	return onLeader(ctx, s.o, change, r, s.createNamespace, adminv1.ControlServiceClient.CreateNamespace)
 }
 
 func (s controlService) createNamespace(ctx context.Context, r *adminv1.CreateNamespaceRequest) (*adminv1.CreateNamespaceResponse, error) {
@@ -184,7 +207,7 @@ func (s controlService) createNamespace(ctx context.Context, r *adminv1.CreateNa
 }
 
 func (s controlService) UpdateNamespace(ctx context.Context, r *adminv1.UpdateNamespaceRequest) (*adminv1.UpdateNamespaceResponse, error) {
-	return onLeader(ctx, s.o, r, s.updateNamespace, adminv1.ControlServiceClient.UpdateNamespace)
+	return onLeader(ctx, s.o, change, r, s.updateNamespace, adminv1.ControlServiceClient.UpdateNamespace)
 }
 
 func (s controlService) updateNamespace(ctx context.Context, r *adminv1.UpdateNamespaceRequest) (*adminv1.UpdateNamespaceResponse, error) {
@@ -204,7 +227,7 @@ func (s controlService) updateNamespace(ctx context.Context, r *adminv1.UpdateNa
 }
 
 func (s controlService) DropNamespace(ctx context.Context, r *adminv1.DropNamespaceRequest) (*adminv1.DropNamespaceResponse, error) {
-	return onLeader(ctx, s.o, r, s.dropNamespace, adminv1.ControlServiceClient.DropNamespace)
+	return onLeader(ctx, s.o, change, r, s.dropNamespace, adminv1.ControlServiceClient.DropNamespace)
 }
 
 func (s controlService) dropNamespace(ctx context.Context, r *adminv1.DropNamespaceRequest) (*adminv1.DropNamespaceResponse, error) {
@@ -216,7 +239,7 @@ func (s controlService) dropNamespace(ctx context.Context, r *adminv1.DropNamesp
 }
 
 func (s controlService) ListChanges(ctx context.Context, r *adminv1.ListChangesRequest) (*adminv1.ListChangesResponse, error) {
-	return onLeader(ctx, s.o, r, s.listChanges, adminv1.ControlServiceClient.ListChanges)
+	return onLeader(ctx, s.o, idempotent, r, s.listChanges, adminv1.ControlServiceClient.ListChanges)
 }
 
 func (s controlService) listChanges(_ context.Context, r *adminv1.ListChangesRequest) (*adminv1.ListChangesResponse, error) {
@@ -238,7 +261,7 @@ func (s controlService) listChanges(_ context.Context, r *adminv1.ListChangesReq
 }
 
 func (s controlService) GetClusterStatus(ctx context.Context, r *adminv1.GetClusterStatusRequest) (*adminv1.GetClusterStatusResponse, error) {
-	return onLeader(ctx, s.o, r, s.clusterStatus, adminv1.ControlServiceClient.GetClusterStatus)
+	return onLeader(ctx, s.o, idempotent, r, s.clusterStatus, adminv1.ControlServiceClient.GetClusterStatus)
 }
 
 // statusTimeout bounds one question to another orchestrator.
