@@ -65,7 +65,28 @@ type node struct {
 	rep    *replica.Replica
 	coord  *coordinator.Coordinator
 	loop   *rpc.Loop[*replicav1.Call, *replicav1.Reply]
+	disk   *disk
 	offset atomic.Int64 // of its wall clock, in milliseconds
+}
+
+// disk is a disk that can be full.
+type disk struct {
+	vfs.FS
+	full atomic.Bool
+}
+
+func (d *disk) GetDiskUsage(string) (vfs.DiskUsage, error) {
+	u := vfs.DiskUsage{TotalBytes: 1 << 20}
+	if !d.full.Load() {
+		u.AvailBytes = u.TotalBytes
+	}
+	return u, nil
+}
+
+// fill fills a node's disk, or frees it again.
+func (n *node) fill(full bool) {
+	n.disk.full.Store(full)
+	n.store.CheckDisk()
 }
 
 // run runs a test with a cluster of n nodes in a bubble. change may alter the
@@ -173,10 +194,10 @@ func (c *cluster) publish(ids ...uint64) {
 
 func (c *cluster) newNode(ctx context.Context, id uint64) *node {
 	logger := slog.New(slog.DiscardHandler)
-	n := &node{c: c, id: id}
+	n := &node{c: c, id: id, disk: &disk{FS: vfs.NewMem()}}
 	var err error
 	n.store, err = storage.Open(storage.Config{
-		FS: vfs.NewMem(), Dir: "data", MemTableBytes: 256 << 10, CacheBytes: 1 << 20,
+		FS: n.disk, Dir: "data", MemTableBytes: 256 << 10, CacheBytes: 1 << 20,
 		Logger: logger, Fatal: func(err error) { panic(err) },
 	})
 	if err != nil {

@@ -103,7 +103,7 @@ func TestBlockingRepairThatFails(t *testing.T) {
 	run(t, 3, nil, func(t *testing.T, c *cluster) {
 		c.nodes[0].plant("k", recordAt(time.Now().UnixMilli(), "new"))
 		for _, n := range c.nodes[1:] {
-			n.store.SetDiskFull(true)
+			n.fill(true)
 		}
 		_, err := c.nodes[0].get("k", nil)
 		wantError(t, err, codes.Unavailable, rpc.ReasonRepairFailed)
@@ -455,7 +455,7 @@ func TestReadAllThenQuorum(t *testing.T) {
 		c.publish()
 		c.nodes[0].plant("k", recordAt(time.Now().UnixMilli(), "v"))
 		for _, n := range c.nodes[1:] {
-			n.store.SetDiskFull(true) // repairs fail
+			n.fill(true) // repairs fail
 		}
 		_, err := c.nodes[0].get("k", func(r *kvv1.GetRequest) { r.ReadQuorum = "all" })
 		wantError(t, err, codes.Unavailable, rpc.ReasonRepairFailed)

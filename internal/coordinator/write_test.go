@@ -106,7 +106,7 @@ func TestOutcomeUnknown(t *testing.T) {
 func TestRefusedByAll(t *testing.T) {
 	run(t, 3, nil, func(t *testing.T, c *cluster) {
 		for _, n := range c.nodes {
-			n.store.SetDiskFull(true)
+			n.fill(true)
 		}
 		_, err := c.nodes[0].put("k", "v", "")
 		if e := wantError(t, err, codes.ResourceExhausted, rpc.ReasonDiskFull); e.RetryAfter <= 0 {
@@ -583,7 +583,7 @@ func TestDefiniteFailureLeavesNoHints(t *testing.T) {
 		c.place(1, 2, 3)
 		c.publish()
 		for _, n := range c.nodes[:3] {
-			n.store.SetDiskFull(true)
+			n.fill(true)
 		}
 		_, err := c.nodes[3].put("k", "v", "")
 		wantError(t, err, codes.ResourceExhausted, rpc.ReasonDiskFull)
@@ -592,7 +592,7 @@ func TestDefiniteFailureLeavesNoHints(t *testing.T) {
 			t.Errorf("%d hints", n)
 		}
 		// With one that took it, the others get hints.
-		c.nodes[0].store.SetDiskFull(false)
+		c.nodes[0].fill(false)
 		_, err = c.nodes[3].put("k", "v", "")
 		wantError(t, err, codes.Unavailable, rpc.ReasonOutcomeUnknown)
 		time.Sleep(time.Second)

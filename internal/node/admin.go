@@ -52,6 +52,12 @@ func (n *Node) describe(reg prometheus.Registerer) {
 		}
 		return float64(available)
 	})
+	gauge("storage", "refuses_writes", "1 while writes are refused for lack of space.", func() float64 {
+		if n.store.RefusesRecords() != "" {
+			return 1
+		}
+		return 0
+	})
 	gauge("storage", "wal_bytes", "Size of the write-ahead log.", func() float64 { return float64(n.store.Metrics().WAL.Size) })
 	gauge("storage", "memtable_bytes", "Size of the memtables.", func() float64 { return float64(n.store.Metrics().MemTable.Size) })
 	gauge("storage", "read_amplification", "Levels a read may look into.", func() float64 { return float64(n.store.Metrics().ReadAmp()) })

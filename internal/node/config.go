@@ -43,7 +43,7 @@ type Config struct {
 	// quota, or else the machine's cores.
 	CPULimit float64 `yaml:"cpu_limit" help:"cores that count as full use; 0: the control group's quota, or all cores"`
 	// MinFreeDiskBytes is the free space below which writes are refused. Default: a
-	// twentieth of the disk, at most 1 GiB.
+	// twentieth of the disk, at most 1 GiB. See storage.Config.MinFreeBytes.
 	MinFreeDiskBytes int64 `yaml:"min_free_disk_bytes" help:"free space below which writes are refused; 0: a twentieth of the disk, at most 1 GiB"`
 	// DrainTimeout bounds how long a stop waits for requests. Default 10 s.
 	DrainTimeout time.Duration `yaml:"drain_timeout" help:"how long a stop waits for requests"`

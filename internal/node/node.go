@@ -153,7 +153,7 @@ func (n *Node) openStore() error {
 	var err error
 	n.store, err = storage.Open(storage.Config{
 		FS: n.cfg.Seams.FS, Dir: n.cfg.DataDir, CacheBytes: n.cfg.CacheBytes, MemTableBytes: uint64(n.cfg.MemTableBytes),
-		Logger: n.cfg.Logger, Fatal: n.cfg.Fatal,
+		MinFreeBytes: uint64(n.cfg.MinFreeDiskBytes), Logger: n.cfg.Logger, Fatal: n.cfg.Fatal,
 	})
 	if err != nil {
 		return err
@@ -368,23 +368,10 @@ func (n *Node) startWorkers(run context.Context) {
 
 // everySecond looks after what changes slowly.
 func (n *Node) everySecond() {
-	n.guardDisk()
+	n.store.CheckDisk()
 	n.updateHealth()
 	n.noticeHealth()
 	n.announce()
-}
-
-// guardDisk refuses writes before the disk is full, since a full one ends the store.
-func (n *Node) guardDisk() {
-	available, total, err := n.store.DiskUsage()
-	if err != nil || total == 0 {
-		return
-	}
-	least := uint64(n.cfg.MinFreeDiskBytes)
-	if least == 0 {
-		least = min(total/20, 1<<30)
-	}
-	n.store.SetDiskFull(available < least)
 }
 
 // noticeHealth tells watchers when a peer came or went.

@@ -12,7 +12,8 @@ import (
 	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
 )
 
-// state returns what the node is doing, and why when it does not serve.
+// state returns what the node is doing, and why when it does not serve or serves
+// reads only.
 func (n *Node) state() (adminv1.NodeStatus_State, string) {
 	select {
 	case <-n.stopping:
@@ -30,6 +31,9 @@ func (n *Node) state() (adminv1.NodeStatus_State, string) {
 			return adminv1.NodeStatus_STATE_STARTING, "waits for an orchestrator"
 		}
 		return adminv1.NodeStatus_STATE_STARTING, "waits for the ring to form"
+	}
+	if reason := n.store.RefusesRecords(); reason != "" {
+		return adminv1.NodeStatus_STATE_SERVING, "refuses writes, free space or add nodes: " + reason
 	}
 	return adminv1.NodeStatus_STATE_SERVING, ""
 }

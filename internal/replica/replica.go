@@ -194,7 +194,9 @@ func (f *frame) apply() {
 	f.cfg.Hints.Settle(hints, err == nil)
 	for _, c := range accepted {
 		if err != nil {
-			f.fail(c, storeError(err))
+			e := storeError(err)
+			e.Message = f.topology.NodeName(f.cfg.Self) + ": " + e.Message
+			f.fail(c, e)
 			continue
 		}
 		f.reply(&replicav1.Reply{Id: c.GetId(), Result: &replicav1.Reply_Apply{Apply: &replicav1.ApplyResult{}}})

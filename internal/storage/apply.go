@@ -34,9 +34,12 @@ type Commit struct {
 // records are visible; what a caller tells others about them must wait for
 // Commit.Wait. Records that the store knows to be superseded are not written
 // again. Errors are ErrDiskFull, ErrCorrupt for a record that does not decode (then
-// nothing is applied), or Pebble's.
+// nothing is applied), what Config.Fatal was called with, or Pebble's.
 func (s *Store) Apply(writes []Write, hints []Hint) (*Commit, error) {
-	if s.diskFull.Load() {
+	if err := s.failure(); err != nil {
+		return nil, err
+	}
+	if s.diskFull.Load() != nil {
 		return nil, ErrDiskFull
 	}
 	keys := make([]string, len(writes))
@@ -59,26 +62,36 @@ func (s *Store) Apply(writes []Write, hints []Hint) (*Commit, error) {
 			return nil, errors.Join(err, c.batch.Close())
 		}
 	}
+	if err := s.apply(c, &set, versions, writes); err != nil {
+		c.err = err
+		s.end(c)
+		close(c.done)
+		return nil, err
+	}
+	return c, nil
+}
 
-	// The latches are held from the decision until the batch is applied.
-	s.latches.lock(&set)
-	defer s.latches.unlock(&set)
+// apply decides on the records and makes them visible. The latches are held from
+// the first to the last.
+func (s *Store) apply(c *Commit, set *stripeSet, versions []record.Version, writes []Write) error {
+	s.latches.lock(set)
+	defer s.latches.unlock(set)
 	for i, w := range writes {
-		if err := s.decide(c, keys[i], versions[i], w.Record); err != nil {
-			s.forget(keys[:i+1])
-			return nil, errors.Join(err, c.batch.Close())
+		if err := s.decide(c, c.keys[i], versions[i], w.Record); err != nil {
+			s.forget(c.keys[:i+1])
+			return errors.Join(err, c.batch.Close())
 		}
 	}
 	if c.batch.Empty() {
-		return c, nil
+		return nil
 	}
 	s.begin(c)
-	if err := s.db.ApplyNoSyncWait(c.batch, pebble.Sync); err != nil {
-		s.forget(keys)
-		return nil, fmt.Errorf("apply batch: %w", err)
+	if err := s.commit(func() error { return s.db.ApplyNoSyncWait(c.batch, pebble.Sync) }); err != nil {
+		s.forget(c.keys)
+		return fmt.Errorf("apply batch: %w", err) // Pebble may still hold the batch
 	}
 	c.applied = true
-	return c, nil
+	return nil
 }
 
 // forget removes the cached versions of keys whose decisions were not carried out.
@@ -185,6 +198,23 @@ func (s *Store) begin(c *Commit) {
 	s.inflight.Unlock()
 }
 
+// end takes a commit off the registers, if it is on them.
+// REQUIRES: the latches of its keys are not held.
+func (s *Store) end(c *Commit) {
+	for _, k := range c.keys {
+		st := s.latches.of([]byte(k))
+		st.mu.Lock()
+		if st.mu.unsynced[k] == c {
+			delete(st.mu.unsynced, k)
+			st.dirty.Add(-1)
+		}
+		st.mu.Unlock()
+	}
+	s.inflight.Lock()
+	delete(s.inflight.commits, c)
+	s.inflight.Unlock()
+}
+
 // Wait returns when all that was applied, or what superseded it, is on disk. It
 // must be called exactly once.
 func (c *Commit) Wait() error {
@@ -205,6 +235,11 @@ func (c *Commit) Wait() error {
 func (c *Commit) sync() error {
 	s := c.store
 	err := c.batch.SyncWait()
+	if failed := s.failure(); failed != nil {
+		err = failed
+	} else if err != nil {
+		err = s.diskFailed(err) // while readers wait
+	}
 	if err == nil {
 		// A batch too large for a memtable gives its contents away and has no number;
 		// the mark then vouches for it with the next commit.
@@ -216,18 +251,7 @@ func (c *Commit) sync() error {
 			}
 		}
 	}
-	for _, k := range c.keys {
-		st := s.latches.of([]byte(k))
-		st.mu.Lock()
-		if st.mu.unsynced[k] == c {
-			delete(st.mu.unsynced, k)
-			st.dirty.Add(-1)
-		}
-		st.mu.Unlock()
-	}
-	s.inflight.Lock()
-	delete(s.inflight.commits, c)
-	s.inflight.Unlock()
+	s.end(c)
 	if cerr := c.batch.Close(); err == nil {
 		err = cerr
 	}

@@ -15,7 +15,7 @@ func (s *Store) Meta(name string) ([]byte, error) { return s.get(metaKey(name)) 
 
 // SetMeta stores a value under a name and returns when it is on disk.
 func (s *Store) SetMeta(name string, value []byte) error {
-	if err := s.db.Set(metaKey(name), value, pebble.Sync); err != nil {
+	if err := s.commit(func() error { return s.db.Set(metaKey(name), value, pebble.Sync) }); err != nil {
 		return fmt.Errorf("write %s: %w", name, err)
 	}
 	return nil
@@ -122,7 +122,7 @@ func (s *Store) DeleteHints(hints []Hint) error {
 	for _, h := range hints {
 		errs = append(errs, b.Delete(hintKey(h.Target, h.Seq), nil))
 	}
-	errs = append(errs, b.Commit(pebble.NoSync))
+	errs = append(errs, s.commit(func() error { return b.Commit(pebble.NoSync) }))
 	return errors.Join(errs...)
 }
 

@@ -197,7 +197,7 @@ func (s *Store) DropNamespace(namespace uint32) error {
 	lower, upper := namespaceRange(namespace)
 	resume := s.latches.suspend(lower, upper)
 	defer resume()
-	if err := s.db.DeleteRange(lower, upper, pebble.Sync); err != nil {
+	if err := s.commit(func() error { return s.db.DeleteRange(lower, upper, pebble.Sync) }); err != nil {
 		return fmt.Errorf("drop namespace %d: %w", namespace, err)
 	}
 	return nil

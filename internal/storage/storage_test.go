@@ -121,17 +121,6 @@ func TestApplyRefusesWhatDoesNotDecode(t *testing.T) {
 	}
 }
 
-func TestDiskFullRefusesWrites(t *testing.T) {
-	s := open(t, vfs.NewMem())
-	defer closeStore(t, s)
-	s.SetDiskFull(true)
-	if _, err := s.Apply([]Write{write("a", value(1, "x"))}, nil); !errors.Is(err, ErrDiskFull) {
-		t.Fatalf("error = %v, want ErrDiskFull", err)
-	}
-	s.SetDiskFull(false)
-	put(t, s, write("a", value(1, "x")))
-}
-
 func TestScanMergesVnodesInKeyOrder(t *testing.T) {
 	s := open(t, vfs.NewMem())
 	defer closeStore(t, s)

@@ -16,6 +16,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
@@ -68,6 +69,10 @@ type Config struct {
 	// there are commits. A lost tail of commits younger than this goes unnoticed
 	// after a crash; a clean stop leaves no such window. Default 50 ms.
 	MarkInterval time.Duration
+	// MinFreeBytes is the free space below which CheckDisk has records refused. 0: a
+	// twentieth of the disk, at most 1 GiB. Besides, a file BALLAST takes a 64th of
+	// the disk, at most 16 MiB, which is given up when space runs out all the same.
+	MinFreeBytes uint64
 	Logger       *slog.Logger
 	// Fatal is called when the disk fails in a way the store cannot survive. It must
 	// not return in production.
@@ -91,7 +96,9 @@ func (c *Config) setDefaults() {
 
 // Store is an open data directory. It is safe for concurrent use.
 type Store struct {
-	cfg     Config
+	cfg Config
+	// disk is cfg.FS as it was given; cfg.FS calls onDiskFull and watches the log.
+	disk    vfs.FS
 	db      *pebble.DB
 	lock    *pebble.Lock
 	mark    *markFile
@@ -100,8 +107,14 @@ type Store struct {
 	// synced is the sequence number after the last commit known to be on disk.
 	synced   atomic.Uint64
 	lostTail string
-	diskFull atomic.Bool
 	hintSeq  atomic.Uint64
+	// diskFull is why records are refused, failed why the store has ended, or nil.
+	diskFull atomic.Pointer[string]
+	failed   atomic.Pointer[error]
+	// fullAt is when an operation last found no space.
+	fullAt atomic.Pointer[time.Time]
+	opened atomic.Bool // from here on a failure of the log is fatal
+	diskMu sync.Mutex  // held while the ballast is made or removed
 
 	inflight struct {
 		sync.Mutex
@@ -127,8 +140,9 @@ func Open(cfg Config) (*Store, error) {
 	case err != nil:
 		return nil, fmt.Errorf("%w: %s (%w)", ErrInUse, cfg.Dir, err)
 	}
-	s := &Store{cfg: cfg, lock: lock, latches: newLatches(cfg.VersionCacheEntries), stop: make(chan struct{})}
+	s := &Store{cfg: cfg, disk: cfg.FS, lock: lock, latches: newLatches(cfg.VersionCacheEntries), stop: make(chan struct{})}
 	s.inflight.commits = map[*Commit]struct{}{}
+	s.cfg.FS = logFS{vfs.OnDiskFull(cfg.FS, s.onDiskFull), s}
 	if err := s.open(); err != nil {
 		if s.db != nil {
 			err = errors.Join(err, s.db.Close())
@@ -138,6 +152,7 @@ func Open(cfg Config) (*Store, error) {
 		}
 		return nil, errors.Join(err, lock.Close())
 	}
+	s.CheckDisk()
 	s.stopped.Go(s.keepMark)
 	return s, nil
 }
@@ -161,6 +176,7 @@ func (s *Store) open() error {
 	if s.db, err = pebble.Open(s.cfg.Dir, s.options()); err != nil {
 		return s.openError(err)
 	}
+	s.opened.Store(true)
 	var markErr error
 	if s.mark, markErr = openMark(s.cfg.FS, s.cfg.Dir); markErr != nil && !errors.Is(markErr, errNoMark) {
 		return markErr
@@ -190,7 +206,7 @@ func (s *Store) checkTail(fresh bool, markErr error) error {
 	if err := b.Set(metaKey(metaBoots), strconv.AppendUint(nil, boots+1, 10), nil); err != nil {
 		return err
 	}
-	if err := b.Commit(pebble.Sync); err != nil {
+	if err := s.commit(func() error { return b.Commit(pebble.Sync) }); err != nil {
 		return err
 	}
 	first := uint64(b.SeqNum())
@@ -266,13 +282,6 @@ func (s *Store) writeMark() error {
 	return s.mark.update(func(m *mark) { m.synced = max(m.synced, synced) })
 }
 
-func (s *Store) fatal(err error) {
-	s.cfg.Fatal(fmt.Errorf("data directory %s: %w", s.cfg.Dir, err))
-}
-
-// SetDiskFull makes Apply refuse records (true) or take them again.
-func (s *Store) SetDiskFull(full bool) { s.diskFull.Store(full) }
-
 // DiskUsage returns the space of the file system the store is on, in bytes.
 func (s *Store) DiskUsage() (available, total uint64, err error) {
 	u, err := s.cfg.FS.GetDiskUsage(s.cfg.Dir)
@@ -287,10 +296,9 @@ func (s *Store) Metrics() *pebble.Metrics { return s.db.Metrics() }
 func (s *Store) Close() error {
 	close(s.stop)
 	s.stopped.Wait()
-	var errs []error
 	// Unsynced entries, such as deleted hints, become durable with this one.
-	errs = append(errs, s.db.LogData(nil, pebble.Sync), s.writeMark(), s.db.Close(), s.mark.close(), s.lock.Close())
-	return errors.Join(errs...)
+	err := s.commit(func() error { return s.db.LogData(nil, pebble.Sync) })
+	return errors.Join(err, s.writeMark(), s.db.Close(), s.mark.close(), s.lock.Close())
 }
 
 func (s *Store) options() *pebble.Options {
@@ -302,6 +310,7 @@ func (s *Store) options() *pebble.Options {
 		CacheSize:          s.cfg.CacheBytes,
 		MemTableSize:       s.cfg.MemTableBytes,
 		Logger:             pebbleLogger{s},
+		EventListener:      &pebble.EventListener{BackgroundError: s.backgroundError},
 		// Two memtables may wait to be flushed before writes stall.
 		MemTableStopWritesThreshold: 4,
 		L0CompactionThreshold:       4,
@@ -322,6 +331,9 @@ func (s *Store) openError(err error) error {
 		return fmt.Errorf("%w: %s: %w", ErrNewerFormat, s.cfg.Dir, err)
 	case pebble.IsCorruptionError(err), errors.Is(err, record.ErrCorrupt):
 		return fmt.Errorf("%w in %s: %w: start the node with an empty data directory, it will be filled from its peers", ErrCorrupt, s.cfg.Dir, err)
+	}
+	if strings.Contains(err.Error(), syscall.ENOSPC.Error()) {
+		return fmt.Errorf("open store in %s: %w: free space, then start the node again; nothing acknowledged is lost", s.cfg.Dir, err)
 	}
 	return fmt.Errorf("open store in %s: %w", s.cfg.Dir, err)
 }
@@ -396,7 +408,7 @@ func ownFile(name string) bool {
 			return true
 		}
 	}
-	for _, prefix := range []string{"MANIFEST-", "OPTIONS-", "CURRENT", "LOCK", "marker.", markName} {
+	for _, prefix := range []string{"MANIFEST-", "OPTIONS-", "CURRENT", "LOCK", "marker.", markName, ballastName} {
 		if strings.HasPrefix(name, prefix) {
 			return true
 		}
@@ -417,4 +429,6 @@ func (l pebbleLogger) Errorf(format string, args ...any) {
 	l.s.cfg.Logger.Error("pebble: " + fmt.Sprintf(format, args...))
 }
 
-func (l pebbleLogger) Fatalf(format string, args ...any) { l.s.fatal(fmt.Errorf(format, args...)) }
+func (l pebbleLogger) Fatalf(format string, args ...any) {
+	l.s.diskFailed(fmt.Errorf(format, args...))
+}
