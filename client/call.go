@@ -42,13 +42,18 @@ type answered struct {
 	address string
 }
 
+// withDeadline gives a context that has no deadline the client's.
+func (c *Client) withDeadline(ctx context.Context) (context.Context, context.CancelFunc) {
+	if _, ok := ctx.Deadline(); ok {
+		return ctx, func() {}
+	}
+	return context.WithTimeout(ctx, c.cfg.timeout)
+}
+
 // do runs a request until it succeeds, fails for good, or its time is over.
 func (c *Client) do(ctx context.Context, req request) (answered, error) {
-	if _, ok := ctx.Deadline(); !ok {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, c.cfg.timeout)
-		defer cancel()
-	}
+	ctx, cancel := c.withDeadline(ctx)
+	defer cancel()
 	c.budget.earn()
 	var failure *rpc.Error
 	var failedAt string // who said so

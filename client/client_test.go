@@ -25,6 +25,13 @@ func world(t *testing.T, cfg sim.Config, test func(t *testing.T, w *sim.World)) 
 	})
 }
 
+// within returns a context without a deadline that is cancelled all the same.
+func within(t *testing.T, d time.Duration) context.Context {
+	ctx, cancel := context.WithCancel(t.Context())
+	time.AfterFunc(d, cancel)
+	return ctx
+}
+
 func TestTypedErrors(t *testing.T) {
 	world(t, sim.Config{Seed: 1, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
 		c := w.Client()
@@ -141,6 +148,7 @@ func TestPatience(t *testing.T) {
 	world(t, sim.Config{Seed: 3, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
 		w.Crash("node2", sim.Kill)
 		time.Sleep(3 * time.Second)
+		batch := []client.Operation{{Key: []byte("k")}}
 		for _, patience := range []time.Duration{0, time.Second, 3 * time.Second} {
 			c := w.Client(client.WithPatience(patience))
 			start := time.Now()
@@ -152,11 +160,26 @@ func TestPatience(t *testing.T) {
 			if took < patience || took > patience+time.Second {
 				t.Errorf("patience %s: refused after %s", patience, took)
 			}
+			start = time.Now()
+			results, err := c.Batch(within(t, time.Minute), batch, client.W("all"))
+			took = time.Since(start)
+			if err != nil || !errors.Is(results[0].Err, client.ErrUnavailable) || errors.Is(results[0].Err, client.ErrOutcomeUnknown) {
+				t.Errorf("batch: %v, %v", results, err)
+			}
+			if took < patience || took > patience+time.Second {
+				t.Errorf("patience %s: batch refused after %s", patience, took)
+			}
 			c.Close()
 		}
-		// A replica that comes back in time serves the request.
+		// Without a deadline in the context, the client's ends what patience would not.
 		c := w.Client(client.WithPatience(20 * time.Second))
 		defer c.Close()
+		start := time.Now()
+		results, err := c.Batch(within(t, time.Minute), batch, client.W("all"))
+		if took := time.Since(start); err != nil || results[0].Err == nil || took > 6*time.Second {
+			t.Errorf("batch: %v, %v after %s", results, err, took)
+		}
+		// A replica that comes back in time serves the request.
 		go func() {
 			time.Sleep(2 * time.Second)
 			w.Start("node2")

@@ -123,6 +123,9 @@ func (c *Client) Batch(ctx context.Context, ops []Operation, opts ...CallOption)
 	for i := range todo {
 		todo[i] = i
 	}
+	ctx, cancel := c.withDeadline(ctx)
+	defer cancel()
+	began := time.Now()
 	// Operations that failed for want of replicas are tried again with the rest of the
 	// time, as single puts would be.
 	for {
@@ -142,7 +145,7 @@ func (c *Client) Batch(ctx context.Context, ops []Operation, opts ...CallOption)
 			}
 			return results, nil // what was said of the rest last stands
 		}
-		again := c.takeResults(a.reply.GetBatch(), todo, results, !cc.noRetries)
+		again := takeResults(a.reply.GetBatch(), todo, results, !cc.noRetries, time.Since(began) < c.cfg.patience)
 		if len(again) == 0 || !c.budget.spend() {
 			return results, nil
 		}
@@ -162,8 +165,9 @@ func firstKey(ops []Operation, todo []int) []byte {
 	return ops[todo[0]].Key
 }
 
-// takeResults notes what became of operations and returns those to try again.
-func (c *Client) takeResults(b *kvv1.BatchResponse, todo []int, results []Result, retry bool) (again []int) {
+// takeResults notes what became of operations and returns those to try again: with
+// patience also those for which too few replicas are live.
+func takeResults(b *kvv1.BatchResponse, todo []int, results []Result, retry, patience bool) (again []int) {
 	for j, r := range b.GetResults() {
 		i := todo[j]
 		e := rpc.ErrorFromProto(r.GetError())
@@ -172,7 +176,7 @@ func (c *Client) takeResults(b *kvv1.BatchResponse, todo []int, results []Result
 			continue
 		}
 		results[i].Err = publicError(e, "", !e.NothingDone() && e.Code != codes.InvalidArgument)
-		if retriable(e, retry) {
+		if retriable(e, retry) && (patience || e.Reason != rpc.ReasonNotEnoughReplicas) {
 			again = append(again, i)
 		}
 	}
