@@ -3,6 +3,7 @@ package client
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"slices"
 	"time"
@@ -40,6 +41,8 @@ type request struct {
 type answered struct {
 	reply   *kvv1.SessionReply
 	address string
+	// maybeDone tells that an earlier attempt may have written something.
+	maybeDone bool
 }
 
 // withDeadline gives a context that has no deadline the client's.
@@ -65,15 +68,17 @@ func (c *Client) do(ctx context.Context, req request) (answered, error) {
 		for _, address := range c.candidates(req) {
 			a, err := c.attempt(ctx, req, address)
 			if err == nil {
+				a.maybeDone = maybeDone
 				return a, nil
 			}
 			if err == ErrClosed {
-				return answered{}, ErrClosed
+				if maybeDone {
+					err = fmt.Errorf("%w: %w", ErrClosed, ErrOutcomeUnknown)
+				}
+				return answered{}, err
 			}
 			e := rpc.AsError(err)
-			if !e.NothingDone() && e.Code != codes.InvalidArgument && e.Code != codes.NotFound {
-				maybeDone = maybeDone || req.writes
-			}
+			maybeDone = maybeDone || req.writes && mayHaveWritten(e)
 			if telling(e) >= telling(failure) {
 				failure, failedAt = e, address
 			}
@@ -132,6 +137,11 @@ func (c *Client) timedOut(ctx context.Context, failure *rpc.Error, failedAt stri
 		return publicError(e, failedAt, maybeDone, context.Canceled)
 	}
 	return publicError(e, failedAt, maybeDone, ErrTimeout, context.DeadlineExceeded)
+}
+
+// mayHaveWritten reports whether a write that failed may have left something behind.
+func mayHaveWritten(e *rpc.Error) bool {
+	return !e.NothingDone() && e.Code != codes.InvalidArgument && e.Code != codes.NotFound
 }
 
 // retriable reports whether another attempt may be made after a failure.
@@ -291,7 +301,7 @@ func (c *Client) send(ctx context.Context, req request, address string) (answere
 			break
 		}
 	}
-	return answered{reply, address}, nil
+	return answered{reply: reply, address: address}, nil
 }
 
 // facts returns the epoch a reply was served in and the greatest timestamp in it.

@@ -217,6 +217,40 @@ func TestWithoutRetriesAnUnknownOutcomeStaysOne(t *testing.T) {
 	})
 }
 
+// A batch whose first attempt lost its reply may have been written, whatever the
+// attempts after it say.
+func TestBatchRemembersThatItMayBeWritten(t *testing.T) {
+	world(t, sim.Config{Seed: 1, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		const outside = "10.0.2.9"
+		c, err := client.New(context.Background(), w.Endpoints(), client.WithDialer(w.Net.Dialer(outside)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if _, err := c.Put(context.Background(), []byte("warm"), nil); err != nil {
+			t.Fatal(err)
+		}
+		for _, node := range []string{"node2", "node3"} { // the client has only node1, which does not know yet
+			w.Net.Cut(outside, w.Host(node))
+			w.Net.Cut(w.Host(node), outside)
+		}
+		time.Sleep(2 * time.Second)
+		w.Isolate("node2")
+		w.Isolate("node3")
+		results, err := c.Batch(context.Background(), []client.Operation{{Key: []byte("a"), Value: []byte("v")}})
+		if err != nil || len(results) != 1 || results[0].Err == nil {
+			t.Fatalf("batch: %v, %v", results, err)
+		}
+		v, err := c.Get(context.Background(), []byte("a"), client.FromReplica("node1"))
+		if err != nil || string(v.Value) != "v" {
+			t.Fatalf("node1 has %q, %v: the test shows nothing", v.Value, err)
+		}
+		if !errors.Is(results[0].Err, client.ErrOutcomeUnknown) {
+			t.Errorf("a record was left by a batch that reports %v", results[0].Err)
+		}
+	})
+}
+
 func TestScanIterator(t *testing.T) {
 	world(t, sim.Config{Seed: 5, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
 		c := w.Client()

@@ -9,8 +9,6 @@ import (
 	"strings"
 	"time"
 
-	"google.golang.org/grpc/codes"
-
 	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/topology"
 	kvv1 "github.com/kvasirdb/kvasir/proto/kvasir/kv/v1"
@@ -114,73 +112,40 @@ func (c *Client) Batch(ctx context.Context, ops []Operation, opts ...CallOption)
 	if err != nil {
 		return nil, err
 	}
-	wire := make([]*kvv1.BatchOperation, len(ops))
-	for i, op := range ops {
-		wire[i] = &kvv1.BatchOperation{Key: op.Key, Value: op.Value, Delete: op.Delete, TtlMs: uint64(op.TTL.Milliseconds())}
-	}
-	results := make([]Result, len(ops))
-	todo := make([]int, len(ops))
-	for i := range todo {
-		todo[i] = i
-	}
+	b := newBatch(ops)
 	ctx, cancel := c.withDeadline(ctx)
 	defer cancel()
 	began := time.Now()
 	// Operations that failed for want of replicas are tried again with the rest of the
 	// time, as single puts would be.
-	for {
+	for round := 1; ; round++ {
 		a, err := c.do(ctx, request{
-			key: firstKey(ops, todo), namespace: cc.namespace, retry: !cc.noRetries, writes: true,
+			key: b.firstKey(), namespace: cc.namespace, retry: !cc.noRetries, writes: true,
 			make: func(epoch, token uint64) *kvv1.SessionCall {
 				r := &kvv1.BatchRequest{Namespace: cc.namespace, WriteQuorum: cc.w, Token: token, Epoch: epoch}
-				for _, i := range todo {
-					r.Operations = append(r.Operations, wire[i])
+				for _, i := range b.todo {
+					r.Operations = append(r.Operations, b.wire[i])
 				}
 				return &kvv1.SessionCall{Request: &kvv1.SessionCall_Batch{Batch: r}}
 			},
 		})
+		if err != nil && round == 1 {
+			return nil, err
+		}
 		if err != nil {
-			if len(todo) == len(ops) {
-				return nil, err
-			}
-			return results, nil // what was said of the rest last stands
+			b.failed(err)
+			return b.results, nil
 		}
-		again := takeResults(a.reply.GetBatch(), todo, results, !cc.noRetries, time.Since(began) < c.cfg.patience)
-		if len(again) == 0 || !c.budget.spend() {
-			return results, nil
+		b.answered(a, !cc.noRetries, time.Since(began) < c.cfg.patience)
+		if len(b.todo) == 0 || !c.budget.spend() {
+			return b.results, nil
 		}
-		todo = again
 		select {
 		case <-ctx.Done():
-			return results, nil
+			return b.results, nil
 		case <-time.After(maxPause / 4):
 		}
 	}
-}
-
-func firstKey(ops []Operation, todo []int) []byte {
-	if len(todo) == 0 {
-		return nil
-	}
-	return ops[todo[0]].Key
-}
-
-// takeResults notes what became of operations and returns those to try again: with
-// patience also those for which too few replicas are live.
-func takeResults(b *kvv1.BatchResponse, todo []int, results []Result, retry, patience bool) (again []int) {
-	for j, r := range b.GetResults() {
-		i := todo[j]
-		e := rpc.ErrorFromProto(r.GetError())
-		results[i] = Result{Version: versionFromProto(r.GetVersion())}
-		if e == nil {
-			continue
-		}
-		results[i].Err = publicError(e, "", !e.NothingDone() && e.Code != codes.InvalidArgument)
-		if retriable(e, retry) && (patience || e.Reason != rpc.ReasonNotEnoughReplicas) {
-			again = append(again, i)
-		}
-	}
-	return again
 }
 
 // Scan returns the records of a range in key order. Each key is as one quorum read
