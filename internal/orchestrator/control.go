@@ -148,24 +148,50 @@ func (s controlService) registerNode(ctx context.Context, r *adminv1.RegisterNod
 			"the data directory of node %s belongs to cluster %s, this is cluster %s: check its data_dir and orchestrators", r.GetName(), id, t.ClusterID).
 			With("cluster_id", t.ClusterID).With("data_cluster_id", id)
 	}
-	if old := t.Resolve(r.GetName()); old != nil && old.DataID != r.GetDataId() && s.o.health.healthy(old.Incarnation) {
-		return nil, rpc.Errorf(codes.AlreadyExists, "NAME_IN_USE", "there is a healthy node named %s, #%d at %s: give this one another name", old.Name, old.Incarnation, old.Address).
-			With("incarnation", old.Incarnation)
-	}
 	n := &topologyv1.Node{
 		Incarnation: r.GetIncarnation(), Name: r.GetName(), Zone: r.GetZone(), Role: r.GetRole(),
 		Address: r.GetAddress(), AdminAddress: r.GetAdminAddress(), GossipAddress: r.GetGossipAddress(), DataId: r.GetDataId(),
 	}
-	a, err := s.o.propose(ctx, &topologyv1.Command{
-		Change: &topologyv1.Change{Subject: "node", Name: r.GetName(), What: fmt.Sprintf("registered at %s in zone %s", r.GetAddress(), r.GetZone())},
-		Mutations: []*topologyv1.Mutation{{Kind: &topologyv1.Mutation_Register{Register: &topologyv1.Register{
-			Node: n, Boot: r.GetBoot(), BootId: r.GetBootId(),
-		}}}},
+	a, err := s.o.change(ctx, func(t *topology.Topology) (*topologyv1.Command, error) {
+		if err := nameFree(t, r.GetName(), r.GetDataId(), s.o.health.state); err != nil {
+			return nil, err
+		}
+		return &topologyv1.Command{
+			ExpectEpoch: t.Epoch,
+			Change:      &topologyv1.Change{Subject: "node", Name: r.GetName(), What: fmt.Sprintf("registered at %s in zone %s", r.GetAddress(), r.GetZone())},
+			Mutations: []*topologyv1.Mutation{{Kind: &topologyv1.Mutation_Register{Register: &topologyv1.Register{
+				Node: n, Boot: r.GetBoot(), BootId: r.GetBootId(),
+			}}}},
+		}, nil
 	})
 	if err != nil {
 		return nil, err
 	}
 	return &adminv1.RegisterNodeResponse{Incarnation: a.result.Incarnation, Topology: a.state.Topology.Proto()}, nil
+}
+
+// nameFree returns nil when a data directory may carry a name: it is the newest of
+// that name, or every other one is known to be dead. What it returns holds for the
+// epoch of t only, so that of two that start together one sees the other.
+func nameFree(t *topology.Topology, name, dataID string, state func(uint64) topologyv1.NodeHealth_State) error {
+	if newest := t.Resolve(name); newest != nil && newest.DataID == dataID {
+		return nil
+	}
+	for _, n := range t.Nodes {
+		if n.Name != name || n.DataID == dataID {
+			continue
+		}
+		switch state(n.Incarnation) {
+		case topologyv1.NodeHealth_STATE_HEALTHY:
+			return rpc.Errorf(codes.AlreadyExists, "NAME_IN_USE", "there is a healthy node named %s, #%d at %s: give this one another name", n.Name, n.Incarnation, n.Address).
+				With("incarnation", n.Incarnation)
+		case topologyv1.NodeHealth_STATE_UNSPECIFIED:
+			e := rpc.Errorf(codes.Unavailable, rpc.ReasonNotReady, "there is another node named %s, #%d at %s, and it is not known yet whether it lives", n.Name, n.Incarnation, n.Address)
+			e.RetryAfter = 200 * time.Millisecond
+			return e
+		}
+	}
+	return nil
 }
 
 // settings converts what a request wants to set.

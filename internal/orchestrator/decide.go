@@ -12,14 +12,16 @@ import (
 // decide returns the next command that brings the agreed state closer to what it
 // should be, or nil. It is a function of its arguments; newID is drawn by the
 // caller and used only to found the cluster.
-func decide(s *topology.State, cfg *Config, newID string) (*topologyv1.Command, error) {
+func decide(s *topology.State, cfg *Config, healthy func(incarnation uint64) bool, newID string) (*topologyv1.Command, error) {
 	switch {
 	case s == nil:
 		return found(cfg, newID), nil
 	case !slices.Equal(s.Topology.Orchestrators, orchestrators(cfg)):
 		return setOrchestrators(s.Topology, cfg), nil
-	case !s.Topology.Formed() && s.Topology.DataNodes() >= s.Topology.FoundingNodes:
-		return formRing(s.Topology)
+	case !s.Topology.Formed():
+		if nodes := founders(s.Topology, healthy); len(nodes) >= s.Topology.FoundingNodes {
+			return formRing(s.Topology, nodes)
+		}
 	}
 	return nil, nil
 }
@@ -55,14 +57,21 @@ func setOrchestrators(t *topology.Topology, cfg *Config) *topologyv1.Command {
 	}
 }
 
-// formRing places the founding nodes and makes the namespace default.
-func formRing(t *topology.Topology) (*topologyv1.Command, error) {
-	var nodes []*topology.Node
+// founders returns the data nodes that a ring can be formed of: those that live. A
+// node that was wiped and registered again is there twice, and one of them is dead.
+func founders(t *topology.Topology, healthy func(incarnation uint64) bool) []*topology.Node {
+	var out []*topology.Node
 	for i := range t.Nodes {
-		if t.Nodes[i].Role == topology.Data {
-			nodes = append(nodes, &t.Nodes[i])
+		n := &t.Nodes[i]
+		if n.Role == topology.Data && healthy(n.Incarnation) && t.Resolve(n.Name) == n {
+			out = append(out, n)
 		}
 	}
+	return out
+}
+
+// formRing places the founding nodes and makes the namespace default.
+func formRing(t *topology.Topology, nodes []*topology.Node) (*topologyv1.Command, error) {
 	n := min(3, t.FoundingNodes, len(nodes))
 	ring, err := widen(t, nodes, n)
 	if err != nil {

@@ -3,10 +3,12 @@ package orchestrator
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/topology"
 	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
 )
@@ -25,7 +27,7 @@ func testConfig(orchestrators int) Config {
 func registerNode(t *testing.T, s *topology.State, name, zone string) *topology.State {
 	t.Helper()
 	next, _, err := s.Apply(&topologyv1.Command{Mutations: []*topologyv1.Mutation{{Kind: &topologyv1.Mutation_Register{Register: &topologyv1.Register{
-		Node: &topologyv1.Node{Name: name, Zone: zone, Role: topologyv1.Role_ROLE_DATA, Address: name + ":1", DataId: name}, Boot: 1,
+		Node: &topologyv1.Node{Name: name, Zone: zone, Role: topologyv1.Role_ROLE_DATA, Address: name + ":1", DataId: name + zone}, Boot: 1,
 	}}}}})
 	if err != nil {
 		t.Fatal(err)
@@ -34,10 +36,10 @@ func registerNode(t *testing.T, s *topology.State, name, zone string) *topology.
 }
 
 // settle applies what decide says until it has nothing to say.
-func settle(t *testing.T, s *topology.State, cfg *Config) (_ *topology.State, steps []string) {
+func settle(t *testing.T, s *topology.State, cfg *Config, dead ...uint64) (_ *topology.State, steps []string) {
 	t.Helper()
 	for range 10 {
-		cmd, err := decide(s, cfg, "c1")
+		cmd, err := decide(s, cfg, func(incarnation uint64) bool { return !slices.Contains(dead, incarnation) }, "c1")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -51,6 +53,56 @@ func settle(t *testing.T, s *topology.State, cfg *Config) (_ *topology.State, st
 	}
 	t.Fatal("the leader never comes to rest")
 	return nil, nil
+}
+
+// Of a node that was wiped and registered again before the ring formed, only the
+// newer counts and gets slots; of one that is dead, neither.
+func TestRingFormsOfLivingNodes(t *testing.T) {
+	cfg := testConfig(1)
+	s, _ := settle(t, nil, &cfg)
+	for _, zone := range []string{"z1", "z2"} { // another zone makes another data directory
+		s = registerNode(t, s, "n1", zone)
+	}
+	s = registerNode(t, s, "n2", "z")
+	if s, steps := settle(t, s, &cfg); len(steps) != 0 {
+		t.Fatalf("with two nodes that were registered three times it decides on %v, %+v", steps, s.Topology)
+	}
+	s = registerNode(t, s, "n3", "z")
+	if s, steps := settle(t, s, &cfg, 3); len(steps) != 0 {
+		t.Fatalf("with a dead node it decides on %v, %+v", steps, s.Topology)
+	}
+	s, _ = settle(t, s, &cfg)
+	if counts := s.Topology.SlotCounts(3); !s.Topology.Formed() || counts[1] != 0 || counts[2] == 0 {
+		t.Errorf("slots %v", counts)
+	}
+}
+
+func TestNameFree(t *testing.T) {
+	const unknown, healthy, unhealthy = topologyv1.NodeHealth_STATE_UNSPECIFIED, topologyv1.NodeHealth_STATE_HEALTHY, topologyv1.NodeHealth_STATE_UNHEALTHY
+	cfg := testConfig(1)
+	s, _ := settle(t, nil, &cfg)
+	s = registerNode(t, s, "n1", "a")
+	s = registerNode(t, s, "n1", "b")
+	for _, tc := range []struct {
+		name, dataID  string
+		first, second topologyv1.NodeHealth_State
+		want          string
+	}{
+		{"n2", "x", healthy, healthy, ""},
+		{"n1", "n1b", unknown, unknown, ""}, // restarted
+		{"n1", "n1b", unhealthy, unhealthy, ""},
+		{"n1", "n1a", unhealthy, healthy, "NAME_IN_USE"}, // replaced
+		{"n1", "x", unhealthy, healthy, "NAME_IN_USE"},
+		{"n1", "x", unhealthy, unknown, rpc.ReasonNotReady},
+		{"n1", "x", unhealthy, unhealthy, ""},
+	} {
+		err := nameFree(s.Topology, tc.name, tc.dataID, func(incarnation uint64) topologyv1.NodeHealth_State {
+			return []topologyv1.NodeHealth_State{tc.first, tc.second}[incarnation-1]
+		})
+		if e := rpc.AsError(err); e == nil && tc.want != "" || e != nil && e.Reason != tc.want {
+			t.Errorf("%+v: %v", tc, err)
+		}
+	}
 }
 
 func TestDecide(t *testing.T) {

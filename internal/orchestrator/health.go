@@ -232,9 +232,14 @@ func (h *probes) of(incarnation uint64) observation {
 	return observation{}
 }
 
+// state returns what is known of a node's health.
+func (h *probes) state(incarnation uint64) topologyv1.NodeHealth_State {
+	return h.of(incarnation).verdict.state
+}
+
 // healthy reports whether a node passed its last probes.
 func (h *probes) healthy(incarnation uint64) bool {
-	return h.of(incarnation).verdict.state == topologyv1.NodeHealth_STATE_HEALTHY
+	return h.state(incarnation) == topologyv1.NodeHealth_STATE_HEALTHY
 }
 
 func (obs observation) proto(incarnation uint64) *topologyv1.NodeHealth {

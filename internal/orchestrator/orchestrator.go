@@ -272,7 +272,7 @@ func (o *Orchestrator) takeOver(run context.Context) {
 
 // step proposes what is to be done next, if anything.
 func (o *Orchestrator) step(run context.Context) {
-	cmd, err := decide(o.machine.state.Load(), &o.cfg, rand.Text())
+	cmd, err := decide(o.machine.state.Load(), &o.cfg, o.health.healthy, rand.Text())
 	if err != nil {
 		o.cfg.Logger.Error("cannot decide", "err", err)
 		return

@@ -400,6 +400,31 @@ func TestNameInUse(t *testing.T) {
 	})
 }
 
+// Of two nodes that start together under one name, one is admitted and the other
+// waits until it is known whether that one lives.
+func TestOneNameAtOnce(t *testing.T) {
+	world(t, sim.Config{Seed: 14, Nodes: 3, Orchestrators: 3}, func(t *testing.T, w *sim.World) {
+		register := func(orch, dataID string) error {
+			_, err := w.Control(orch).RegisterNode(context.Background(), &adminv1.RegisterNodeRequest{
+				Name: "twin", Zone: "z1", Role: topologyv1.Role_ROLE_DATA, Address: "10.9.9.9:1", DataId: dataID, Boot: 1, BootId: "x",
+			})
+			return err
+		}
+		results := make(chan error)
+		go func() { results <- register("orch1", "a") }()
+		go func() { results <- register("orch2", "b") }()
+		first, second := <-results, <-results
+		if (first == nil) == (second == nil) {
+			t.Fatalf("the two got %v and %v", first, second)
+		}
+		wantReason(t, errors.Join(first, second), codes.Unavailable, rpc.ReasonNotReady)
+		time.Sleep(5 * time.Second) // nobody answers at its address
+		if err := register("orch3", "c"); err != nil {
+			t.Errorf("the name of a dead node: %v", err)
+		}
+	})
+}
+
 // A node 10 minutes ahead stops coordinating once three others say so; nothing is
 // lost, and its versions reach nobody.
 func TestNodeWithAWrongClock(t *testing.T) {
