@@ -107,6 +107,13 @@ func refused(err error) bool {
 	return false
 }
 
+// expelled reports whether the data directory may serve no more. Other refusals, as
+// of another cluster's orchestrator that answers by mistake, say nothing of that.
+func expelled(err error) bool {
+	r := rpc.AsError(err).Reason
+	return r == "NODE_REMOVED" || r == "BOOT_REGRESSION"
+}
+
 // orchestratorTimeout bounds one call to one orchestrator.
 const orchestratorTimeout = 3 * time.Second
 

@@ -400,7 +400,7 @@ func (n *Node) healthChanged() <-chan struct{} {
 // keepRegistered registers a node that had to start without an orchestrator, and
 // thereby its new addresses.
 func (n *Node) keepRegistered(run context.Context) {
-	for run.Err() == nil {
+	for said := ""; run.Err() == nil; {
 		_, t, err := n.registrar.register(run, n.id)
 		if err == nil {
 			if err := n.topologies.adopt(t); err != nil {
@@ -408,12 +408,16 @@ func (n *Node) keepRegistered(run context.Context) {
 			}
 			return
 		}
-		if refused(err) {
-			reason := err.Error()
+		reason := err.Error()
+		if expelled(err) {
 			n.removed.Store(&reason)
 			n.cfg.Logger.Error("the orchestrators turned this node away", "reason", reason)
 			n.announce()
 			return
+		}
+		if refused(err) && reason != said {
+			n.cfg.Logger.Error("an orchestrator refuses the registration; the node goes on with the topology on disk", "reason", reason)
+			said = reason
 		}
 		select {
 		case <-run.Done():

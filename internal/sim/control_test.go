@@ -400,6 +400,22 @@ func TestNameInUse(t *testing.T) {
 	})
 }
 
+// An orchestrator of another cluster that answers does not stop a node.
+func TestOrchestratorOfAnotherCluster(t *testing.T) {
+	world(t, sim.Config{Seed: 15, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		w.Crash("orch1", sim.Kill)
+		w.Crash("node2", sim.Kill)
+		w.Start("node2")
+		w.Wipe("orch1")
+		w.Start("orch1")
+		time.Sleep(10 * time.Second)
+		s, err := adminv1.NewStatusServiceClient(w.Conn("node2")).GetNodeStatus(context.Background(), &adminv1.GetNodeStatusRequest{})
+		if err != nil || s.GetStatus().GetState() != adminv1.NodeStatus_STATE_SERVING {
+			t.Errorf("status %v, %v", s, err)
+		}
+	})
+}
+
 // Of two nodes that start together under one name, one is admitted and the other
 // waits until it is known whether that one lives.
 func TestOneNameAtOnce(t *testing.T) {
