@@ -5,6 +5,7 @@ import (
 	"net"
 	"testing"
 
+	"github.com/cockroachdb/pebble/v2/vfs"
 	"google.golang.org/grpc"
 
 	"github.com/kvasirdb/kvasir/internal/consensus"
@@ -67,6 +68,28 @@ func TestConsensusErrors(t *testing.T) {
 	} {
 		if e := rpc.AsError(consensusError(err)); e.Reason != want {
 			t.Errorf("%v becomes %s, want %s", err, e.Reason, want)
+		}
+	}
+}
+
+// What was known in an earlier term does not count: leadership may have been lost
+// and won again.
+func TestLeadsInOneTerm(t *testing.T) {
+	streams, err := consensus.NewTCPStreamLayer("127.0.0.1:0", "", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	servers := []consensus.Server{{Name: "a", Address: streams.Addr().String()}}
+	o := &Orchestrator{}
+	if o.raft, err = consensus.Open(consensus.Config{Name: "a", Servers: servers, FS: vfs.NewMem(), Dir: "raft", Streams: streams}, newMachine()); err != nil {
+		t.Fatal(err)
+	}
+	defer o.raft.Close()
+	<-o.raft.LeaderChanges()
+	term := o.raft.Status().Term
+	for known, want := range map[uint64]bool{0: false, term - 1: false, term: true} {
+		if o.leading.Store(known); o.leads() != want {
+			t.Errorf("in term %d with a barrier in term %d: leads %v", term, known, !want)
 		}
 	}
 }

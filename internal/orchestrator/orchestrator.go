@@ -45,8 +45,9 @@ type Orchestrator struct {
 	healthServer            *health.Server
 	registry                *prometheus.Registry
 
-	// leading is set once this leader knows all that was committed before it led.
-	leading  atomic.Bool
+	// leading is the term in which this orchestrator, as its leader, came to know all
+	// that was committed before. In another term it must ask again.
+	leading  atomic.Uint64
 	stopping chan struct{}
 	stopOnce sync.Once
 	cancel   context.CancelFunc
@@ -213,7 +214,11 @@ func (o *Orchestrator) startServer() {
 }
 
 // leads reports whether this orchestrator leads and knows all that was agreed on.
-func (o *Orchestrator) leads() bool { return o.leading.Load() && o.raft.IsLeader() }
+func (o *Orchestrator) leads() bool {
+	term := o.leading.Load()
+	// The term is read last, and only grows: it was the same when IsLeader was asked.
+	return term != 0 && o.raft.IsLeader() && o.raft.Status().Term == term
+}
 
 // leaderAddress returns where the leader serves, if there is one.
 func (o *Orchestrator) leaderAddress() (string, bool) {
@@ -239,8 +244,7 @@ func (o *Orchestrator) lead(run context.Context) {
 		changed := o.machine.changed()
 		switch {
 		case !o.raft.IsLeader():
-			o.leading.Store(false)
-		case !o.leading.Load():
+		case !o.leads():
 			o.takeOver(run)
 		default:
 			o.step(run)
@@ -262,11 +266,12 @@ const proposeTimeout = 5 * time.Second
 func (o *Orchestrator) takeOver(run context.Context) {
 	ctx, cancel := context.WithTimeout(run, proposeTimeout)
 	defer cancel()
+	term := o.raft.Status().Term
 	if err := o.raft.Barrier(ctx); err != nil {
 		return // asked again at the next tick, if this one still leads
 	}
-	o.leading.Store(true)
-	o.cfg.Logger.Info("leading", "term", o.raft.Status().Term)
+	o.leading.Store(term)
+	o.cfg.Logger.Info("leading", "term", term)
 	o.step(run)
 }
 
