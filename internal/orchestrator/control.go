@@ -67,6 +67,9 @@ func noLeader() *rpc.Error {
 
 // change decides and proposes until no other change comes in between.
 func (o *Orchestrator) change(ctx context.Context, decide func(*topology.Topology) (*topologyv1.Command, error)) (applied, error) {
+	if err := o.behind(ctx); err != nil {
+		return applied{}, err
+	}
 	for tries := 0; ; tries++ {
 		t := o.machine.topology()
 		if t == nil {
@@ -392,6 +395,9 @@ func (s topologyService) GetTopology(_ context.Context, r *topologyv1.GetTopolog
 
 func (s topologyService) WatchTopology(r *topologyv1.WatchTopologyRequest, stream grpc.ServerStreamingServer[topologyv1.WatchTopologyResponse]) error {
 	known := r.GetKnownEpoch()
+	if _, err := s.check(r.GetClusterId()); err == nil && r.GetClusterId() != "" {
+		s.o.noteEpoch(known)
+	}
 	tick := time.NewTicker(watchInterval)
 	defer tick.Stop()
 	for {

@@ -179,6 +179,7 @@ func (h *probes) ask(ctx context.Context, n *topology.Node, timeout time.Duratio
 	if got := resp.GetStatus().GetIncarnation(); got != n.Incarnation {
 		return nil, fmt.Errorf("#%d answers at its address", got)
 	}
+	h.o.noteEpoch(resp.GetStatus().GetEpoch())
 	return resp.GetStatus(), nil
 }
 

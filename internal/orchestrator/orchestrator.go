@@ -19,6 +19,7 @@ import (
 	"github.com/hashicorp/raft"
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 
@@ -47,11 +48,15 @@ type Orchestrator struct {
 
 	// leading is the term in which this orchestrator, as its leader, came to know all
 	// that was committed before. In another term it must ask again.
-	leading  atomic.Uint64
-	stopping chan struct{}
-	stopOnce sync.Once
-	cancel   context.CancelFunc
-	workers  sync.WaitGroup
+	leading atomic.Uint64
+	// seen is the greatest epoch that a node of this cluster said it has.
+	seen atomic.Uint64
+	// saidBehind is the control loop's: the log tells of an older copy once.
+	saidBehind bool
+	stopping   chan struct{}
+	stopOnce   sync.Once
+	cancel     context.CancelFunc
+	workers    sync.WaitGroup
 }
 
 // Start starts an orchestrator and returns once it takes part in Raft. Errors name
@@ -275,8 +280,47 @@ func (o *Orchestrator) takeOver(run context.Context) {
 	o.step(run)
 }
 
+// noteEpoch takes in the epoch that a node has.
+func (o *Orchestrator) noteEpoch(epoch uint64) {
+	for {
+		seen := o.seen.Load()
+		if epoch <= seen || o.seen.CompareAndSwap(seen, epoch) {
+			return
+		}
+	}
+}
+
+// behind returns an error when a node has a later epoch than this leader, whose
+// state then is an older copy: a change could give out epochs, incarnations and
+// namespace identifiers again.
+func (o *Orchestrator) behind(ctx context.Context) error {
+	late := func() bool {
+		t := o.machine.topology()
+		return t != nil && t.Epoch < o.seen.Load()
+	}
+	if !late() {
+		return nil
+	}
+	if err := o.raft.Barrier(ctx); err != nil { // it may only be slow to apply
+		return consensusError(err)
+	}
+	if !late() {
+		return nil
+	}
+	return rpc.Errorf(codes.DataLoss, "EPOCH_REGRESSION",
+		"the orchestrators are at epoch %s, but a node has epoch %s: their data directories are older copies, and nothing can be changed; put newer ones back",
+		topology.EpochString(o.machine.topology().Epoch), topology.EpochString(o.seen.Load()))
+}
+
 // step proposes what is to be done next, if anything.
 func (o *Orchestrator) step(run context.Context) {
+	if err := o.behind(run); err != nil {
+		if rpc.AsError(err).Code == codes.DataLoss && !o.saidBehind {
+			o.saidBehind = true
+			o.cfg.Logger.Error("this leader's state is an older copy", "err", err)
+		}
+		return
+	}
 	cmd, err := decide(o.machine.state.Load(), &o.cfg, o.health.healthy, rand.Text())
 	if err != nil {
 		o.cfg.Logger.Error("cannot decide", "err", err)

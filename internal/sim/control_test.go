@@ -416,6 +416,31 @@ func TestOrchestratorOfAnotherCluster(t *testing.T) {
 	})
 }
 
+// An orchestrator whose data directory is an older copy changes nothing once it
+// hears of a node's epoch, and nodes serve on.
+func TestOldCopyOfOrchestrator(t *testing.T) {
+	world(t, sim.Config{Seed: 16, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		c := w.Client()
+		defer c.Close()
+		put(t, c, "k", "v")
+		old := w.CopyDisk("orch1")
+		if _, err := create(w.Control("node1"), "a", nil); err != nil {
+			t.Fatal(err)
+		}
+		w.Crash("orch1", sim.Kill)
+		w.SetDisk("orch1", old)
+		w.Start("orch1")
+		time.Sleep(5 * time.Second)
+		_, err := create(w.Control("orch1"), "b", nil)
+		wantReason(t, err, codes.DataLoss, "EPOCH_REGRESSION")
+		_, err = w.Control("orch1").RegisterNode(context.Background(), &adminv1.RegisterNodeRequest{
+			Name: "new", Zone: "z1", Role: topologyv1.Role_ROLE_DATA, Address: "10.9.9.9:1", DataId: "new", Boot: 1, BootId: "x",
+		})
+		wantReason(t, err, codes.DataLoss, "EPOCH_REGRESSION")
+		want(t, c, "k", "v")
+	})
+}
+
 // Of two nodes that start together under one name, one is admitted and the other
 // waits until it is known whether that one lives.
 func TestOneNameAtOnce(t *testing.T) {
