@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc"
@@ -114,8 +115,29 @@ func expelled(err error) bool {
 	return r == "NODE_REMOVED" || r == "BOOT_REGRESSION"
 }
 
-// orchestratorTimeout bounds one call to one orchestrator.
-const orchestratorTimeout = 3 * time.Second
+// orchestrators returns the addresses of all orchestrators that are known, each once.
+func orchestrators(seeds []string, t *topology.Topology) []string {
+	var out []string
+	add := func(address string) {
+		if !slices.Contains(out, address) {
+			out = append(out, address)
+		}
+	}
+	for _, a := range seeds {
+		add(a)
+	}
+	for _, o := range t.Orchestrators {
+		add(o.Address)
+	}
+	return out
+}
+
+const (
+	// orchestratorTimeout bounds one call to one orchestrator.
+	orchestratorTimeout = 3 * time.Second
+	// orchestratorPatience is how long one may take before the next is asked too.
+	orchestratorPatience = 200 * time.Millisecond
+)
 
 // repeat says whether a request that was sent and not answered may be sent again.
 type repeat bool
@@ -126,12 +148,26 @@ const (
 )
 
 // anyOrchestrator makes a call at one address after the other until one answers,
-// whether well or with a refusal. A change that was sent and not answered ends in
+// whether well or with a refusal; with one that can be repeated it does not wait long
+// before it asks the next as well. A change that was sent and not answered ends in
 // OUTCOME_UNKNOWN: the next orchestrator might find it made.
 func anyOrchestrator[T any](ctx context.Context, dial rpc.Transport, addresses []string, again repeat, call func(context.Context, adminv1.ControlServiceClient, ...grpc.CallOption) (T, error)) (T, error) {
 	var zero T
-	last := rpc.Errorf(codes.Unavailable, rpc.ReasonNoLeader, "no orchestrator is known")
-	for _, a := range addresses {
+	type answer struct {
+		from string
+		resp T
+		err  error
+		sent bool
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	answers, waiting := make(chan answer), 0
+	defer func() {
+		cancel()
+		for ; waiting > 0; waiting-- {
+			<-answers
+		}
+	}()
+	ask := func(a string) {
 		var sentTo peer.Peer // stays empty when the request never left
 		resp, err := func() (T, error) {
 			cc, err := dial.NewConn(a)
@@ -143,18 +179,35 @@ func anyOrchestrator[T any](ctx context.Context, dial rpc.Transport, addresses [
 			defer cancel()
 			return call(ctx, adminv1.NewControlServiceClient(cc), grpc.Peer(&sentTo))
 		}()
-		if err == nil {
-			return resp, nil
+		answers <- answer{a, resp, err, sentTo.Addr != nil}
+	}
+	last := rpc.Errorf(codes.Unavailable, rpc.ReasonNoLeader, "no orchestrator is known")
+	for waiting > 0 || len(addresses) > 0 {
+		if len(addresses) > 0 {
+			go ask(addresses[0])
+			addresses, waiting = addresses[1:], waiting+1
 		}
-		e := rpc.AsError(err)
-		unanswered := e.Code == codes.Unavailable || e.Code == codes.DeadlineExceeded || e.Code == codes.Canceled
-		if again == change && unanswered && sentTo.Addr != nil && !e.NothingDone() {
-			return zero, rpc.Errorf(codes.Unavailable, rpc.ReasonOutcomeUnknown, "the change may have been made or not; orchestrator %s: %s", a, e.Message)
+		var impatient <-chan time.Time
+		if again == idempotent && len(addresses) > 0 {
+			impatient = time.After(orchestratorPatience)
 		}
-		if !unanswered || ctx.Err() != nil {
-			return zero, e
+		select {
+		case <-impatient:
+		case got := <-answers:
+			waiting--
+			if got.err == nil {
+				return got.resp, nil
+			}
+			e := rpc.AsError(got.err)
+			unanswered := e.Code == codes.Unavailable || e.Code == codes.DeadlineExceeded || e.Code == codes.Canceled
+			if again == change && unanswered && got.sent && !e.NothingDone() {
+				return zero, rpc.Errorf(codes.Unavailable, rpc.ReasonOutcomeUnknown, "the change may have been made or not; orchestrator %s: %s", got.from, e.Message)
+			}
+			if !unanswered || ctx.Err() != nil {
+				return zero, e
+			}
+			last = rpc.Errorf(codes.Unavailable, rpc.ReasonNoLeader, "no orchestrator answers for its leader; %s: %s", got.from, e.Message)
 		}
-		last = rpc.Errorf(codes.Unavailable, rpc.ReasonNoLeader, "no orchestrator answers for its leader; %s: %s", a, e.Message)
 	}
 	return zero, last
 }

@@ -3,13 +3,16 @@ package node
 import (
 	"context"
 	"net"
+	"slices"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 
 	"github.com/kvasirdb/kvasir/internal/rpc"
+	"github.com/kvasirdb/kvasir/internal/topology"
 	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
 )
 
@@ -78,5 +81,32 @@ func TestUnansweredChange(t *testing.T) {
 				t.Errorf("error %v, asked %d and %d times; want %s, 1 and %d", e, first.calls.Load(), second.calls.Load(), tc.reason, tc.asked)
 			}
 		})
+	}
+}
+
+// Orchestrators that accept connections and say nothing, as paused ones do, are not
+// waited for one by one.
+func TestSilentOrchestrators(t *testing.T) {
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	answers := &fakeControl{err: rpc.Errorf(codes.AlreadyExists, "NAMESPACE_EXISTS", "x")}
+	addresses := []string{silent.Addr().String(), silent.Addr().String(), silent.Addr().String(), answers.serve(t)}
+	began := time.Now()
+	_, err = anyOrchestrator(context.Background(), rpc.Transport{Dial: rpc.NetDialer}, addresses, idempotent,
+		func(ctx context.Context, c adminv1.ControlServiceClient, opts ...grpc.CallOption) (*adminv1.CreateNamespaceResponse, error) {
+			return c.CreateNamespace(ctx, &adminv1.CreateNamespaceRequest{}, opts...)
+		})
+	if rpc.AsError(err).Reason != "NAMESPACE_EXISTS" || time.Since(began) > orchestratorTimeout {
+		t.Errorf("%v after %v", err, time.Since(began))
+	}
+}
+
+func TestOrchestratorsAreListedOnce(t *testing.T) {
+	known := &topology.Topology{Orchestrators: []topology.Orchestrator{{Address: "b:1"}, {Address: "c:1"}}}
+	if got := orchestrators([]string{"a:1", "b:1", "a:1"}, known); !slices.Equal(got, []string{"a:1", "b:1", "c:1"}) {
+		t.Errorf("addresses %v", got)
 	}
 }

@@ -169,11 +169,7 @@ func (n *Node) openStore() error {
 // the first time.
 func (n *Node) introduce(ctx context.Context) error {
 	n.registrar = &registrar{cfg: &n.cfg, store: n.store, dial: n.transport, bootID: rand.Text(), orchs: func() []string {
-		out := append([]string(nil), n.cfg.Orchestrators...)
-		for _, o := range n.fence.Topology().Orchestrators {
-			out = append(out, o.Address)
-		}
-		return out
+		return orchestrators(n.cfg.Orchestrators, n.fence.Topology())
 	}}
 	for said := ""; ; {
 		id, t, err := n.registrar.register(ctx, n.id)

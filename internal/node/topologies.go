@@ -128,13 +128,7 @@ func (t *topologies) setHealth(health map[uint64]*topologyv1.NodeHealth) {
 
 // orchestrators returns the addresses of all orchestrators that are known.
 func (t *topologies) orchestrators() []string {
-	out := slices.Clone(t.seeds)
-	for _, o := range t.current().Orchestrators {
-		if !slices.Contains(out, o.Address) {
-			out = append(out, o.Address)
-		}
-	}
-	return out
+	return orchestrators(t.seeds, t.current())
 }
 
 // watchSilence is how long an orchestrator may send nothing; it sends something
