@@ -371,8 +371,14 @@ type topologyService struct {
 	o *Orchestrator
 }
 
-// watchInterval is how often a watcher hears something at least.
-const watchInterval = 2 * time.Second
+const (
+	// watchInterval is how often a watcher hears something at least.
+	watchInterval = 2 * time.Second
+	// watchWithoutLeader is how long a watch goes on without a leader: another
+	// orchestrator may have one, and know more. Where none has, nodes go from one to
+	// the next at this pace.
+	watchWithoutLeader = 5 * time.Second
+)
 
 func (s topologyService) check(clusterID string) (*topology.Topology, error) {
 	t := s.o.machine.topology()
@@ -400,7 +406,13 @@ func (s topologyService) WatchTopology(r *topologyv1.WatchTopologyRequest, strea
 	}
 	tick := time.NewTicker(watchInterval)
 	defer tick.Stop()
+	led := time.Now() // when there was a leader last
 	for {
+		if _, ok := s.o.raft.Leader(); ok {
+			led = time.Now()
+		} else if time.Since(led) > watchWithoutLeader {
+			return noLeader()
+		}
 		changed, health := s.o.machine.changed(), s.o.health.changed()
 		t, err := s.check(r.GetClusterId())
 		if err != nil {

@@ -441,6 +441,42 @@ func TestOldCopyOfOrchestrator(t *testing.T) {
 	})
 }
 
+// Nodes leave an orchestrator that is cut off from the others, without any traffic
+// to tell them that there is a newer topology; when none has a leader they serve on.
+func TestOrchestratorWithoutLeader(t *testing.T) {
+	world(t, sim.Config{Seed: 17, Nodes: 3, Orchestrators: 3}, func(t *testing.T, w *sim.World) {
+		c := w.Client()
+		defer c.Close()
+		put(t, c, "k", "v")
+		cut := func(lone string) {
+			for _, other := range []string{"orch1", "orch2", "orch3"} {
+				if other != lone {
+					w.Net.Cut(w.Host(lone), w.Host(other))
+					w.Net.Cut(w.Host(other), w.Host(lone))
+				}
+			}
+		}
+		cut("orch1")
+		time.Sleep(3 * time.Second)
+		made, err := create(w.Control("orch2"), "later", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(15 * time.Second)
+		for i := range 3 {
+			s, err := adminv1.NewStatusServiceClient(w.Conn(fmt.Sprint("node", i+1))).GetNodeStatus(context.Background(), &adminv1.GetNodeStatusRequest{})
+			if err != nil || s.GetStatus().GetEpoch() != made.GetEpoch() {
+				t.Errorf("node%d is at epoch %d, want %d; %v", i+1, s.GetStatus().GetEpoch(), made.GetEpoch(), err)
+			}
+		}
+		cut("orch2")
+		for range 30 {
+			time.Sleep(time.Second)
+			want(t, c, "k", "v")
+		}
+	})
+}
+
 // Of two nodes that start together under one name, one is admitted and the other
 // waits until it is known whether that one lives.
 func TestOneNameAtOnce(t *testing.T) {
