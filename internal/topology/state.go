@@ -198,7 +198,7 @@ func (d *draft) register(r *topologyv1.Register) error {
 	b := d.boots[known.Incarnation]
 	if r.GetBoot() < b.count || r.GetBoot() == b.count && r.GetBootId() != b.id {
 		return refuse(Precondition, "BOOT_REGRESSION",
-			fmt.Sprintf("the data directory of node %s has seen %d starts, the cluster has seen %d: it is an old copy, and serving it would undo acknowledged writes; start the node with an empty data directory", known.Name, r.GetBoot(), b.count),
+			fmt.Sprintf("start %d of node %s's data directory was registered before, by another run, and start %d was the last: this directory is an old copy, and serving it would undo acknowledged writes; start the node with an empty data directory", r.GetBoot(), known.Name, b.count),
 			"boot", r.GetBoot(), "known_boot", b.count)
 	}
 	d.boots[known.Incarnation] = boot{r.GetBoot(), r.GetBootId()}
