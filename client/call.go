@@ -35,6 +35,8 @@ type request struct {
 	writes bool
 	// only, when set, is the one address to ask.
 	only string
+	// replica, when set, is the node whose own copy is read, whoever passes it on.
+	replica string
 }
 
 // answered is a reply with where it came from.
@@ -88,7 +90,9 @@ func (c *Client) do(ctx context.Context, req request) (answered, error) {
 			if ctx.Err() != nil {
 				return answered{}, c.timedOut(ctx, failure, failedAt, maybeDone)
 			}
-			if !retriable(e, req.retry) || !c.budget.spend() {
+			// Asking again makes no owner of a node that is named.
+			final := req.replica != "" && e.Reason == rpc.ReasonNotOwner
+			if final || !retriable(e, req.retry) || !c.budget.spend() {
 				return answered{}, publicError(failure, failedAt, maybeDone)
 			}
 			if e.RetryAfter > 0 {

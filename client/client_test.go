@@ -251,6 +251,33 @@ func TestBatchRemembersThatItMayBeWritten(t *testing.T) {
 	})
 }
 
+// A node that holds no replica of a key is not asked for it again.
+func TestReplicaThatHoldsNone(t *testing.T) {
+	world(t, sim.Config{Seed: 8, Nodes: 4, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		c := w.Client()
+		defer c.Close()
+		if _, err := c.Put(context.Background(), []byte("k"), nil); err != nil {
+			t.Fatal(err)
+		}
+		without := 0
+		for i := range 4 {
+			start := time.Now()
+			_, err := c.Get(context.Background(), []byte("k"), client.FromReplica(fmt.Sprintf("node%d", i+1)))
+			if err == nil {
+				continue
+			}
+			without++
+			var e *client.Error
+			if !errors.As(err, &e) || e.Reason != "NOT_OWNER" || errors.Is(err, client.ErrTimeout) || time.Since(start) > time.Second {
+				t.Errorf("after %s: %v", time.Since(start), err)
+			}
+		}
+		if without != 1 {
+			t.Errorf("%d of 4 nodes hold no replica", without)
+		}
+	})
+}
+
 func TestScanIterator(t *testing.T) {
 	world(t, sim.Config{Seed: 5, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
 		c := w.Client()

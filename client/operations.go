@@ -81,7 +81,7 @@ func (c *Client) Get(ctx context.Context, key []byte, opts ...CallOption) (Value
 		least = &kvv1.Version{Timestamp: cc.minVersion.Timestamp, Incarnation: cc.minVersion.Incarnation}
 	}
 	a, err := c.do(ctx, request{
-		key: key, namespace: cc.namespace, retry: true, hedge: cc.replica == "" && !cc.trace,
+		key: key, namespace: cc.namespace, retry: true, hedge: cc.replica == "" && !cc.trace, replica: cc.replica,
 		make: func(epoch, token uint64) *kvv1.SessionCall {
 			return &kvv1.SessionCall{Request: &kvv1.SessionCall_Get{Get: &kvv1.GetRequest{
 				Namespace: cc.namespace, Key: key, ReadQuorum: cc.r, ReadRepair: kvv1.ReadRepair(cc.repair),
