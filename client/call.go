@@ -296,8 +296,8 @@ func (c *Client) send(ctx context.Context, req request, address string) (answere
 		return answered{}, err
 	}
 	newer, seen := facts(reply)
-	if newer > epoch {
-		c.stopped.Go(func() { c.refresh(address) })
+	if newer > c.view.Load().topology.Epoch {
+		c.refresh(address)
 	}
 	for {
 		have := c.token.Load()

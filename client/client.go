@@ -32,12 +32,14 @@ type Client struct {
 	// token is the greatest timestamp seen; it orders this client's writes.
 	token   atomic.Uint64
 	budget  budget
+	run     context.Context // ends with Close
 	cancel  context.CancelFunc
 	stopped sync.WaitGroup
 	mu      struct {
 		sync.Mutex
-		links  map[string]*link // by address
-		closed bool
+		links      map[string]*link // by address
+		refreshing bool             // a refresh is under way
+		closed     bool
 	}
 }
 
@@ -78,9 +80,8 @@ func New(ctx context.Context, endpoints []string, opts ...Option) (*Client, erro
 		return nil, err
 	}
 	c.view.Store(&view{topology: t})
-	run, cancel := context.WithCancel(context.Background())
-	c.cancel = cancel
-	c.stopped.Go(func() { c.follow(run) })
+	c.run, c.cancel = context.WithCancel(context.Background())
+	c.stopped.Go(func() { c.follow(c.run) })
 	return c, nil
 }
 
@@ -221,33 +222,49 @@ const watchSilence = 6 * time.Second
 
 // learn takes in what a watched server sent.
 func (c *Client) learn(resp *topologyv1.WatchTopologyResponse) error {
-	old := c.view.Load()
-	next := &view{topology: old.topology, unhealthy: map[uint64]bool{}}
+	unhealthy := map[uint64]bool{}
 	for _, h := range resp.GetHealth() {
 		if h.GetState() == topologyv1.NodeHealth_STATE_UNHEALTHY {
-			next.unhealthy[h.GetIncarnation()] = true
+			unhealthy[h.GetIncarnation()] = true
 		}
 	}
+	var t *topology.Topology
 	if resp.GetTopology() != nil {
-		t, err := topology.FromProto(resp.GetTopology())
-		if err != nil {
+		var err error
+		if t, err = topology.FromProto(resp.GetTopology()); err != nil {
 			return err
 		}
-		if t.Epoch > old.topology.Epoch {
-			next.topology = t
-		}
 	}
-	c.view.Store(next)
-	if next.topology != old.topology {
-		c.dropLinks(next.topology)
-	}
+	c.advance(t, unhealthy)
 	return nil
 }
 
+// advance replaces the view; nil keeps what it has. The topology only goes forward.
+func (c *Client) advance(t *topology.Topology, unhealthy map[uint64]bool) {
+	for {
+		old := c.view.Load()
+		next := *old
+		if unhealthy != nil {
+			next.unhealthy = unhealthy
+		}
+		if t != nil && t.Epoch > old.topology.Epoch {
+			next.topology = t
+		}
+		if !c.view.CompareAndSwap(old, &next) {
+			continue
+		}
+		if next.topology != old.topology {
+			c.dropLinks()
+		}
+		return
+	}
+}
+
 // dropLinks closes links to addresses that nobody has any more.
-func (c *Client) dropLinks(t *topology.Topology) {
+func (c *Client) dropLinks() {
 	var stale []*link
 	c.mu.Lock()
+	t := c.view.Load().topology
 	for address, l := range c.mu.links {
 		known := slices.Contains(c.endpoints, address) ||
 			slices.ContainsFunc(t.Nodes, func(n topology.Node) bool { return n.Address == address })
@@ -263,16 +280,24 @@ func (c *Client) dropLinks(t *topology.Topology) {
 }
 
 // refresh asks one address for its topology, in the background, when an answer
-// showed that it has a newer one.
+// showed that it has a newer one. Many answers show it at once: one asks.
 func (c *Client) refresh(address string) {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-	defer cancel()
-	if t, err := c.fetchTopology(ctx, address); err == nil {
-		old := c.view.Load()
-		if t.Epoch > old.topology.Epoch {
-			c.view.CompareAndSwap(old, &view{topology: t, unhealthy: old.unhealthy})
-		}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.mu.closed || c.mu.refreshing {
+		return
 	}
+	c.mu.refreshing = true
+	c.stopped.Go(func() {
+		ctx, cancel := context.WithTimeout(c.run, time.Second)
+		defer cancel()
+		if t, err := c.fetchTopology(ctx, address); err == nil {
+			c.advance(t, nil)
+		}
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.mu.refreshing = false
+	})
 }
 
 // link returns the link to an address, making it when there is none.

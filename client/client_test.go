@@ -6,12 +6,15 @@ import (
 	"fmt"
 	"net"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/kvasirdb/kvasir/client"
 	"github.com/kvasirdb/kvasir/internal/sim"
+	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
 )
 
 // world runs a test in a bubble with a simulated cluster.
@@ -275,6 +278,44 @@ func TestReplicaThatHoldsNone(t *testing.T) {
 		if without != 1 {
 			t.Errorf("%d of 4 nodes hold no replica", without)
 		}
+	})
+}
+
+// Many answers may show at once that the topology has changed: a client asks for it
+// once.
+func TestOneRefreshAtATime(t *testing.T) {
+	world(t, sim.Config{Seed: 9, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		w.Net.SetLatency(func(string, string) (time.Duration, time.Duration) { return 500 * time.Microsecond, 0 })
+		inside := w.Net.Dialer("10.0.2.1")
+		var dials atomic.Int64
+		c, err := client.New(context.Background(), w.Endpoints(), client.WithDialer(func(ctx context.Context, address string) (net.Conn, error) {
+			dials.Add(1)
+			return inside(ctx, address)
+		}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		ctx, cancel := context.WithCancel(context.Background())
+		var writers sync.WaitGroup
+		for i := range 64 {
+			writers.Go(func() {
+				for ctx.Err() == nil {
+					c.Put(ctx, fmt.Append(nil, i), nil)
+				}
+			})
+		}
+		time.Sleep(100 * time.Millisecond)
+		before := dials.Load()
+		if _, err := w.Control("orch1").CreateNamespace(ctx, &adminv1.CreateNamespaceRequest{Name: "x"}); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(100 * time.Millisecond)
+		if n := dials.Load() - before; n > 3 {
+			t.Errorf("one change made the client open %d connections", n)
+		}
+		cancel()
+		writers.Wait()
 	})
 }
 
