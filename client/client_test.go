@@ -46,6 +46,7 @@ func TestTypedErrors(t *testing.T) {
 			return err
 		}
 		get := func(opts ...client.CallOption) error { _, err := c.Get(ctx, k, opts...); return err }
+		batch := func(ops ...client.Operation) error { _, err := c.Batch(ctx, ops); return err }
 		for name, tc := range map[string]struct {
 			err    error
 			want   error
@@ -59,6 +60,9 @@ func TestTypedErrors(t *testing.T) {
 			"quorum above N":     {put(k, nil, client.W("4")), client.ErrInvalidArgument, "n"},
 			"negative TTL":       {put(k, nil, client.TTL(-time.Second)), client.ErrInvalidArgument, "field"},
 			"TTL below 1ms":      {put(k, nil, client.TTL(time.Microsecond)), client.ErrInvalidArgument, "field"},
+			"batch TTL below 0":  {batch(client.Operation{Key: k, TTL: -time.Second}), client.ErrInvalidArgument, "operation"},
+			"batch TTL < 1ms":    {batch(client.Operation{Key: k, TTL: 500 * time.Microsecond}), client.ErrInvalidArgument, "operation"},
+			"duplicate key":      {batch(client.Operation{Key: k}, client.Operation{Key: k}), client.ErrInvalidArgument, "operation"},
 			"unknown replica":    {get(client.FromReplica("node9")), nil, "node"},
 			"version of nowhere": {get(client.MinVersion(client.Version{Timestamp: 1 << 60, Incarnation: 1})), client.ErrUnavailable, ""},
 		} {
@@ -72,9 +76,6 @@ func TestTypedErrors(t *testing.T) {
 			if errors.Is(tc.err, client.ErrOutcomeUnknown) {
 				t.Errorf("%s: a refusal is reported as an unknown outcome", name)
 			}
-		}
-		if _, err := c.Batch(ctx, []client.Operation{{Key: k}, {Key: k}}); !errors.Is(err, client.ErrInvalidArgument) {
-			t.Errorf("duplicate key: %v", err)
 		}
 		if _, _, err := c.ScanPage(ctx, client.Range{Limit: -1}, nil); !errors.Is(err, client.ErrInvalidArgument) {
 			t.Errorf("negative limit: %v", err)

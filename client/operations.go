@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"iter"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -22,13 +23,21 @@ func (c *Client) config(opts []CallOption) (callConfig, error) {
 	if cc.namespace == "" {
 		cc.namespace = topology.DefaultNamespace
 	}
-	if cc.ttl != 0 && cc.ttl < time.Millisecond {
-		cc.err = &Error{
-			Code: "InvalidArgument", Reason: rpc.ReasonBadRequest, Message: fmt.Sprintf("TTL of %s is below 1ms", cc.ttl),
-			Details: map[string]string{"field": "ttl_ms"}, is: []error{ErrInvalidArgument},
-		}
+	if e := checkTTL(cc.ttl); e != nil {
+		cc.err = e
 	}
 	return cc, cc.err
+}
+
+// checkTTL refuses what whole milliseconds cannot say; 0 stands for none given.
+func checkTTL(ttl time.Duration) *Error {
+	if ttl == 0 || ttl >= time.Millisecond {
+		return nil
+	}
+	return &Error{
+		Code: "InvalidArgument", Reason: rpc.ReasonBadRequest, Message: fmt.Sprintf("TTL of %s is below 1ms", ttl),
+		Details: map[string]string{"field": "ttl_ms"}, is: []error{ErrInvalidArgument},
+	}
 }
 
 // Put stores a value under a key. The options W, TTL, Namespace, Traced and
@@ -111,6 +120,12 @@ func (c *Client) Batch(ctx context.Context, ops []Operation, opts ...CallOption)
 	cc, err := c.config(opts)
 	if err != nil {
 		return nil, err
+	}
+	for i, op := range ops {
+		if e := checkTTL(op.TTL); e != nil {
+			e.Details["operation"] = strconv.Itoa(i)
+			return nil, e
+		}
 	}
 	b := newBatch(ops)
 	ctx, cancel := c.withDeadline(ctx)

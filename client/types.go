@@ -113,7 +113,8 @@ type Operation struct {
 	Key, Value []byte
 	// Delete removes the key; Value and TTL must then be empty.
 	Delete bool
-	// TTL is the time to live, in whole milliseconds; 0 takes the namespace's default.
+	// TTL is the time to live, in whole milliseconds, at least one; 0 takes the
+	// namespace's default.
 	TTL time.Duration
 }
 
