@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"math"
 	"net"
 	"path/filepath"
 	"slices"
@@ -105,6 +106,21 @@ func TestStatus(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestStatusOfStrangeFigures: a node cannot break the documents of all.
+func TestStatusOfStrangeFigures(t *testing.T) {
+	f := newFake(t, 3)
+	f.mu.Lock()
+	f.mu.status[1].CpuUtilization = math.NaN()
+	f.mu.status[1].Get = &adminv1.OperationStats{PerSecond: math.Inf(1)}
+	f.mu.Unlock()
+	d := decode(t, f.run("node", "status", "node1", "-o", "json").want(t, 0).stdout)["status"].(map[string]any)
+	if cpu, ok := d["cpu_utilization"]; !ok || cpu != nil || d["operations_per_second"] != nil {
+		t.Errorf("document %v", d)
+	}
+	f.run("node", "status", "-o", "yaml").want(t, 0, "cpu_utilization: null")
+	f.run("node", "status").want(t, 0)
 }
 
 // TestStatusAsksOldNodes: figures that are old are asked for anew.

@@ -1,6 +1,8 @@
 package cli
 
 import (
+	"encoding/json"
+	"math"
 	"time"
 
 	"github.com/kvasirdb/kvasir/internal/quorum"
@@ -31,11 +33,11 @@ type statusDoc struct {
 	Epoch              uint64        `json:"epoch"`
 	Software           string        `json:"software"`
 	UptimeMs           uint64        `json:"uptime_ms"`
-	CPUUtilization     float64       `json:"cpu_utilization"`
+	CPUUtilization     number        `json:"cpu_utilization"`
 	MemoryBytes        uint64        `json:"memory_bytes"`
 	DiskUsedBytes      uint64        `json:"disk_used_bytes"`
 	DiskAvailableBytes uint64        `json:"disk_available_bytes"`
-	OpsPerSecond       float64       `json:"operations_per_second"`
+	OpsPerSecond       number        `json:"operations_per_second"`
 	Get                operationsDoc `json:"get"`
 	Put                operationsDoc `json:"put"`
 	Scan               operationsDoc `json:"scan"`
@@ -48,11 +50,21 @@ type statusDoc struct {
 }
 
 type operationsDoc struct {
-	PerSecond float64 `json:"per_second"`
+	PerSecond number  `json:"per_second"`
 	P50Ms     float64 `json:"p50_ms"`
 	P99Ms     float64 `json:"p99_ms"`
 	Total     uint64  `json:"total"`
 	Errors    uint64  `json:"errors"`
+}
+
+// number is a figure that a node gave; JSON has nothing for NaN and infinity but null.
+type number float64
+
+func (n number) MarshalJSON() ([]byte, error) {
+	if f := float64(n); math.IsNaN(f) || math.IsInf(f, 0) {
+		return []byte("null"), nil
+	}
+	return json.Marshal(float64(n))
 }
 
 type queueDoc struct {
@@ -98,8 +110,8 @@ func (s *clusterStatus) statusDoc(n *observedNode) *statusDoc {
 	}
 	d := &statusDoc{
 		AgeMs: n.age.Milliseconds(), SampledAt: millisDoc(st.GetSampledAtMs()), Epoch: st.GetEpoch(), Software: st.GetSoftware(), UptimeMs: st.GetUptimeMs(),
-		CPUUtilization: st.GetCpuUtilization(), MemoryBytes: st.GetMemoryBytes(), DiskUsedBytes: st.GetDiskUsedBytes(), DiskAvailableBytes: st.GetDiskAvailableBytes(),
-		OpsPerSecond: operations(st), Get: operationsDocOf(st.GetGet()), Put: operationsDocOf(st.GetPut()), Scan: operationsDocOf(st.GetScan()),
+		CPUUtilization: number(st.GetCpuUtilization()), MemoryBytes: st.GetMemoryBytes(), DiskUsedBytes: st.GetDiskUsedBytes(), DiskAvailableBytes: st.GetDiskAvailableBytes(),
+		OpsPerSecond: number(operations(st)), Get: operationsDocOf(st.GetGet()), Put: operationsDocOf(st.GetPut()), Scan: operationsDocOf(st.GetScan()),
 		RequestsInFlight: st.GetRequestsInFlight(), WriteBacklog: st.GetWriteBacklog(),
 		Clock:  clockDoc{st.GetClockOk(), st.GetClockOffsetMs(), st.GetClockOpinions(), st.GetClockLeadMs()},
 		Queues: []queueDoc{}, Hints: []hintsDoc{}, Unreachable: []string{},
@@ -117,7 +129,7 @@ func (s *clusterStatus) statusDoc(n *observedNode) *statusDoc {
 }
 
 func operationsDocOf(o *adminv1.OperationStats) operationsDoc {
-	return operationsDoc{o.GetPerSecond(), float64(o.GetP50Us()) / 1000, float64(o.GetP99Us()) / 1000, o.GetTotal(), o.GetErrors()}
+	return operationsDoc{number(o.GetPerSecond()), float64(o.GetP50Us()) / 1000, float64(o.GetP99Us()) / 1000, o.GetTotal(), o.GetErrors()}
 }
 
 // millisDoc is a time given in milliseconds since 1970.
