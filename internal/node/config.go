@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"time"
 
@@ -129,7 +130,7 @@ func (c *Config) Validate() error {
 	if c.MemTableBytes < 1<<20 || c.MemTableBytes > 1<<30 {
 		bad("memtable_bytes", fmt.Errorf("%d: want 1048576 to 1073741824", c.MemTableBytes))
 	}
-	if c.CPULimit < 0 {
+	if !(c.CPULimit >= 0) || math.IsInf(c.CPULimit, 1) { // NaN is not at least 0
 		bad("cpu_limit", fmt.Errorf("%v: want 0 (automatic) or more", c.CPULimit))
 	}
 	if c.MinFreeDiskBytes < 0 {

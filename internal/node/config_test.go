@@ -1,6 +1,7 @@
 package node
 
 import (
+	"math"
 	"strings"
 	"testing"
 	"time"
@@ -17,6 +18,13 @@ func TestConfig(t *testing.T) {
 	if err := c.Validate(); err != nil || c.Advertise != "h:1" || c.GossipAdvertise != "h:3" {
 		t.Fatalf("%+v: %v", c, err)
 	}
+	for _, limit := range []float64{math.NaN(), math.Inf(1), math.Inf(-1), -0.5} {
+		c := good()
+		c.CPULimit = limit
+		if err := c.Validate(); err == nil || !strings.Contains(err.Error(), "cpu_limit:") {
+			t.Errorf("cpu_limit %v: %v", limit, err)
+		}
+	}
 	for key, harm := range map[string]func(*Config){
 		"name":                func(c *Config) { c.Name = "a b" },
 		"zone":                func(c *Config) { c.Zone = "" },
@@ -29,7 +37,6 @@ func TestConfig(t *testing.T) {
 		"gossip_advertise":    func(c *Config) { c.GossipAdvertise = ":1" },
 		"cache_bytes":         func(c *Config) { c.CacheBytes = 1 },
 		"memtable_bytes":      func(c *Config) { c.MemTableBytes = 1 << 40 },
-		"cpu_limit":           func(c *Config) { c.CPULimit = -1 },
 		"min_free_disk_bytes": func(c *Config) { c.MinFreeDiskBytes = -1 },
 		"drain_timeout":       func(c *Config) { c.DrainTimeout = time.Hour },
 		"tls":                 func(c *Config) { c.TLS.Key = "k" },

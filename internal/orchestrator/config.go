@@ -183,6 +183,9 @@ func (c *Config) Validate() error {
 		bad("bootstrap.vnodes", ring.CheckVnodes(uint32(q)))
 	}
 	bad("bootstrap", c.Bootstrap.settings().Validate())
+	if h := c.Bootstrap.HealthChecks; h.Timeout > h.Interval {
+		bad("bootstrap.health_checks.timeout", fmt.Errorf("%s: want at most the interval, %s", h.Timeout, h.Interval))
+	}
 	if c.ElectionTimeout < 50*time.Millisecond || c.ElectionTimeout > time.Minute {
 		bad("election_timeout", fmt.Errorf("%s: want 50ms to 1m", c.ElectionTimeout))
 	}

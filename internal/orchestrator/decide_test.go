@@ -236,6 +236,7 @@ func TestValidate(t *testing.T) {
 		"bootstrap.founding_nodes":    func(c *Config) { c.Bootstrap.FoundingNodes = 0 },
 		"bootstrap.vnodes":            func(c *Config) { c.Bootstrap.Vnodes = 100 },
 		"health_checks.interval":      func(c *Config) { c.Bootstrap.HealthChecks.Interval = 0 },
+		"health_checks.timeout":       func(c *Config) { c.Bootstrap.HealthChecks.Timeout = time.Hour },
 		"health_checks.healthy_thres": func(c *Config) { c.Bootstrap.HealthChecks.HealthyThreshold = 0 },
 		"max_value_bytes":             func(c *Config) { c.Bootstrap.MaxValueBytes = 1 << 30 },
 		"election_timeout":            func(c *Config) { c.ElectionTimeout = time.Millisecond },
