@@ -6,6 +6,8 @@ package process
 import (
 	"errors"
 	"fmt"
+	"math"
+	"net"
 	"reflect"
 	"slices"
 	"strings"
@@ -113,7 +115,41 @@ func load(cfg any, path, envPrefix string, environ func() []string, flags *pflag
 	if err := k.Merge(given); err != nil {
 		return err
 	}
-	return decode(k, cfg)
+	if err := decode(k, cfg); err != nil {
+		return err
+	}
+	return checkListens(fields(reflect.ValueOf(cfg).Elem(), ""))
+}
+
+// checkListens returns an error for keys that name one address to listen on twice. A
+// process listens on all at once.
+func checkListens(all []field) error {
+	type listen struct{ key, host, port string }
+	var seen []listen
+	var errs []error
+	for _, f := range all {
+		address, ok := f.value.Interface().(string)
+		if !ok || !strings.HasSuffix(f.key, "listen") {
+			continue
+		}
+		host, port, err := net.SplitHostPort(address)
+		if err != nil {
+			continue // Validate says so
+		}
+		for _, s := range seen {
+			if s.port == port && (s.host == host || allInterfaces(s.host) || allInterfaces(host)) {
+				errs = append(errs, fmt.Errorf("%s: %s is taken by %s: want another port", f.key, address, s.key))
+			}
+		}
+		seen = append(seen, listen{f.key, host, port})
+	}
+	return errors.Join(errs...)
+}
+
+// allInterfaces reports whether to listen at a host is to listen at every one.
+func allInterfaces(host string) bool {
+	ip := net.ParseIP(host)
+	return host == "" || ip != nil && ip.IsUnspecified()
 }
 
 // unknown returns an error that names the keys that a configuration does not have.
@@ -129,7 +165,7 @@ func unknown(k *koanf.Koanf, keys []string) error {
 
 func decode(k *koanf.Koanf, cfg any) error {
 	return k.UnmarshalWithConf("", cfg, koanf.UnmarshalConf{Tag: "yaml", DecoderConfig: &mapstructure.DecoderConfig{
-		DecodeHook:       mapstructure.ComposeDecodeHookFunc(mapstructure.StringToTimeDurationHookFunc(), mapstructure.StringToSliceHookFunc(",")),
+		DecodeHook:       mapstructure.ComposeDecodeHookFunc(exact, mapstructure.StringToTimeDurationHookFunc(), mapstructure.StringToSliceHookFunc(",")),
 		Result:           cfg,
 		TagName:          "yaml",
 		Squash:           true,
@@ -137,4 +173,31 @@ func decode(k *koanf.Koanf, cfg any) error {
 		WeaklyTypedInput: true,
 		ZeroFields:       true,
 	}})
+}
+
+// exact refuses values that weak typing would make something else of. It stays weak
+// because the environment has nothing but text.
+func exact(from, to reflect.Value) (any, error) {
+	v := from.Interface()
+	text, isText := v.(string)
+	_, isBool := v.(bool)
+	_, isDuration := v.(time.Duration)
+	switch {
+	case to.Type() == reflect.TypeFor[time.Duration]():
+		if !isText && !isDuration && !from.IsZero() {
+			return nil, fmt.Errorf("%v has no unit: want for example %[1]vs", v)
+		}
+	case to.Kind() == reflect.String:
+		if !isText {
+			return nil, fmt.Errorf("%v is no text: put it in quotes", v)
+		}
+		if strings.TrimSpace(text) != text {
+			return nil, fmt.Errorf("%q begins or ends with white space", text)
+		}
+	case (to.CanInt() || to.CanFloat()) && isBool:
+		return nil, fmt.Errorf("%v is no number", v)
+	case to.CanInt() && from.CanFloat() && from.Float() != math.Trunc(from.Float()):
+		return nil, fmt.Errorf("%v is no whole number", v)
+	}
+	return v, nil
 }

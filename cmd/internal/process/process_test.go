@@ -34,6 +34,7 @@ type embedded struct {
 type testConfig struct {
 	embedded `yaml:",inline"`
 	Log      Log    `yaml:"log"`
+	Listen   string `yaml:"listen"`
 	Admin    string `yaml:"admin_listen"`
 }
 
@@ -42,7 +43,7 @@ func program(got *testConfig) Program[testConfig] {
 	return Program[testConfig]{
 		Name: "prog", Short: "A test", EnvPrefix: "PROG_",
 		Defaults: func() testConfig {
-			return testConfig{embedded{Count: 1, Wait: time.Second, List: []string{"a"}}, DefaultLog, "127.0.0.1:1"}
+			return testConfig{embedded{Count: 1, Wait: time.Second, List: []string{"a"}}, DefaultLog, "127.0.0.1:2", "127.0.0.1:1"}
 		},
 		Validate: func(c *testConfig) error {
 			if c.Count < 0 {
@@ -81,7 +82,7 @@ func TestPrecedence(t *testing.T) {
 	}
 	want := testConfig{
 		embedded{Name: "file", Count: 5, Ratio: 0.5, Wait: 3 * time.Second, List: []string{"q", "r"}, TLS: inner{"c.pem"}, Peers: []inner{{"p"}}},
-		Log{"debug", "json"}, "127.0.0.1:1",
+		Log{"debug", "json"}, "127.0.0.1:2", "127.0.0.1:1",
 	}
 	if diff := cmp.Diff(want, cfg, cmp.AllowUnexported(testConfig{}), cmp.FilterPath(func(p cmp.Path) bool { return p.String() == "embedded.Private" }, cmp.Ignore())); diff != "" {
 		t.Errorf("configuration (-want +got):\n%s", diff)
@@ -103,6 +104,17 @@ func TestBadConfiguration(t *testing.T) {
 		{"bad type in the file", "count: many\n", nil, nil, "count"},
 		{"bad variable", "", []string{"PROG_WAIT=soon"}, nil, "wait"},
 		{"bad flag", "", nil, []string{"--wait", "soon"}, "wait"},
+		{"a duration without a unit", "wait: 10\n", nil, nil, "10 has no unit: want for example 10s"},
+		{"the same in the environment", "", []string{"PROG_WAIT=10"}, nil, "wait"},
+		{"a truth for a text", "name: true\n", nil, nil, "true is no text"},
+		{"a number for a text", "name: 010\n", nil, nil, "name"},
+		{"a truth for a number", "count: true\n", nil, nil, "true is no number"},
+		{"a part of one", "count: 1.5\n", nil, nil, "1.5 is no whole number"},
+		{"a blank in a list", "list: [a, ' b']\n", nil, nil, `" b" begins or ends with white space`},
+		{"a blank in a table", "peers: [{cert: 'x '}]\n", nil, nil, `"x " begins or ends with white space`},
+		{"a blank in a flag", "", nil, []string{"--name", " :80"}, "name"},
+		{"one address twice", "", nil, []string{"--admin_listen", "127.0.0.1:2"}, "admin_listen: 127.0.0.1:2 is taken by listen"},
+		{"one address of all", "listen: 0.0.0.0:1\n", nil, nil, "admin_listen: 127.0.0.1:1 is taken by listen"},
 		{"impossible value", "count: -1\n", nil, nil, "count: -1"},
 		{"bad log level", "log: {level: loud}\n", nil, nil, "log.level"},
 		{"bad log format", "", nil, []string{"--log.format", "xml"}, "log.format"},
@@ -121,6 +133,14 @@ func TestBadConfiguration(t *testing.T) {
 	}
 	if _, code, _, stderr := run(t, "", nil, "--config", "nowhere.yaml"); code != 2 || !strings.Contains(stderr, "nowhere.yaml") {
 		t.Errorf("a missing file: code %d, %q", code, stderr)
+	}
+}
+
+// What is unusual and means what it says is taken.
+func TestOddConfiguration(t *testing.T) {
+	cfg, code, _, stderr := run(t, "wait: 0\ncount: 1e3\nratio: 2\nname: \"true\"\nlisten: 127.0.0.2:1\n", []string{"PROG_LIST="})
+	if code != 0 || cfg.Wait != 0 || cfg.Count != 1000 || cfg.Ratio != 2 || cfg.Name != "true" || len(cfg.List) != 0 {
+		t.Errorf("code %d, %q: %+v", code, stderr, cfg)
 	}
 }
 

@@ -161,7 +161,7 @@ func (p Program[C]) healthCommand(read func() (C, error)) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if ip := net.ParseIP(host); host == "" || ip != nil && ip.IsUnspecified() {
+			if allInterfaces(host) {
 				host = "127.0.0.1"
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), 2*time.Second)
