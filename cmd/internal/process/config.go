@@ -9,6 +9,7 @@ import (
 	"math"
 	"net"
 	"reflect"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -69,6 +70,10 @@ func addFlags(fs *pflag.FlagSet, cfg any) {
 	}
 }
 
+// ofKubernetes matches the ends of the variables that Kubernetes sets in every
+// container for a Service that is called as the program is.
+var ofKubernetes = regexp.MustCompile(`^(SERVICE_HOST|SERVICE_PORT(_.*)?|PORT(_.*)?)$`)
+
 // load overlays cfg, which holds the defaults, with a file (if named), the
 // environment and the flags that were given, in this order. A key that nothing has
 // is an error that names it and where it stands.
@@ -91,7 +96,11 @@ func load(cfg any, path, envPrefix string, environ func() []string, flags *pflag
 		Prefix:      envPrefix,
 		EnvironFunc: environ,
 		TransformFunc: func(name, value string) (string, any) {
-			return strings.ReplaceAll(strings.ToLower(strings.TrimPrefix(name, envPrefix)), "__", "."), value
+			name = strings.TrimPrefix(name, envPrefix)
+			if ofKubernetes.MatchString(name) {
+				return "", nil
+			}
+			return strings.ReplaceAll(strings.ToLower(name), "__", "."), value
 		},
 	}), nil)
 	if err == nil {

@@ -144,6 +144,18 @@ func TestOddConfiguration(t *testing.T) {
 	}
 }
 
+// A Kubernetes Service that is called as the program is sets variables with its prefix.
+func TestVariablesOfKubernetes(t *testing.T) {
+	for _, name := range []string{"SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_GRPC", "PORT", "PORT_7400_TCP", "PORT_7400_TCP_ADDR"} {
+		if _, code, _, stderr := run(t, "", []string{"PROG_" + name + "=x"}, "config", "validate"); code != 0 {
+			t.Errorf("%s: code %d, %q", name, code, stderr)
+		}
+	}
+	if _, code, _, _ := run(t, "", []string{"PROG_SERVICE=x"}, "config", "validate"); code != 2 {
+		t.Error("PROG_SERVICE is taken")
+	}
+}
+
 // What print prints is a configuration that gives the same.
 func TestPrintedConfigurationIsOne(t *testing.T) {
 	_, code, out, stderr := run(t, "name: n\nwait: 90s\n", nil, "config", "print")
