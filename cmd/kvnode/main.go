@@ -26,6 +26,10 @@ func main() {
 			c.Complete()
 			return c.Config.Validate()
 		},
+		Files: func(c *config) error {
+			_, err := c.TLS.Load()
+			return err
+		},
 		Log:         func(c *config) process.Log { return c.Log },
 		AdminListen: func(c *config) string { return c.AdminListen },
 		Run: func(ctx context.Context, c config, logger *slog.Logger, software string, fatal func(error)) error {

@@ -18,11 +18,15 @@ type config struct {
 
 func main() {
 	os.Exit(process.Program[config]{
-		Name:        "kvorch",
-		Short:       "An orchestrator of a Kvasir cluster: it agrees on the topology and watches the nodes",
-		EnvPrefix:   "KVORCH_",
-		Defaults:    func() config { return config{orchestrator.Defaults(), process.DefaultLog} },
-		Validate:    func(c *config) error { return c.Config.Validate() },
+		Name:      "kvorch",
+		Short:     "An orchestrator of a Kvasir cluster: it agrees on the topology and watches the nodes",
+		EnvPrefix: "KVORCH_",
+		Defaults:  func() config { return config{orchestrator.Defaults(), process.DefaultLog} },
+		Validate:  func(c *config) error { return c.Config.Validate() },
+		Files: func(c *config) error {
+			_, err := c.TLS.Load()
+			return err
+		},
 		Log:         func(c *config) process.Log { return c.Log },
 		AdminListen: func(c *config) string { return c.AdminListen },
 		Run: func(ctx context.Context, c config, logger *slog.Logger, software string, fatal func(error)) error {

@@ -51,6 +51,13 @@ func program(got *testConfig) Program[testConfig] {
 			}
 			return nil
 		},
+		Files: func(c *testConfig) error {
+			if c.TLS.Cert == "" {
+				return nil
+			}
+			_, err := os.Stat(c.TLS.Cert)
+			return err
+		},
 		Log:         func(c *testConfig) Log { return c.Log },
 		AdminListen: func(c *testConfig) string { return c.Admin },
 		Run: func(_ context.Context, c testConfig, _ *slog.Logger, _ string, _ func(error)) error {
@@ -133,6 +140,18 @@ func TestBadConfiguration(t *testing.T) {
 	}
 	if _, code, _, stderr := run(t, "", nil, "--config", "nowhere.yaml"); code != 2 || !strings.Contains(stderr, "nowhere.yaml") {
 		t.Errorf("a missing file: code %d, %q", code, stderr)
+	}
+}
+
+// Only a start needs the files that the settings name, and validate tells whether it
+// would find them.
+func TestValidateReadsFiles(t *testing.T) {
+	const file = "tls: {cert: nowhere.pem}\n"
+	if _, code, _, stderr := run(t, file, nil, "config", "validate"); code != 2 || !strings.Contains(stderr, "nowhere.pem") {
+		t.Errorf("validate: code %d, %q", code, stderr)
+	}
+	if _, code, _, stderr := run(t, file, nil, "config", "print"); code != 0 {
+		t.Errorf("print: code %d, %q", code, stderr)
 	}
 }
 

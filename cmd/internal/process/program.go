@@ -27,6 +27,8 @@ type Program[C any] struct {
 	Defaults func() C
 	// Validate completes a configuration and returns an error that names every bad key.
 	Validate func(*C) error
+	// Files reads the files that a configuration names, for config validate only.
+	Files func(*C) error
 	// Log and AdminListen pick two of its settings.
 	Log         func(*C) Log
 	AdminListen func(*C) string
@@ -94,7 +96,7 @@ func (p Program[C]) command(stdout, stderr io.Writer, environ func() []string) *
 		}
 		return p.serve(cmd.Context(), cfg, stderr)
 	}
-	root.AddCommand(configCommands(read), p.healthCommand(read), &cobra.Command{
+	root.AddCommand(p.configCommands(read), p.healthCommand(read), &cobra.Command{
 		Use: "version", Short: "Print the version", Args: cobra.NoArgs,
 		Run: func(cmd *cobra.Command, _ []string) { fmt.Fprintln(stdout, Software()) },
 	})
@@ -118,14 +120,18 @@ func (p Program[C]) serve(ctx context.Context, cfg C, stderr io.Writer) error {
 	})
 }
 
-func configCommands[C any](read func() (C, error)) *cobra.Command {
+func (p Program[C]) configCommands(read func() (C, error)) *cobra.Command {
 	parent := &cobra.Command{Use: "config", Short: "Check or print the settings that a start would use"}
 	parent.AddCommand(
 		&cobra.Command{
-			Use: "validate", Short: "Check the settings; exit code 2 when one is bad", Args: cobra.NoArgs,
+			Use: "validate", Short: "Check the settings and the files they name; exit code 2 when one is bad", Args: cobra.NoArgs,
 			RunE: func(cmd *cobra.Command, _ []string) error {
-				if _, err := read(); err != nil {
+				cfg, err := read()
+				if err != nil {
 					return err
+				}
+				if err := p.Files(&cfg); err != nil {
+					return badInput{err}
 				}
 				fmt.Fprintln(cmd.ErrOrStderr(), "the configuration is valid")
 				return nil
