@@ -225,4 +225,10 @@ func TestVersionAndHelp(t *testing.T) {
 	if code != 0 || !strings.Contains(out, "--tls.cert") || !strings.Contains(out, "a name") || strings.Contains(out, "--peers") {
 		t.Errorf("help: code %d\n%s", code, out)
 	}
+	text, _, _ := strings.Cut(out, "Usage:")
+	for line := range strings.Lines(text) {
+		if len(line) > 88 {
+			t.Errorf("help has a line of %d columns: %s", len(line), line)
+		}
+	}
 }

@@ -66,8 +66,11 @@ func (p Program[C]) command(stdout, stderr io.Writer, environ func() []string) *
 	defaults := p.Defaults()
 	root := &cobra.Command{
 		Use: p.Name, Short: p.Short, Args: cobra.NoArgs, SilenceErrors: true, SilenceUsage: true,
-		Long: p.Short + ".\n\nSettings come from --config, then from environment variables (" + p.EnvPrefix +
-			"DATA_DIR for data_dir,\n" + p.EnvPrefix + "LOG__LEVEL for log.level), then from flags; the last one wins. Lists of tables stand in the file only. Unknown keys are refused.",
+		Long: fmt.Sprintf(`%[1]s.
+
+Settings come from --config, then from environment variables (%[2]sDATA_DIR for
+data_dir, %[2]sLOG__LEVEL for log.level), then from flags; the last one wins.
+Lists of tables stand in the file only. Unknown keys are refused.`, p.Short, p.EnvPrefix),
 	}
 	root.SetOut(stdout)
 	root.SetErr(stderr)
