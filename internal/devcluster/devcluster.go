@@ -23,7 +23,8 @@ import (
 type Options struct {
 	// BinDir is where kvnode and kvorch are found.
 	BinDir string
-	// Environ is the environment of new processes. Default: this process's.
+	// Environ is the environment of new processes, less the settings of kvnode and
+	// kvorch. Default: this process's.
 	Environ []string
 	// ReadyTimeout is how long processes may take to become ready. Default 30 s.
 	ReadyTimeout time.Duration

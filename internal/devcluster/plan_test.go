@@ -96,7 +96,7 @@ func TestNextNode(t *testing.T) {
 	}
 }
 
-func TestWithProcs(t *testing.T) {
+func TestChildEnviron(t *testing.T) {
 	for _, test := range []struct {
 		environ []string
 		cores   int
@@ -105,8 +105,9 @@ func TestWithProcs(t *testing.T) {
 		{[]string{"A=b"}, 2, []string{"A=b", "GOMAXPROCS=4"}},
 		{[]string{"A=b"}, 4, []string{"A=b"}},
 		{[]string{"GOMAXPROCS=1"}, 2, []string{"GOMAXPROCS=1"}},
+		{[]string{"KVNODE_NAME=node1", "A=b", "KVORCH_PEERS=x", "KVCTL_ENDPOINTS=y"}, 4, []string{"A=b", "KVCTL_ENDPOINTS=y"}},
 	} {
-		if diff := cmp.Diff(test.want, withProcs(test.environ, test.cores)); diff != "" {
+		if diff := cmp.Diff(test.want, childEnviron(test.environ, test.cores)); diff != "" {
 			t.Errorf("%v on %d cores (-want +got):\n%s", test.environ, test.cores, diff)
 		}
 	}

@@ -107,7 +107,7 @@ func (c *Cluster) spawn(p *process) error {
 	defer log.Close()
 	cmd := exec.Command(binary, "--config", configPath(c.dir, p.Name))
 	cmd.Dir, cmd.Stdout, cmd.Stderr = c.dir, log, log
-	cmd.Env = withProcs(c.opts.Environ, runtime.NumCPU())
+	cmd.Env = childEnviron(c.opts.Environ, runtime.NumCPU())
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start %s: %w", p.Name, err)
@@ -173,14 +173,18 @@ func (c *Cluster) howEnded(pid int) string {
 // each write.
 const minProcs = 4
 
-// withProcs returns the environment of a process on a machine of so many cores. A
-// GOMAXPROCS that somebody set stays.
-func withProcs(environ []string, cores int) []string {
+// childEnviron returns the environment of a process on a machine of so many cores. A
+// GOMAXPROCS that somebody set stays. Settings do not: they would override each
+// process's file, and make one of the others.
+func childEnviron(environ []string, cores int) []string {
+	environ = slices.DeleteFunc(slices.Clone(environ), func(v string) bool {
+		return strings.HasPrefix(v, "KVNODE_") || strings.HasPrefix(v, "KVORCH_")
+	})
 	set := slices.ContainsFunc(environ, func(v string) bool { return strings.HasPrefix(v, "GOMAXPROCS=") })
 	if set || cores >= minProcs {
 		return environ
 	}
-	return append(slices.Clip(environ), fmt.Sprintf("GOMAXPROCS=%d", minProcs))
+	return append(environ, fmt.Sprintf("GOMAXPROCS=%d", minProcs))
 }
 
 // maxLogBytes is the size from which a log is set aside at the next start. One
