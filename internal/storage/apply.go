@@ -241,15 +241,7 @@ func (c *Commit) sync() error {
 		err = s.diskFailed(err) // while readers wait
 	}
 	if err == nil {
-		// A batch too large for a memtable gives its contents away and has no number;
-		// the mark then vouches for it with the next commit.
-		end := uint64(c.batch.SeqNum()) + uint64(c.batch.Count())
-		for {
-			was := s.synced.Load()
-			if was >= end || s.synced.CompareAndSwap(was, end) {
-				break
-			}
-		}
+		s.unmarked.Store(true)
 	}
 	s.end(c)
 	if cerr := c.batch.Close(); err == nil {

@@ -18,20 +18,22 @@ import (
 const markName = "MARK"
 
 // mark is what must survive outside the write-ahead log. A log whose tail was
-// cut, zeroed or flipped opens without an error and with fewer commits; the mark
-// tells how many there had been.
+// cut, zeroed or flipped opens without an error and with fewer commits. So a number
+// is written into the store now and then, which is then as new as the newest commit
+// before it, and into the mark after it. Pebble's own sequence number would not do:
+// its manifest may hold a later one than the log that is left.
 type mark struct {
 	// generation orders the two slots of the file.
 	generation uint64
-	// synced is the sequence number after the last commit known to be on disk.
-	synced uint64
+	// tail is the number in the store's entry of that name, synced before the mark.
+	tail uint64
 	// reserved is the greatest timestamp the node's clock may have issued.
 	reserved hlc.Timestamp
-	// lostTail is set for good once the log was found shorter than synced.
+	// lostTail is set for good once the store's number was found to be smaller.
 	lostTail bool
 }
 
-// Encoding of one slot: magic(4) format(1) flags(1) generation(8) synced(8)
+// Encoding of one slot: magic(4) format(1) flags(1) generation(8) tail(8)
 // reserved(8) crc32c(4), big-endian. The slots lie a page apart, so that a torn
 // write harms one of them at most.
 const (
@@ -52,7 +54,7 @@ func (m mark) encode() []byte {
 	}
 	b = append(b, markFormat, flags)
 	b = binary.BigEndian.AppendUint64(b, m.generation)
-	b = binary.BigEndian.AppendUint64(b, m.synced)
+	b = binary.BigEndian.AppendUint64(b, m.tail)
 	b = binary.BigEndian.AppendUint64(b, uint64(m.reserved))
 	return binary.BigEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
 }
@@ -75,7 +77,7 @@ func decodeMark(b []byte) (mark, error) {
 	return mark{
 		lostTail:   b[5]&markHasLost != 0,
 		generation: binary.BigEndian.Uint64(b[6:]),
-		synced:     binary.BigEndian.Uint64(b[14:]),
+		tail:       binary.BigEndian.Uint64(b[14:]),
 		reserved:   hlc.Timestamp(binary.BigEndian.Uint64(b[22:])),
 	}, nil
 }

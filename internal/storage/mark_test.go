@@ -13,6 +13,7 @@ import (
 	"testing"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
 
 	"github.com/kvasirdb/kvasir/internal/hlc"
 )
@@ -121,6 +122,64 @@ func TestLostTailIsNoticed(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// While a flush is on its way, the manifest comes to know sequence numbers of
+// commits that are in the log only.
+func TestLostTailBesideAFlush(t *testing.T) {
+	for round := range 20 {
+		fs := vfs.NewCrashableMem()
+		s := open(t, fs)
+		for i := range 200 {
+			put(t, s, write(fmt.Sprint(i), value(1, strings.Repeat("x", 1000))))
+		}
+		flushed, err := s.db.AsyncFlush()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range 3 * round {
+			put(t, s, write(fmt.Sprint(i), value(2, "x")))
+		}
+		put(t, s, write("last", value(2, "x")))
+		<-flushed
+		if err := s.writeMark(); err != nil {
+			t.Fatal(err)
+		}
+		clone := fs.CrashClone(vfs.CrashCloneCfg{})
+		closeStore(t, s)
+		writeFile(t, clone, newestLog(t, clone), nil)
+		s = open(t, clone)
+		if s.LostTail() == "" {
+			t.Errorf("round %d: the lost tail went unnoticed", round)
+		}
+		closeStore(t, s)
+	}
+}
+
+// A start that ends between noticing the loss and anything after it does not make
+// up for what was lost.
+func TestInterruptedStartHidesNoLoss(t *testing.T) {
+	fs := filled(t, true)
+	log := newestLog(t, fs)
+	b := bytes.Clone(readFile(t, fs, log))
+	writeFile(t, fs, log, b[:len(bytes.TrimRight(b, "\x00"))-90])
+	for start := range 5 {
+		disk := errorfs.Wrap(fs, errorfs.InjectorFunc(func(op errorfs.Op) error {
+			if op.Kind == errorfs.OpFileSyncData && filepath.Base(op.Path) == markName {
+				return errorfs.ErrInjected
+			}
+			return nil
+		}))
+		if s, err := Open(testConfig(t, disk)); err == nil {
+			closeStore(t, s)
+			t.Fatalf("start %d: it opened without a mark", start)
+		}
+	}
+	s := open(t, fs)
+	defer closeStore(t, s)
+	if s.LostTail() == "" {
+		t.Error("the lost tail is forgotten")
 	}
 }
 
@@ -317,7 +376,7 @@ func TestRealDisk(t *testing.T) {
 }
 
 func FuzzDecodeMark(f *testing.F) {
-	f.Add(mark{generation: 3, synced: 99, reserved: 1 << 40, lostTail: true}.encode())
+	f.Add(mark{generation: 3, tail: 99, reserved: 1 << 40, lostTail: true}.encode())
 	f.Fuzz(func(t *testing.T, b []byte) {
 		m, err := decodeMark(b)
 		if err == nil && !bytes.Equal(m.encode(), b) {

@@ -104,8 +104,9 @@ type Store struct {
 	mark    *markFile
 	latches *latches
 
-	// synced is the sequence number after the last commit known to be on disk.
-	synced   atomic.Uint64
+	// unmarked is set when there are synced commits that the mark does not vouch for.
+	unmarked atomic.Bool
+	marking  sync.Mutex // held by writeMark
 	lostTail string
 	hintSeq  atomic.Uint64
 	// diskFull is why records are refused, failed why the store has ended, or nil.
@@ -192,24 +193,20 @@ func (s *Store) open() error {
 	return s.loadHintSeq()
 }
 
-// metaBoots counts how often the directory was opened.
-const metaBoots = "boots"
+// metaBoots counts how often the directory was opened; metaTail is the number that
+// the mark has too.
+const (
+	metaBoots = "boots"
+	metaTail  = "tail"
+)
 
-// checkTail compares the log with the mark that vouches for it.
+// checkTail compares the store with the mark that vouches for its log. What it finds
+// is in the mark before anything is written that could hide it.
 func (s *Store) checkTail(fresh bool, markErr error) error {
-	boots, err := s.Boots()
+	tail, err := s.counter(metaTail)
 	if err != nil {
 		return err
 	}
-	b := s.db.NewBatch()
-	defer b.Close()
-	if err := b.Set(metaKey(metaBoots), strconv.AppendUint(nil, boots+1, 10), nil); err != nil {
-		return err
-	}
-	if err := s.commit(func() error { return b.Commit(pebble.Sync) }); err != nil {
-		return err
-	}
-	first := uint64(b.SeqNum())
 	m := s.mark.load()
 	switch {
 	case fresh:
@@ -217,14 +214,24 @@ func (s *Store) checkTail(fresh bool, markErr error) error {
 		s.lostTail = fmt.Sprintf("%s is missing or damaged, so nothing vouches for the write-ahead log", filepath.Join(s.cfg.Dir, markName))
 	case m.lostTail:
 		s.lostTail = "the write-ahead log had lost its tail at an earlier start"
-	case first < m.synced:
-		s.lostTail = fmt.Sprintf("the write-ahead log in %s ends at commit %d, but commit %d had been synced", s.cfg.Dir, first, m.synced)
+	case tail < m.tail:
+		s.lostTail = fmt.Sprintf("the write-ahead log in %s ends at mark %d, but mark %d had been synced", s.cfg.Dir, tail, m.tail)
 	}
-	s.synced.Store(first + uint64(b.Count()))
-	return s.mark.update(func(m *mark) {
+	err = s.mark.update(func(m *mark) {
 		m.lostTail = s.lostTail != ""
-		m.synced = max(m.synced, s.synced.Load())
+		m.tail = max(m.tail, tail)
 	})
+	if err != nil {
+		return err
+	}
+	boots, err := s.Boots()
+	if err != nil {
+		return err
+	}
+	if err := s.SetMeta(metaBoots, strconv.AppendUint(nil, boots+1, 10)); err != nil {
+		return err
+	}
+	return s.writeMark()
 }
 
 // LostTail returns why the store may lack records that it had acknowledged, or ""
@@ -233,8 +240,11 @@ func (s *Store) checkTail(fresh bool, markErr error) error {
 func (s *Store) LostTail() string { return s.lostTail }
 
 // Boots returns how often the directory has been opened, this time included.
-func (s *Store) Boots() (uint64, error) {
-	b, err := s.Meta(metaBoots)
+func (s *Store) Boots() (uint64, error) { return s.counter(metaBoots) }
+
+// counter returns a number that is kept under a name, 0 if none is.
+func (s *Store) counter(name string) (uint64, error) {
+	b, err := s.Meta(name)
 	if errors.Is(err, ErrNotFound) {
 		return 0, nil
 	}
@@ -243,7 +253,7 @@ func (s *Store) Boots() (uint64, error) {
 	}
 	n, err := strconv.ParseUint(string(b), 10, 64)
 	if err != nil {
-		return 0, fmt.Errorf("%w: boot counter %q in %s", ErrCorrupt, b, s.cfg.Dir)
+		return 0, fmt.Errorf("%w: %s is %q in %s", ErrCorrupt, name, b, s.cfg.Dir)
 	}
 	return n, nil
 }
@@ -254,10 +264,7 @@ func (s *Store) Reserved() hlc.Timestamp { return s.mark.load().reserved }
 // ReserveClock returns when it is on disk that timestamps up to t may have been
 // issued.
 func (s *Store) ReserveClock(t hlc.Timestamp) error {
-	return s.mark.update(func(m *mark) {
-		m.reserved = max(m.reserved, t)
-		m.synced = max(m.synced, s.synced.Load())
-	})
+	return s.mark.update(func(m *mark) { m.reserved = max(m.reserved, t) })
 }
 
 // keepMark writes the mark while commits go on.
@@ -277,9 +284,21 @@ func (s *Store) keepMark() {
 	}
 }
 
+// writeMark has the mark vouch for all commits that are synced.
 func (s *Store) writeMark() error {
-	synced := s.synced.Load()
-	return s.mark.update(func(m *mark) { m.synced = max(m.synced, synced) })
+	s.marking.Lock()
+	defer s.marking.Unlock()
+	if !s.unmarked.Swap(false) {
+		return nil
+	}
+	tail := s.mark.load().tail + 1
+	err := s.commit(func() error {
+		return s.db.Set(metaKey(metaTail), strconv.AppendUint(nil, tail, 10), pebble.Sync)
+	})
+	if err != nil {
+		return err
+	}
+	return s.mark.update(func(m *mark) { m.tail = tail })
 }
 
 // DiskUsage returns the space of the file system the store is on, in bytes.
