@@ -131,7 +131,7 @@ func (r *Replayer) deliver(ctx context.Context, target uint64) error {
 	for ctx.Err() == nil {
 		t := r.cfg.Fence.Topology()
 		if t.Formed() && t.Node(target) != nil && !r.cfg.Peers.Alive(target) {
-			return nil
+			return r.expire(t, target)
 		}
 		hints, err := r.cfg.Hints.Take(target, 0, roundHints, roundBytes)
 		if err != nil || len(hints) == 0 {
@@ -150,6 +150,24 @@ func (r *Replayer) deliver(ctx context.Context, target uint64) error {
 		r.delivered.Add(float64(len(wanted)))
 	}
 	return nil
+}
+
+// expire discards the hints that a target which is down will not get any more, and
+// makes their room free for others.
+func (r *Replayer) expire(t *topology.Topology, target uint64) error {
+	for {
+		hints, err := r.cfg.Hints.Take(target, 0, roundHints, roundBytes)
+		if err != nil {
+			return err
+		}
+		wanted, useless := r.sort(t, hints)
+		if err := r.cfg.Hints.Forget(useless); err != nil {
+			return err
+		}
+		if len(wanted) > 0 || len(useless) == 0 {
+			return nil // they are ordered by age
+		}
+	}
 }
 
 // sort separates hints that their target still has to have from those that are too

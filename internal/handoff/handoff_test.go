@@ -104,6 +104,20 @@ func keep(h *replica.Hints, target uint64, namespace uint32, key string) {
 	h.Keep(target, []storage.Write{{Namespace: namespace, Key: []byte(key), Record: rec}})
 }
 
+// Hints for a node that never comes back do not take the room past their age.
+func TestOldHintsGiveRoom(t *testing.T) {
+	run(t, func(t *testing.T, h *replica.Hints, _ *targets) {
+		h.SetMaxBytes(1200)
+		keep(h, 3, 1, "dead node")
+		time.Sleep(3*time.Hour + 2*time.Second)
+		keep(h, 2, 1, "other node")
+		time.Sleep(time.Minute)
+		if b := h.Backlog(); h.Dropped() != 0 || len(b) != 1 || b[0].Target != 2 {
+			t.Errorf("%d dropped, backlog %+v", h.Dropped(), b)
+		}
+	})
+}
+
 func TestHintsAreDeliveredWhenTheTargetIsBack(t *testing.T) {
 	run(t, func(t *testing.T, h *replica.Hints, p *targets) {
 		for i := range 1000 {

@@ -68,6 +68,9 @@ type Node struct {
 	stopOnce sync.Once
 	cancel   context.CancelFunc
 	workers  sync.WaitGroup
+	// endHints ends the writing of hints, which outlives the other workers.
+	endHints context.CancelFunc
+	hinting  sync.WaitGroup
 	watched  struct {
 		sync.Mutex
 		changed chan struct{} // closed and replaced when the health of a peer changes
@@ -347,16 +350,18 @@ func (n *Node) startServer() {
 }
 
 func (n *Node) startWorkers(run context.Context) {
-	must := func(work func(context.Context) error) func() {
+	must := func(ctx context.Context, work func(context.Context) error) func() {
 		return func() {
-			if err := work(run); err != nil && run.Err() == nil {
+			if err := work(ctx); err != nil && ctx.Err() == nil {
 				n.cfg.Fatal(err)
 			}
 		}
 	}
-	n.workers.Go(must(n.clock.Run))
-	n.workers.Go(must(n.hints.Run))
-	n.workers.Go(must(n.replayer.Run))
+	hints, end := context.WithCancel(context.Background())
+	n.endHints = end
+	n.hinting.Go(must(hints, n.hints.Run))
+	n.workers.Go(must(run, n.clock.Run))
+	n.workers.Go(must(run, n.replayer.Run))
 	n.workers.Go(func() { n.topologies.run(run) })
 	n.workers.Go(func() { n.process.run(run, n.everySecond) })
 	n.workers.Go(func() { n.keepRegistered(run) })
@@ -477,6 +482,10 @@ func (n *Node) Stop() {
 		// the disk.
 		if n.coordinator != nil {
 			n.coordinator.Close()
+			if n.endHints != nil {
+				n.endHints() // what the last writes left undone is kept by now
+				n.hinting.Wait()
+			}
 			n.peers.close()
 			n.loop.Close()
 		}

@@ -11,8 +11,12 @@ import (
 	"github.com/kvasirdb/kvasir/internal/storage"
 )
 
-// hintQueue is how many hints may wait to be written on their own.
-const hintQueue = 4096
+const (
+	// hintQueue is how many lots of hints may wait to be written on their own.
+	hintQueue = 4096
+	// hintCommitBytes is the size at which a commit of hints takes no more of them.
+	hintCommitBytes = 4 << 20
+)
 
 // HintBacklog is what is kept for one target.
 type HintBacklog struct {
@@ -29,7 +33,7 @@ type Hints struct {
 	store  *storage.Store
 	wall   func() int64
 	logger *slog.Logger
-	queue  chan queuedHint
+	queue  chan []storage.Hint
 	mu     struct {
 		sync.Mutex
 		backlog  map[uint64]*HintBacklog
@@ -41,14 +45,9 @@ type Hints struct {
 	changed chan struct{}
 }
 
-type queuedHint struct {
-	target uint64
-	writes []storage.Write
-}
-
 // LoadHints counts the hints that are kept already. Run must be called.
 func LoadHints(store *storage.Store, wall func() int64, logger *slog.Logger) (*Hints, error) {
-	h := &Hints{store: store, wall: wall, logger: logger, queue: make(chan queuedHint, hintQueue), changed: make(chan struct{}, 1)}
+	h := &Hints{store: store, wall: wall, logger: logger, queue: make(chan []storage.Hint, hintQueue), changed: make(chan struct{}, 1)}
 	h.mu.backlog = map[uint64]*HintBacklog{}
 	err := store.AllHints(func(hint storage.Hint) bool {
 		h.add(hint)
@@ -142,17 +141,19 @@ func (h *Hints) Settle(hints []storage.Hint, kept bool) {
 	h.drop(len(hints))
 }
 
-// Keep hands writes to Run, to be kept for a target in a commit of their own. It
-// does not block; it reports false when the queue is full, and counts that as a
-// hint without room.
+// Keep takes room for writes to be kept for a target, and hands them to Run. It does
+// not block; it reports false when there is no room for all, or the queue is full,
+// and counts those that are not kept.
 func (h *Hints) Keep(target uint64, writes []storage.Write) bool {
+	hints := h.Reserve(target, writes)
+	if len(hints) == 0 {
+		return false
+	}
 	select {
-	case h.queue <- queuedHint{target, writes}:
-		return true
+	case h.queue <- hints:
+		return len(hints) == len(writes)
 	default:
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		h.drop(len(writes))
+		h.Settle(hints, false)
 		return false
 	}
 }
@@ -162,27 +163,29 @@ func (h *Hints) Run(ctx context.Context) error {
 	for {
 		var hints []storage.Hint
 		select {
-		case q := <-h.queue:
-			hints = h.Reserve(q.target, q.writes)
+		case hints = <-h.queue:
 		case <-ctx.Done():
 			select {
-			case q := <-h.queue:
-				hints = h.Reserve(q.target, q.writes)
+			case hints = <-h.queue:
 			default:
 				return nil
 			}
 		}
 		// What has gathered meanwhile goes into the same commit.
-		for more := true; more && len(hints) < 1024; {
+		size, counted := int64(0), 0
+		for more := true; more; {
+			for ; counted < len(hints); counted++ {
+				size += hints[counted].SizeBytes()
+			}
+			if size >= hintCommitBytes {
+				break
+			}
 			select {
-			case q := <-h.queue:
-				hints = append(hints, h.Reserve(q.target, q.writes)...)
+			case lot := <-h.queue:
+				hints = append(hints, lot...)
 			default:
 				more = false
 			}
-		}
-		if len(hints) == 0 {
-			continue
 		}
 		c, err := h.store.Apply(nil, hints)
 		if err == nil {

@@ -233,13 +233,15 @@ func (f *frame) accept(c *replicav1.Call, op *replicav1.Apply) ([]storage.Write,
 }
 
 func (r *Replica) commit(writes []storage.Write, hints []storage.Hint, newest hlc.Timestamp) error {
+	// A coordinator that restarts must not issue a version below one that it stores.
+	if err := r.cfg.Clock.Join(newest); err != nil {
+		return err
+	}
 	c, err := r.cfg.Store.Apply(writes, hints)
 	if err != nil {
 		return err
 	}
-	// A coordinator that restarts must not issue a version below one that it stores.
-	joined := r.cfg.Clock.Join(newest)
-	return errors.Join(c.Wait(), joined)
+	return c.Wait()
 }
 
 // storeError tells a caller what the store's failure means for it.

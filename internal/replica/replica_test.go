@@ -278,6 +278,14 @@ func TestHintQueueIsBounded(t *testing.T) {
 	if kept != hintQueue || h.Dropped() != 10 {
 		t.Errorf("%d kept, %d dropped", kept, h.Dropped())
 	}
+	// Bytes are counted from the start, not only when they are written.
+	s, h = openHints(t, vfs.NewMem())
+	defer s.Close()
+	h.SetMaxBytes(10_000)
+	big := []storage.Write{{Namespace: 1, Key: []byte("k"), Record: make([]byte, 6000)}}
+	if !h.Keep(2, big) || h.Keep(2, big) || h.Dropped() != 1 {
+		t.Errorf("backlog %+v, %d dropped", h.Backlog(), h.Dropped())
+	}
 }
 
 func TestStoreErrors(t *testing.T) {
