@@ -281,25 +281,3 @@ func TestClientLimitsItsWrites(t *testing.T) {
 		want(t, c, "k", "before")
 	})
 }
-
-// Invariant 16: a node that is told to stop keeps a hint for a replica whose answer it
-// still waited for.
-func TestStopKeepsHints(t *testing.T) {
-	world(t, sim.Config{Seed: 23, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
-		c := w.Client()
-		defer c.Close()
-		w.Isolate("node3")
-		for i := range 20 {
-			put(t, c, fmt.Sprint("k", i), "v")
-		}
-		w.Stop("node1")
-		w.Stop("node2")
-		w.Reconnect("node3")
-		w.Start("node1")
-		w.Start("node2")
-		time.Sleep(time.Minute)
-		for i := range 20 {
-			want(t, c, fmt.Sprint("k", i), "v", client.FromReplica("node3"))
-		}
-	})
-}

@@ -20,11 +20,8 @@ import (
 // ballastName is a file that does nothing but take space.
 const ballastName = "BALLAST"
 
-const (
-	ballastShare    = 64 // of the disk
-	maxBallastBytes = 16 << 20
-	maxMinFreeBytes = 1 << 30
-)
+// maxMinFreeBytes bounds the default of Config.MinFreeBytes.
+const maxMinFreeBytes = 1 << 30
 
 // RefusesRecords returns why Apply returns ErrDiskFull at present, or "".
 func (s *Store) RefusesRecords() string {
@@ -42,14 +39,15 @@ func (s *Store) CheckDisk() {
 	if err != nil || total == 0 {
 		return
 	}
-	ballast := min(total/ballastShare, maxBallastBytes)
+	// Room for all memtables, so that commits that wait for a flush can end.
+	ballast := min(total/16, stopWritesMemTables*s.cfg.MemTableBytes)
 	least := s.cfg.MinFreeBytes
 	if least == 0 {
 		least = min(total/20, maxMinFreeBytes)
 	}
 	s.diskMu.Lock()
 	defer s.diskMu.Unlock()
-	kept := s.hasBallast(ballast)
+	kept := s.hasBallast()
 	// Some more than the least is needed to go on, lest the two take turns.
 	if !kept || s.diskFull.Load() != nil {
 		least += ballast
@@ -99,25 +97,38 @@ func (s *Store) pause() {
 
 func (s *Store) ballastPath() string { return filepath.Join(s.cfg.Dir, ballastName) }
 
-func (s *Store) hasBallast(size uint64) bool {
-	info, err := s.disk.Stat(s.ballastPath())
-	return err == nil && uint64(info.Size()) >= size
+func (s *Store) hasBallast() bool {
+	_, err := s.disk.Stat(s.ballastPath())
+	return err == nil
 }
 
-// makeBallast writes the file, rather than asking for the space: not every file
-// system keeps space that it was asked for, or stores zeros.
+// makeBallast takes the space, by asking for it where the file system then keeps it,
+// else by writing what does not compress.
 func (s *Store) makeBallast(size uint64) error {
 	f, err := s.disk.Create(s.ballastPath(), vfs.WriteCategoryUnspecified)
 	if err != nil {
 		return err
 	}
-	chunk := make([]byte, min(size, 1<<20))
-	rand.NewChaCha8([32]byte{}).Read(chunk)
-	for left := size; left > 0 && err == nil; left -= min(left, uint64(len(chunk))) {
-		_, err = f.Write(chunk[:min(left, uint64(len(chunk)))])
+	before, _, _ := s.DiskUsage()
+	err = f.Preallocate(0, int64(size))
+	if after, _, _ := s.DiskUsage(); err != nil || after+size/2 > before {
+		err = writeBallast(f, size)
 	}
 	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return errors.Join(err, s.disk.Remove(s.ballastPath()))
+	}
+	return nil
+}
+
+func writeBallast(f vfs.File, size uint64) error {
+	chunk := make([]byte, 1<<20)
+	rand.NewChaCha8([32]byte{}).Read(chunk)
+	for size > 0 {
+		n := min(size, uint64(len(chunk)))
+		if _, err := f.Write(chunk[:n]); err != nil {
+			return err
+		}
+		size -= n
 	}
 	return nil
 }

@@ -47,6 +47,9 @@ var (
 // open the store afterwards.
 const pebbleFormat = pebble.FormatValueSeparation
 
+// stopWritesMemTables is how many memtables may fill before writes wait for a flush.
+const stopWritesMemTables = 4
+
 // formatName is the file that says what the directory is; formatLine its content.
 const (
 	formatName    = "FORMAT"
@@ -70,8 +73,9 @@ type Config struct {
 	// after a crash; a clean stop leaves no such window. Default 50 ms.
 	MarkInterval time.Duration
 	// MinFreeBytes is the free space below which CheckDisk has records refused. 0: a
-	// twentieth of the disk, at most 1 GiB. Besides, a file BALLAST takes a 64th of
-	// the disk, at most 16 MiB, which is given up when space runs out all the same.
+	// twentieth of the disk, at most 1 GiB. Besides, a file BALLAST takes the
+	// space of four memtables, at most a 16th of the disk; it is given up when space
+	// runs out all the same.
 	MinFreeBytes uint64
 	Logger       *slog.Logger
 	// Fatal is called when the disk fails in a way the store cannot survive. It must
@@ -322,16 +326,15 @@ func (s *Store) Close() error {
 
 func (s *Store) options() *pebble.Options {
 	o := &pebble.Options{
-		FS:                 s.cfg.FS,
-		Lock:               s.lock,
-		FormatMajorVersion: pebbleFormat,
-		Merger:             joinMerger,
-		CacheSize:          s.cfg.CacheBytes,
-		MemTableSize:       s.cfg.MemTableBytes,
-		Logger:             pebbleLogger{s},
-		EventListener:      &pebble.EventListener{BackgroundError: s.backgroundError},
-		// Two memtables may wait to be flushed before writes stall.
-		MemTableStopWritesThreshold: 4,
+		FS:                          s.cfg.FS,
+		Lock:                        s.lock,
+		FormatMajorVersion:          pebbleFormat,
+		Merger:                      joinMerger,
+		CacheSize:                   s.cfg.CacheBytes,
+		MemTableSize:                s.cfg.MemTableBytes,
+		Logger:                      pebbleLogger{s},
+		EventListener:               &pebble.EventListener{BackgroundError: s.backgroundError},
+		MemTableStopWritesThreshold: stopWritesMemTables,
 		L0CompactionThreshold:       4,
 		L0StopWritesThreshold:       20,
 		LBaseMaxBytes:               64 << 20,
