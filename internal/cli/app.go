@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
@@ -169,11 +170,26 @@ func help(cmd *cobra.Command, args []string) error {
 	}
 	msg := fmt.Sprintf("there is no command %q", cmd.CommandPath()+" "+args[0])
 	if like := cmd.SuggestionsFor(args[0]); len(like) > 0 {
-		msg += fmt.Sprintf(": did you mean %q?", strings.Join(like, `", "`))
+		msg += fmt.Sprintf(": did you mean %s?", alternatives(like))
 	} else {
 		msg += fmt.Sprintf(": see `%s --help`", cmd.CommandPath())
 	}
 	return usagef("%s", msg)
+}
+
+// alternatives writes names as "a", "b" or "c".
+func alternatives(names []string) string {
+	var out strings.Builder
+	for i, name := range names {
+		switch {
+		case i > 0 && i == len(names)-1:
+			out.WriteString(" or ")
+		case i > 0:
+			out.WriteString(", ")
+		}
+		out.WriteString(strconv.Quote(name))
+	}
+	return out.String()
 }
 
 // argsOf checks arguments against a usage line such as "describe KEY [NODE]".

@@ -52,6 +52,10 @@ func TestHelp(t *testing.T) {
 		runKvctl(t, func(*App) {}, strings.Fields(args)...).want(t, 0, "Usage:")
 	}
 	runKvctl(t, func(*App) {}, "clustr").want(t, 2, `did you mean "cluster"?`)
+	runKvctl(t, func(*App) {}, "pt").want(t, 2, `did you mean "get" or "put"?`)
+	if got := alternatives([]string{"a", "b", "c"}); got != `"a", "b" or "c"` {
+		t.Errorf("alternatives are written %s", got)
+	}
 	runKvctl(t, func(*App) {}, "node", "stats").want(t, 2, `did you mean "status"?`)
 }
 

@@ -133,8 +133,9 @@ func (a *App) valueOf(args []string, file string, fromFile bool) ([]byte, error)
 func (a *App) delCommand() *cobra.Command {
 	f := &dataFlags{}
 	cmd := &cobra.Command{
-		Use:   "del KEY",
-		Short: "Delete a key",
+		Use:     "del KEY",
+		Aliases: []string{"delete", "rm"},
+		Short:   "Delete a key",
 		Long: `Deletes a key. Deleting one that does not exist succeeds too: a tombstone is
 written to its replicas either way.`,
 		Example: `  kvctl del greeting

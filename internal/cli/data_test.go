@@ -39,6 +39,8 @@ func TestPutGetDel(t *testing.T) {
 	}
 	f.run("del", "greeting").want(t, 0, "acknowledged")
 	f.run("get", "greeting").want(t, 3, `kvctl: there is no key "greeting"`)
+	f.run("delete", "greeting").want(t, 0, "acknowledged")
+	f.run("rm", "greeting").want(t, 0, "acknowledged")
 	f.run("get", "greeting", "--replica", "nobody").want(t, 3, "nobody")
 	f.run("get", "greeting", "-n", "nope").want(t, 3, `there is no namespace "nope"`)
 }
