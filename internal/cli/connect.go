@@ -4,6 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
+	"slices"
+	"strings"
+	"sync"
 	"time"
 
 	"google.golang.org/grpc"
@@ -58,8 +62,13 @@ type question struct {
 	changes bool
 }
 
-// control asks one endpoint after the other. Nodes and orchestrators that are not
-// the leader pass requests on to it, so any will do.
+// headStart is how long an endpoint may take to be reached before the next one is
+// tried too, so that silent ones cost little.
+const headStart = 100 * time.Millisecond
+
+// control asks one endpoint after the other, as they are reached, until one answers.
+// Nodes and orchestrators that are not the leader pass requests on to it, so any
+// will do.
 func (a *App) control(ctx context.Context, q question) error {
 	at, err := a.resolve()
 	if err != nil {
@@ -73,28 +82,92 @@ func (a *App) control(ctx context.Context, q question) error {
 	defer cancel()
 	var answer *rpc.Error // of an endpoint that could be reached
 	var cause error
-	for _, endpoint := range at.Endpoints {
-		reached, err := askAt(ctx, transport, endpoint, q.ask)
+	for r := range reach(ctx, transport, at.Endpoints) {
+		if r.err != nil {
+			cause = fmt.Errorf("%s: %w", r.endpoint, r.err)
+			continue
+		}
+		err := q.ask(ctx, r.cc)
 		if err == nil {
 			return nil
 		}
-		if ctx.Err() != nil {
-			return rpc.AsError(ctx.Err()).With("endpoint", endpoint)
-		}
 		e := rpc.AsError(err)
-		switch {
-		case !reached:
-			cause = fmt.Errorf("%s: %w", endpoint, err)
-			continue
-		case !elsewhere(e, q.changes):
+		if ctx.Err() != nil {
+			return rpc.AsError(ctx.Err()).With("endpoint", r.endpoint)
+		}
+		if !elsewhere(e, q.changes) {
 			return e
 		}
 		answer = e
 	}
-	if answer != nil {
+	switch {
+	case answer != nil:
 		return answer
+	case ctx.Err() != nil:
+		return rpc.AsError(ctx.Err()).With("endpoints", strings.Join(at.Endpoints, ","))
 	}
 	return noClusterError{at.Endpoints, cause}
+}
+
+// reached is a connection to an endpoint, or why there is none.
+type reached struct {
+	endpoint string
+	cc       *grpc.ClientConn
+	err      error
+}
+
+// reach connects to endpoints in turn and yields each once it is known whether it can
+// be reached. The next one's turn comes when those before it have been yielded, or
+// are late. A connection is closed when the loop that it was yielded to is over.
+func reach(ctx context.Context, transport rpc.Transport, endpoints []string) iter.Seq[reached] {
+	return func(yield func(reached) bool) {
+		ctx, cancel := context.WithCancel(ctx)
+		known := make(chan reached, len(endpoints))
+		var dials sync.WaitGroup
+		defer func() {
+			cancel()
+			dials.Wait()
+			close(known)
+			for r := range known {
+				r.close()
+			}
+		}()
+		next, open := 0, 0
+		for next < len(endpoints) || open > 0 {
+			if next < len(endpoints) {
+				endpoint := endpoints[next]
+				next++
+				if slices.Contains(endpoints[:next-1], endpoint) {
+					continue
+				}
+				open++
+				dials.Go(func() {
+					cc, err := dial(ctx, transport, endpoint)
+					known <- reached{endpoint, cc, err}
+				})
+			}
+			var late <-chan time.Time
+			if next < len(endpoints) {
+				late = time.After(headStart)
+			}
+			select {
+			case <-late:
+			case r := <-known:
+				open--
+				goOn := yield(r)
+				r.close()
+				if !goOn {
+					return
+				}
+			}
+		}
+	}
+}
+
+func (r reached) close() {
+	if r.cc != nil {
+		r.cc.Close()
+	}
 }
 
 // elsewhere reports whether another endpoint may answer what failed at one.
@@ -112,17 +185,17 @@ func (c Context) transport() (rpc.Transport, error) {
 	return rpc.Transport{Dial: rpc.NetDialer, TLS: tls}, err
 }
 
-// askAt asks one endpoint. reached tells whether it took the connection.
-func askAt(ctx context.Context, transport rpc.Transport, endpoint string, ask func(context.Context, *grpc.ClientConn) error) (reached bool, err error) {
+// dial connects to an endpoint.
+func dial(ctx context.Context, transport rpc.Transport, endpoint string) (*grpc.ClientConn, error) {
 	cc, err := transport.NewConn(endpoint)
 	if err != nil {
-		return false, err
+		return nil, err
 	}
-	defer cc.Close()
 	if err := connect(ctx, cc); err != nil {
-		return false, err
+		cc.Close()
+		return nil, err
 	}
-	return true, ask(ctx, cc)
+	return cc, nil
 }
 
 // connect waits until a connection is there, so that a request that fails later is

@@ -242,10 +242,10 @@ func TestVersion(t *testing.T) {
 	runKvctl(t, func(*App) {}, "completion", "bash").want(t, 0, "complete")
 }
 
-// TestEndpointsInTurn: one endpoint that answers is enough, whatever the others do.
-func TestEndpointsInTurn(t *testing.T) {
-	f := newFake(t, 3)
-	silent, err := net.Listen("tcp", "127.0.0.1:0") // takes connections and says nothing
+// silentAddress is one that takes connections and says nothing.
+func silentAddress(t *testing.T) string {
+	t.Helper()
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -263,16 +263,39 @@ func TestEndpointsInTurn(t *testing.T) {
 		silent.Close()
 		taken.Wait()
 	})
-	at := "127.0.0.1:1," + silent.Addr().String() + "," + f.nodes[1].address
+	return silent.Addr().String()
+}
+
+// TestEndpointsInTurn: one endpoint that answers is enough, whatever the others do.
+func TestEndpointsInTurn(t *testing.T) {
+	f := newFake(t, 3)
+	silent := silentAddress(t)
+	at := "127.0.0.1:1," + silent + "," + f.nodes[1].address
 	start := time.Now()
 	f.run("namespace", "ls", "--endpoints", at).want(t, 0, "default")
 	f.run("get", "k", "--endpoints", at).want(t, 3)
 	if took := time.Since(start); took > 8*time.Second {
 		t.Errorf("took %s", took)
 	}
-	r := f.run("namespace", "ls", "--endpoints", "127.0.0.1:1,"+silent.Addr().String(), "-o", "json").want(t, 4, "no cluster at 127.0.0.1:1, "+silent.Addr().String()+": start one with `make run`")
+	r := f.run("namespace", "ls", "--endpoints", "127.0.0.1:1,"+silent, "-o", "json").want(t, 4, "no cluster at 127.0.0.1:1, "+silent+": start one with `make run`")
 	if d := decode(t, r.stderr)["details"].(map[string]any); d["cause"] == "" {
 		t.Errorf("details %v", d)
+	}
+}
+
+// TestSilentEndpoints: those that say nothing do not cost a second each.
+func TestSilentEndpoints(t *testing.T) {
+	f := newFake(t, 3)
+	var at []string
+	for range 5 {
+		silent := silentAddress(t)
+		at = append(at, silent, silent)
+	}
+	at = append(at, f.nodes[2].address)
+	start := time.Now()
+	f.run("cluster", "status", "--endpoints", strings.Join(at, ",")).want(t, 0, "node1")
+	if took := time.Since(start); took > 3*time.Second {
+		t.Errorf("took %s", took)
 	}
 }
 

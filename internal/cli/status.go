@@ -118,14 +118,16 @@ func (n *observedNode) ask(ctx context.Context, transport rpc.Transport) {
 		return
 	}
 	conn.Close()
-	_, _ = askAt(ctx, transport, n.Address, func(ctx context.Context, cc *grpc.ClientConn) error {
-		resp, err := adminv1.NewStatusServiceClient(cc).GetNodeStatus(ctx, &adminv1.GetNodeStatusRequest{})
-		// The address may have gone to another node meanwhile.
-		if s := resp.GetStatus(); err == nil && s.GetIncarnation() == n.Incarnation {
-			n.status, n.age = s, 0
-		}
-		return err
-	})
+	cc, err := dial(ctx, transport, n.Address)
+	if err != nil {
+		return
+	}
+	defer cc.Close()
+	resp, err := adminv1.NewStatusServiceClient(cc).GetNodeStatus(ctx, &adminv1.GetNodeStatusRequest{})
+	// The address may have gone to another node meanwhile.
+	if s := resp.GetStatus(); err == nil && s.GetIncarnation() == n.Incarnation {
+		n.status, n.age = s, 0
+	}
 }
 
 // old returns the nodes of which there is no recent status.
