@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -87,26 +88,39 @@ func (a *App) control(ctx context.Context, q question) error {
 			cause = fmt.Errorf("%s: %w", r.endpoint, r.err)
 			continue
 		}
+		asked := time.Now()
 		err := q.ask(ctx, r.cc)
 		if err == nil {
 			return nil
 		}
 		e := rpc.AsError(err)
-		if ctx.Err() != nil {
-			return rpc.AsError(ctx.Err()).With("endpoint", r.endpoint)
+		if ctx.Err() != nil || e.Code == codes.Canceled { // servers cancel by the same deadline
+			return rpc.AsError(cmp.Or(ctx.Err(), context.DeadlineExceeded)).With("endpoint", r.endpoint)
 		}
-		if !elsewhere(e, q.changes) {
-			return e
+		// To find out that nobody leads would take another node as long.
+		slow := e.Reason == rpc.ReasonNoLeader && time.Since(asked) >= connectTimeout
+		if slow || !elsewhere(e, q.changes) {
+			return leaderless(e)
 		}
 		answer = e
 	}
 	switch {
 	case answer != nil:
-		return answer
+		return leaderless(answer)
 	case ctx.Err() != nil:
 		return rpc.AsError(ctx.Err()).With("endpoints", strings.Join(at.Endpoints, ","))
 	}
 	return noClusterError{at.Endpoints, cause}
+}
+
+// leaderless words for people that nobody leads the orchestrators.
+func leaderless(e *rpc.Error) error {
+	if e.Reason != rpc.ReasonNoLeader {
+		return e
+	}
+	e = e.With("cause", e.Message)
+	e.Message = "no orchestrator leads: reads and writes go on, but nothing can be changed until a majority of the orchestrators runs"
+	return e
 }
 
 // reached is a connection to an endpoint, or why there is none.

@@ -41,10 +41,14 @@ func TestNamespaces(t *testing.T) {
 	f.mu.controlled = false
 	f.mu.Unlock()
 	r = f.run("namespace", "show", "orders").want(t, 0)
-	if !strings.Contains(r.stderr, "the history is not available: no orchestrator can be reached") {
+	if !strings.Contains(r.stderr, "the history is not available: no orchestrator leads") {
 		t.Errorf("stderr is %q", r.stderr)
 	}
-	f.run("namespace", "create", "more", "--timeout", "200ms").want(t, 4, "no orchestrator can be reached")
+	f.run("namespace", "create", "more", "--timeout", "200ms").want(t, 4, "reads and writes go on, but nothing can be changed until a majority of the orchestrators runs")
+	r = f.run("namespace", "create", "more", "-o", "json").want(t, 4)
+	if d := decode(t, r.stderr)["details"].(map[string]any); d["reason"] != "NO_LEADER" || d["cause"] != "no orchestrator can be reached" {
+		t.Errorf("details %v", d)
+	}
 }
 
 func TestNamespaceDrop(t *testing.T) {
