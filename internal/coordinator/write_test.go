@@ -395,7 +395,7 @@ func TestTTL(t *testing.T) {
 func TestClockSkewStopsCoordination(t *testing.T) {
 	run(t, 4, nil, func(t *testing.T, c *cluster) {
 		n := c.nodes[0]
-		first := n.mustPut("k", "v", "")
+		first := n.mustPut("k", "v", "all")
 		n.offset.Store(600_000)
 		for _, peer := range []uint64{2, 3} {
 			n.clock.Observe(peer, -10*time.Minute)
