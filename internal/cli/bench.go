@@ -23,7 +23,7 @@ func (a *App) benchCommand() *cobra.Command {
 		Short: "Measure puts and gets through the client library",
 		Long: `Makes load through the client library and prints what was measured: operations per
 second and latencies. Each of --callers sends its next operation when the last one has
-been answered. Keys are user0000…; the namespace keeps them afterwards.
+been answered. Keys are user and 16 digits; the namespace keeps them afterwards.
 
 What an operation rests on is the namespace's: quorums, replicas, and a sync to disk of
 each replica that acknowledges.`,

@@ -87,7 +87,7 @@ func (t timeline) write(w io.Writer) {
 		"quorum", fmt.Sprintf("%s=%d of N=%d: the answer left once %s %s", letter, r.Needed, r.N, plural(r.Needed, "replica"), verb),
 		others, fate,
 		"strength", strengthLine(t.op, r.Strength),
-		"version", fmt.Sprintf("%s, in vnode %d, epoch %d", r.Version, r.Vnode, r.Epoch),
+		"version", fmt.Sprintf("%s, in vnode %d, epoch %d", orNone(r.Version, r.Version.IsZero()), r.Vnode, r.Epoch),
 	)
 	if !t.complete && len(t.events) > 0 {
 		fmt.Fprintf(w, "\nsome replicas had not been heard of after %s\n", durationText(traceWait))
@@ -162,4 +162,12 @@ func strengthLine(op operation, s client.Strength) string {
 		return "eventual: writes that these replicas do not have yet may be missing"
 	}
 	return s.String() + ": R+W is above N, but not both are majorities"
+}
+
+// orNone is what v reads, or none.
+func orNone(v fmt.Stringer, none bool) string {
+	if none {
+		return "none"
+	}
+	return v.String()
 }
