@@ -115,7 +115,8 @@ func (s *Store) decide(c *Commit, key string, v record.Version, rec []byte) erro
 	if !e.exact && e.blind >= blindLimit {
 		stored, err := s.storedVersion(c.batch, key)
 		if err != nil {
-			return err
+			// A merge needs no read; others in the batch must not fail for this key.
+			return c.batch.Merge([]byte(key), rec, nil)
 		}
 		e = entry{version: stored, exact: true}
 		st.mu.versions.Add(key, e)

@@ -347,6 +347,23 @@ func TestHotKeyIsWrittenPlainly(t *testing.T) {
 	wantRecord(t, s, "hot", value(999, "x"))
 }
 
+// A stored record that is damaged fails reads of its key, and no writes of others.
+func TestDamagedRecordHarmsNoOtherWrite(t *testing.T) {
+	s := open(t, vfs.NewMem())
+	defer closeStore(t, s)
+	for range blindLimit {
+		put(t, s, write("bad", value(1, "x")))
+	}
+	if err := s.db.Set(appendRecordKey(nil, 1, 7, []byte("bad")), []byte{1, 2}, pebble.Sync); err != nil {
+		t.Fatal(err)
+	}
+	put(t, s, write("bad", value(2, "x")), write("good", value(2, "y")))
+	wantRecord(t, s, "good", value(2, "y"))
+	if _, err := s.Get(1, 7, []byte("bad")); !errors.Is(err, ErrCorrupt) {
+		t.Errorf("error = %v, want ErrCorrupt", err)
+	}
+}
+
 func TestReadMakesAMergedKeyExact(t *testing.T) {
 	fs := vfs.NewMem()
 	s := open(t, fs)
