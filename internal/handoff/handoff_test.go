@@ -138,6 +138,8 @@ func TestHintsAreDeliveredWhenTheTargetIsBack(t *testing.T) {
 		p.fail = false
 		p.mu.Unlock()
 		time.Sleep(5 * time.Second)
+		p.mu.Lock()
+		defer p.mu.Unlock()
 		if len(p.got[2]) != 1000 || p.got[2][0] != "0" || len(h.Backlog()) != 0 {
 			t.Errorf("%d hints delivered, backlog %+v", len(p.got[2]), h.Backlog())
 		}
@@ -184,6 +186,8 @@ func TestReplayIsPaced(t *testing.T) {
 			t.Errorf("%d of 80 MiB are delivered after 1.5 s", early)
 		}
 		time.Sleep(10 * time.Second)
+		p.mu.Lock()
+		defer p.mu.Unlock()
 		if len(p.got[2]) != 80 {
 			t.Errorf("%d of 80 are delivered in the end", len(p.got[2]))
 		}
