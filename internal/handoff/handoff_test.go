@@ -131,10 +131,10 @@ func TestHintsAreDeliveredWhenTheTargetIsBack(t *testing.T) {
 		p.alive[2], p.fail = true, true
 		p.mu.Unlock()
 		time.Sleep(5 * time.Second)
+		p.mu.Lock()
 		if b := h.Backlog(); len(b) != 1 || b[0].Count != 1000 || p.calls > 10 {
 			t.Errorf("backlog %+v after %d refused calls", b, p.calls)
 		}
-		p.mu.Lock()
 		p.fail = false
 		p.mu.Unlock()
 		time.Sleep(5 * time.Second)
