@@ -401,9 +401,6 @@ func (s topologyService) GetTopology(_ context.Context, r *topologyv1.GetTopolog
 
 func (s topologyService) WatchTopology(r *topologyv1.WatchTopologyRequest, stream grpc.ServerStreamingServer[topologyv1.WatchTopologyResponse]) error {
 	known := r.GetKnownEpoch()
-	if _, err := s.check(r.GetClusterId()); err == nil && r.GetClusterId() != "" {
-		s.o.noteEpoch(known)
-	}
 	tick := time.NewTicker(watchInterval)
 	defer tick.Stop()
 	led := time.Now() // when there was a leader last
