@@ -155,8 +155,8 @@ func (r *Replayer) deliver(ctx context.Context, target uint64) error {
 // expire discards the hints that a target which is down will not get any more, and
 // makes their room free for others.
 func (r *Replayer) expire(t *topology.Topology, target uint64) error {
-	for {
-		hints, err := r.cfg.Hints.Take(target, 0, roundHints, roundBytes)
+	for few := 1; ; few = roundHints { // mostly the oldest is young enough
+		hints, err := r.cfg.Hints.Take(target, 0, few, roundBytes)
 		if err != nil {
 			return err
 		}
