@@ -19,7 +19,7 @@ const module = "github.com/kvasirdb/kvasir"
 var levels = [][]string{
 	{"hlc", "record", "ring", "topology", "placement", "quorum"},
 	{"storage", "rpc", "gossip", "consensus"},
-	{"replica", "coordinator", "handoff"},
+	{"replica", "coordinator", "handoff", "antientropy"},
 	{"node", "orchestrator"},
 	{"cli", "devcluster", "bench"},
 }
@@ -30,6 +30,7 @@ var siblings = map[string][]string{
 	"record":      {"hlc"},
 	"coordinator": {"replica"},
 	"handoff":     {"replica"},
+	"antientropy": {"replica"},
 	"cli":         {"devcluster", "bench"},
 }
 

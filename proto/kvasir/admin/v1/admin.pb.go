@@ -83,6 +83,66 @@ func (NodeStatus_State) EnumDescriptor() ([]byte, []int) {
 	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{14, 0}
 }
 
+type VnodeRepair_State int32
+
+const (
+	VnodeRepair_STATE_UNSPECIFIED VnodeRepair_State = 0
+	VnodeRepair_STATE_WAITING     VnodeRepair_State = 1
+	VnodeRepair_STATE_RUNNING     VnodeRepair_State = 2
+	// Equal to all peers when last compared.
+	VnodeRepair_STATE_EQUAL VnodeRepair_State = 3
+	// Differences were found and mended.
+	VnodeRepair_STATE_MENDED VnodeRepair_State = 4
+	VnodeRepair_STATE_FAILED VnodeRepair_State = 5
+)
+
+// Enum value maps for VnodeRepair_State.
+var (
+	VnodeRepair_State_name = map[int32]string{
+		0: "STATE_UNSPECIFIED",
+		1: "STATE_WAITING",
+		2: "STATE_RUNNING",
+		3: "STATE_EQUAL",
+		4: "STATE_MENDED",
+		5: "STATE_FAILED",
+	}
+	VnodeRepair_State_value = map[string]int32{
+		"STATE_UNSPECIFIED": 0,
+		"STATE_WAITING":     1,
+		"STATE_RUNNING":     2,
+		"STATE_EQUAL":       3,
+		"STATE_MENDED":      4,
+		"STATE_FAILED":      5,
+	}
+)
+
+func (x VnodeRepair_State) Enum() *VnodeRepair_State {
+	p := new(VnodeRepair_State)
+	*p = x
+	return p
+}
+
+func (x VnodeRepair_State) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (VnodeRepair_State) Descriptor() protoreflect.EnumDescriptor {
+	return file_kvasir_admin_v1_admin_proto_enumTypes[1].Descriptor()
+}
+
+func (VnodeRepair_State) Type() protoreflect.EnumType {
+	return &file_kvasir_admin_v1_admin_proto_enumTypes[1]
+}
+
+func (x VnodeRepair_State) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use VnodeRepair_State.Descriptor instead.
+func (VnodeRepair_State) EnumDescriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{27, 0}
+}
+
 type RegisterNodeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	ClusterId     string                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
@@ -997,8 +1057,13 @@ type NodeStatus struct {
 	// Incarnations this node cannot reach at the moment.
 	Unreachable []uint64 `protobuf:"varint,22,rep,packed,name=unreachable,proto3" json:"unreachable,omitempty"`
 	// Milliseconds since 1970, by the node's clock.
-	SampledAtMs   uint64        `protobuf:"varint,23,opt,name=sampled_at_ms,json=sampledAtMs,proto3" json:"sampled_at_ms,omitempty"`
-	Queues        []*QueueDepth `protobuf:"bytes,24,rep,name=queues,proto3" json:"queues,omitempty"`
+	SampledAtMs uint64        `protobuf:"varint,23,opt,name=sampled_at_ms,json=sampledAtMs,proto3" json:"sampled_at_ms,omitempty"`
+	Queues      []*QueueDepth `protobuf:"bytes,24,rep,name=queues,proto3" json:"queues,omitempty"`
+	// Vnodes this node is being filled with or has been, by the epoch that assigned
+	// them.
+	Fillings []*Filling `protobuf:"bytes,25,rep,name=fillings,proto3" json:"fillings,omitempty"`
+	// Dead or damaged records found by scrubbing, since the process started.
+	Corruptions   uint64 `protobuf:"varint,26,opt,name=corruptions,proto3" json:"corruptions,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1201,6 +1266,107 @@ func (x *NodeStatus) GetQueues() []*QueueDepth {
 	return nil
 }
 
+func (x *NodeStatus) GetFillings() []*Filling {
+	if x != nil {
+		return x.Fillings
+	}
+	return nil
+}
+
+func (x *NodeStatus) GetCorruptions() uint64 {
+	if x != nil {
+		return x.Corruptions
+	}
+	return 0
+}
+
+// Filling is how far a vnode's records have come to the node that is to hold them.
+type Filling struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Vnode uint32                 `protobuf:"varint,1,opt,name=vnode,proto3" json:"vnode,omitempty"`
+	// The epoch in which the node became an endpoint of the vnode.
+	AssignedEpoch uint64 `protobuf:"fixed64,2,opt,name=assigned_epoch,json=assignedEpoch,proto3" json:"assigned_epoch,omitempty"`
+	Complete      bool   `protobuf:"varint,3,opt,name=complete,proto3" json:"complete,omitempty"`
+	Records       uint64 `protobuf:"varint,4,opt,name=records,proto3" json:"records,omitempty"`
+	Bytes         uint64 `protobuf:"varint,5,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	// Why it does not go on, if it does not.
+	WaitsFor      string `protobuf:"bytes,6,opt,name=waits_for,json=waitsFor,proto3" json:"waits_for,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Filling) Reset() {
+	*x = Filling{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Filling) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Filling) ProtoMessage() {}
+
+func (x *Filling) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Filling.ProtoReflect.Descriptor instead.
+func (*Filling) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *Filling) GetVnode() uint32 {
+	if x != nil {
+		return x.Vnode
+	}
+	return 0
+}
+
+func (x *Filling) GetAssignedEpoch() uint64 {
+	if x != nil {
+		return x.AssignedEpoch
+	}
+	return 0
+}
+
+func (x *Filling) GetComplete() bool {
+	if x != nil {
+		return x.Complete
+	}
+	return false
+}
+
+func (x *Filling) GetRecords() uint64 {
+	if x != nil {
+		return x.Records
+	}
+	return 0
+}
+
+func (x *Filling) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *Filling) GetWaitsFor() string {
+	if x != nil {
+		return x.WaitsFor
+	}
+	return ""
+}
+
 type QueueDepth struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -1212,7 +1378,7 @@ type QueueDepth struct {
 
 func (x *QueueDepth) Reset() {
 	*x = QueueDepth{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[15]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1224,7 +1390,7 @@ func (x *QueueDepth) String() string {
 func (*QueueDepth) ProtoMessage() {}
 
 func (x *QueueDepth) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[15]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1237,7 +1403,7 @@ func (x *QueueDepth) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueueDepth.ProtoReflect.Descriptor instead.
 func (*QueueDepth) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{15}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *QueueDepth) GetName() string {
@@ -1270,7 +1436,7 @@ type GetNodeStatusResponse struct {
 
 func (x *GetNodeStatusResponse) Reset() {
 	*x = GetNodeStatusResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[16]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1282,7 +1448,7 @@ func (x *GetNodeStatusResponse) String() string {
 func (*GetNodeStatusResponse) ProtoMessage() {}
 
 func (x *GetNodeStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[16]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1295,7 +1461,7 @@ func (x *GetNodeStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetNodeStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetNodeStatusResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{16}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *GetNodeStatusResponse) GetStatus() *NodeStatus {
@@ -1313,7 +1479,7 @@ type GetOrchestratorStatusRequest struct {
 
 func (x *GetOrchestratorStatusRequest) Reset() {
 	*x = GetOrchestratorStatusRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[17]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1325,7 +1491,7 @@ func (x *GetOrchestratorStatusRequest) String() string {
 func (*GetOrchestratorStatusRequest) ProtoMessage() {}
 
 func (x *GetOrchestratorStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[17]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1338,7 +1504,7 @@ func (x *GetOrchestratorStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOrchestratorStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetOrchestratorStatusRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{17}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{18}
 }
 
 type OrchestratorStatus struct {
@@ -1360,7 +1526,7 @@ type OrchestratorStatus struct {
 
 func (x *OrchestratorStatus) Reset() {
 	*x = OrchestratorStatus{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[18]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1372,7 +1538,7 @@ func (x *OrchestratorStatus) String() string {
 func (*OrchestratorStatus) ProtoMessage() {}
 
 func (x *OrchestratorStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[18]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1385,7 +1551,7 @@ func (x *OrchestratorStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OrchestratorStatus.ProtoReflect.Descriptor instead.
 func (*OrchestratorStatus) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{18}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *OrchestratorStatus) GetName() string {
@@ -1460,7 +1626,7 @@ type GetOrchestratorStatusResponse struct {
 
 func (x *GetOrchestratorStatusResponse) Reset() {
 	*x = GetOrchestratorStatusResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1472,7 +1638,7 @@ func (x *GetOrchestratorStatusResponse) String() string {
 func (*GetOrchestratorStatusResponse) ProtoMessage() {}
 
 func (x *GetOrchestratorStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1485,7 +1651,7 @@ func (x *GetOrchestratorStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOrchestratorStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetOrchestratorStatusResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{19}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *GetOrchestratorStatusResponse) GetStatus() *OrchestratorStatus {
@@ -1503,7 +1669,7 @@ type GetClusterStatusRequest struct {
 
 func (x *GetClusterStatusRequest) Reset() {
 	*x = GetClusterStatusRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[20]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1515,7 +1681,7 @@ func (x *GetClusterStatusRequest) String() string {
 func (*GetClusterStatusRequest) ProtoMessage() {}
 
 func (x *GetClusterStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[20]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1528,7 +1694,7 @@ func (x *GetClusterStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetClusterStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetClusterStatusRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{20}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{21}
 }
 
 type ObservedNode struct {
@@ -1544,7 +1710,7 @@ type ObservedNode struct {
 
 func (x *ObservedNode) Reset() {
 	*x = ObservedNode{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[21]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1556,7 +1722,7 @@ func (x *ObservedNode) String() string {
 func (*ObservedNode) ProtoMessage() {}
 
 func (x *ObservedNode) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[21]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1569,7 +1735,7 @@ func (x *ObservedNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObservedNode.ProtoReflect.Descriptor instead.
 func (*ObservedNode) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{21}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ObservedNode) GetHealth() *v1.NodeHealth {
@@ -1604,7 +1770,7 @@ type ObservedOrchestrator struct {
 
 func (x *ObservedOrchestrator) Reset() {
 	*x = ObservedOrchestrator{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[22]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1616,7 +1782,7 @@ func (x *ObservedOrchestrator) String() string {
 func (*ObservedOrchestrator) ProtoMessage() {}
 
 func (x *ObservedOrchestrator) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[22]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1629,7 +1795,7 @@ func (x *ObservedOrchestrator) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObservedOrchestrator.ProtoReflect.Descriptor instead.
 func (*ObservedOrchestrator) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{22}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ObservedOrchestrator) GetName() string {
@@ -1667,7 +1833,7 @@ type GetClusterStatusResponse struct {
 
 func (x *GetClusterStatusResponse) Reset() {
 	*x = GetClusterStatusResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[23]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1679,7 +1845,7 @@ func (x *GetClusterStatusResponse) String() string {
 func (*GetClusterStatusResponse) ProtoMessage() {}
 
 func (x *GetClusterStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[23]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1692,7 +1858,7 @@ func (x *GetClusterStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetClusterStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetClusterStatusResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{23}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *GetClusterStatusResponse) GetTopology() *v1.Topology {
@@ -1728,6 +1894,971 @@ func (x *GetClusterStatusResponse) GetControlPlaneAvailable() bool {
 		return x.ControlPlaneAvailable
 	}
 	return false
+}
+
+type GetRepairStatusRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Vnodes too, not only the sums.
+	Vnodes        bool `protobuf:"varint,1,opt,name=vnodes,proto3" json:"vnodes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetRepairStatusRequest) Reset() {
+	*x = GetRepairStatusRequest{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetRepairStatusRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetRepairStatusRequest) ProtoMessage() {}
+
+func (x *GetRepairStatusRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetRepairStatusRequest.ProtoReflect.Descriptor instead.
+func (*GetRepairStatusRequest) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *GetRepairStatusRequest) GetVnodes() bool {
+	if x != nil {
+		return x.Vnodes
+	}
+	return false
+}
+
+type GetRepairStatusResponse struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Paused bool                   `protobuf:"varint,1,opt,name=paused,proto3" json:"paused,omitempty"`
+	// Rounds over all vnodes that have ended, and how long ago the last one did.
+	Rounds          uint64 `protobuf:"varint,2,opt,name=rounds,proto3" json:"rounds,omitempty"`
+	LastRoundAgeMs  uint64 `protobuf:"varint,3,opt,name=last_round_age_ms,json=lastRoundAgeMs,proto3" json:"last_round_age_ms,omitempty"`
+	LastRoundTookMs uint64 `protobuf:"varint,4,opt,name=last_round_took_ms,json=lastRoundTookMs,proto3" json:"last_round_took_ms,omitempty"`
+	// Bytes read for hash trees, bytes sent and received to mend, since the process
+	// started.
+	BytesRead       uint64 `protobuf:"varint,5,opt,name=bytes_read,json=bytesRead,proto3" json:"bytes_read,omitempty"`
+	RecordsSent     uint64 `protobuf:"varint,6,opt,name=records_sent,json=recordsSent,proto3" json:"records_sent,omitempty"`
+	RecordsReceived uint64 `protobuf:"varint,7,opt,name=records_received,json=recordsReceived,proto3" json:"records_received,omitempty"`
+	ScrubRounds     uint64 `protobuf:"varint,8,opt,name=scrub_rounds,json=scrubRounds,proto3" json:"scrub_rounds,omitempty"`
+	ScrubBytes      uint64 `protobuf:"varint,9,opt,name=scrub_bytes,json=scrubBytes,proto3" json:"scrub_bytes,omitempty"`
+	Corruptions     uint64 `protobuf:"varint,10,opt,name=corruptions,proto3" json:"corruptions,omitempty"`
+	// 0 to 1.
+	ScrubProgress float64        `protobuf:"fixed64,11,opt,name=scrub_progress,json=scrubProgress,proto3" json:"scrub_progress,omitempty"`
+	Vnodes        []*VnodeRepair `protobuf:"bytes,12,rep,name=vnodes,proto3" json:"vnodes,omitempty"`
+	DirtyVnodes   uint64         `protobuf:"varint,13,opt,name=dirty_vnodes,json=dirtyVnodes,proto3" json:"dirty_vnodes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetRepairStatusResponse) Reset() {
+	*x = GetRepairStatusResponse{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetRepairStatusResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetRepairStatusResponse) ProtoMessage() {}
+
+func (x *GetRepairStatusResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetRepairStatusResponse.ProtoReflect.Descriptor instead.
+func (*GetRepairStatusResponse) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *GetRepairStatusResponse) GetPaused() bool {
+	if x != nil {
+		return x.Paused
+	}
+	return false
+}
+
+func (x *GetRepairStatusResponse) GetRounds() uint64 {
+	if x != nil {
+		return x.Rounds
+	}
+	return 0
+}
+
+func (x *GetRepairStatusResponse) GetLastRoundAgeMs() uint64 {
+	if x != nil {
+		return x.LastRoundAgeMs
+	}
+	return 0
+}
+
+func (x *GetRepairStatusResponse) GetLastRoundTookMs() uint64 {
+	if x != nil {
+		return x.LastRoundTookMs
+	}
+	return 0
+}
+
+func (x *GetRepairStatusResponse) GetBytesRead() uint64 {
+	if x != nil {
+		return x.BytesRead
+	}
+	return 0
+}
+
+func (x *GetRepairStatusResponse) GetRecordsSent() uint64 {
+	if x != nil {
+		return x.RecordsSent
+	}
+	return 0
+}
+
+func (x *GetRepairStatusResponse) GetRecordsReceived() uint64 {
+	if x != nil {
+		return x.RecordsReceived
+	}
+	return 0
+}
+
+func (x *GetRepairStatusResponse) GetScrubRounds() uint64 {
+	if x != nil {
+		return x.ScrubRounds
+	}
+	return 0
+}
+
+func (x *GetRepairStatusResponse) GetScrubBytes() uint64 {
+	if x != nil {
+		return x.ScrubBytes
+	}
+	return 0
+}
+
+func (x *GetRepairStatusResponse) GetCorruptions() uint64 {
+	if x != nil {
+		return x.Corruptions
+	}
+	return 0
+}
+
+func (x *GetRepairStatusResponse) GetScrubProgress() float64 {
+	if x != nil {
+		return x.ScrubProgress
+	}
+	return 0
+}
+
+func (x *GetRepairStatusResponse) GetVnodes() []*VnodeRepair {
+	if x != nil {
+		return x.Vnodes
+	}
+	return nil
+}
+
+func (x *GetRepairStatusResponse) GetDirtyVnodes() uint64 {
+	if x != nil {
+		return x.DirtyVnodes
+	}
+	return 0
+}
+
+type VnodeRepair struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Namespace string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Vnode     uint32                 `protobuf:"varint,2,opt,name=vnode,proto3" json:"vnode,omitempty"`
+	State     VnodeRepair_State      `protobuf:"varint,3,opt,name=state,proto3,enum=kvasir.admin.v1.VnodeRepair_State" json:"state,omitempty"`
+	// Who leads the repair of this vnode.
+	Leader        uint64 `protobuf:"varint,4,opt,name=leader,proto3" json:"leader,omitempty"`
+	AgeMs         uint64 `protobuf:"varint,5,opt,name=age_ms,json=ageMs,proto3" json:"age_ms,omitempty"`
+	Records       uint64 `protobuf:"varint,6,opt,name=records,proto3" json:"records,omitempty"`
+	Differences   uint64 `protobuf:"varint,7,opt,name=differences,proto3" json:"differences,omitempty"`
+	Reason        string `protobuf:"bytes,8,opt,name=reason,proto3" json:"reason,omitempty"`
+	Dirty         bool   `protobuf:"varint,9,opt,name=dirty,proto3" json:"dirty,omitempty"`
+	Promise       uint64 `protobuf:"fixed64,10,opt,name=promise,proto3" json:"promise,omitempty"`
+	Certificate   uint64 `protobuf:"fixed64,11,opt,name=certificate,proto3" json:"certificate,omitempty"`
+	DeadRecords   uint64 `protobuf:"varint,12,opt,name=dead_records,json=deadRecords,proto3" json:"dead_records,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VnodeRepair) Reset() {
+	*x = VnodeRepair{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VnodeRepair) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VnodeRepair) ProtoMessage() {}
+
+func (x *VnodeRepair) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VnodeRepair.ProtoReflect.Descriptor instead.
+func (*VnodeRepair) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *VnodeRepair) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *VnodeRepair) GetVnode() uint32 {
+	if x != nil {
+		return x.Vnode
+	}
+	return 0
+}
+
+func (x *VnodeRepair) GetState() VnodeRepair_State {
+	if x != nil {
+		return x.State
+	}
+	return VnodeRepair_STATE_UNSPECIFIED
+}
+
+func (x *VnodeRepair) GetLeader() uint64 {
+	if x != nil {
+		return x.Leader
+	}
+	return 0
+}
+
+func (x *VnodeRepair) GetAgeMs() uint64 {
+	if x != nil {
+		return x.AgeMs
+	}
+	return 0
+}
+
+func (x *VnodeRepair) GetRecords() uint64 {
+	if x != nil {
+		return x.Records
+	}
+	return 0
+}
+
+func (x *VnodeRepair) GetDifferences() uint64 {
+	if x != nil {
+		return x.Differences
+	}
+	return 0
+}
+
+func (x *VnodeRepair) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *VnodeRepair) GetDirty() bool {
+	if x != nil {
+		return x.Dirty
+	}
+	return false
+}
+
+func (x *VnodeRepair) GetPromise() uint64 {
+	if x != nil {
+		return x.Promise
+	}
+	return 0
+}
+
+func (x *VnodeRepair) GetCertificate() uint64 {
+	if x != nil {
+		return x.Certificate
+	}
+	return 0
+}
+
+func (x *VnodeRepair) GetDeadRecords() uint64 {
+	if x != nil {
+		return x.DeadRecords
+	}
+	return 0
+}
+
+type StartRepairRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StartRepairRequest) Reset() {
+	*x = StartRepairRequest{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StartRepairRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StartRepairRequest) ProtoMessage() {}
+
+func (x *StartRepairRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StartRepairRequest.ProtoReflect.Descriptor instead.
+func (*StartRepairRequest) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{28}
+}
+
+type StartRepairResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StartRepairResponse) Reset() {
+	*x = StartRepairResponse{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StartRepairResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StartRepairResponse) ProtoMessage() {}
+
+func (x *StartRepairResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StartRepairResponse.ProtoReflect.Descriptor instead.
+func (*StartRepairResponse) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{29}
+}
+
+type PauseRepairRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PauseRepairRequest) Reset() {
+	*x = PauseRepairRequest{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PauseRepairRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PauseRepairRequest) ProtoMessage() {}
+
+func (x *PauseRepairRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PauseRepairRequest.ProtoReflect.Descriptor instead.
+func (*PauseRepairRequest) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{30}
+}
+
+type PauseRepairResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PauseRepairResponse) Reset() {
+	*x = PauseRepairResponse{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PauseRepairResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PauseRepairResponse) ProtoMessage() {}
+
+func (x *PauseRepairResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PauseRepairResponse.ProtoReflect.Descriptor instead.
+func (*PauseRepairResponse) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{31}
+}
+
+type ExplainCollectionRequest struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Namespace string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	// Types that are valid to be assigned to Target:
+	//
+	//	*ExplainCollectionRequest_Key
+	//	*ExplainCollectionRequest_Vnode
+	Target        isExplainCollectionRequest_Target `protobuf_oneof:"target"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainCollectionRequest) Reset() {
+	*x = ExplainCollectionRequest{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainCollectionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainCollectionRequest) ProtoMessage() {}
+
+func (x *ExplainCollectionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainCollectionRequest.ProtoReflect.Descriptor instead.
+func (*ExplainCollectionRequest) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *ExplainCollectionRequest) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *ExplainCollectionRequest) GetTarget() isExplainCollectionRequest_Target {
+	if x != nil {
+		return x.Target
+	}
+	return nil
+}
+
+func (x *ExplainCollectionRequest) GetKey() []byte {
+	if x != nil {
+		if x, ok := x.Target.(*ExplainCollectionRequest_Key); ok {
+			return x.Key
+		}
+	}
+	return nil
+}
+
+func (x *ExplainCollectionRequest) GetVnode() uint32 {
+	if x != nil {
+		if x, ok := x.Target.(*ExplainCollectionRequest_Vnode); ok {
+			return x.Vnode
+		}
+	}
+	return 0
+}
+
+type isExplainCollectionRequest_Target interface {
+	isExplainCollectionRequest_Target()
+}
+
+type ExplainCollectionRequest_Key struct {
+	Key []byte `protobuf:"bytes,2,opt,name=key,proto3,oneof"`
+}
+
+type ExplainCollectionRequest_Vnode struct {
+	Vnode uint32 `protobuf:"varint,3,opt,name=vnode,proto3,oneof"`
+}
+
+func (*ExplainCollectionRequest_Key) isExplainCollectionRequest_Target() {}
+
+func (*ExplainCollectionRequest_Vnode) isExplainCollectionRequest_Target() {}
+
+// ExplainCollectionResponse says what keeps dead records of a vnode on disk.
+type ExplainCollectionResponse struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Vnode    uint32                 `protobuf:"varint,1,opt,name=vnode,proto3" json:"vnode,omitempty"`
+	Replicas []*CollectionReplica   `protobuf:"bytes,2,rep,name=replicas,proto3" json:"replicas,omitempty"`
+	// What is in the way, most important first; empty when nothing is.
+	PinnedBy []string `protobuf:"bytes,3,rep,name=pinned_by,json=pinnedBy,proto3" json:"pinned_by,omitempty"`
+	// Of the key, when one was asked for, as this node holds it.
+	Found         bool   `protobuf:"varint,4,opt,name=found,proto3" json:"found,omitempty"`
+	Dead          bool   `protobuf:"varint,5,opt,name=dead,proto3" json:"dead,omitempty"`
+	DeadSince     uint64 `protobuf:"fixed64,6,opt,name=dead_since,json=deadSince,proto3" json:"dead_since,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainCollectionResponse) Reset() {
+	*x = ExplainCollectionResponse{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainCollectionResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainCollectionResponse) ProtoMessage() {}
+
+func (x *ExplainCollectionResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainCollectionResponse.ProtoReflect.Descriptor instead.
+func (*ExplainCollectionResponse) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *ExplainCollectionResponse) GetVnode() uint32 {
+	if x != nil {
+		return x.Vnode
+	}
+	return 0
+}
+
+func (x *ExplainCollectionResponse) GetReplicas() []*CollectionReplica {
+	if x != nil {
+		return x.Replicas
+	}
+	return nil
+}
+
+func (x *ExplainCollectionResponse) GetPinnedBy() []string {
+	if x != nil {
+		return x.PinnedBy
+	}
+	return nil
+}
+
+func (x *ExplainCollectionResponse) GetFound() bool {
+	if x != nil {
+		return x.Found
+	}
+	return false
+}
+
+func (x *ExplainCollectionResponse) GetDead() bool {
+	if x != nil {
+		return x.Dead
+	}
+	return false
+}
+
+func (x *ExplainCollectionResponse) GetDeadSince() uint64 {
+	if x != nil {
+		return x.DeadSince
+	}
+	return 0
+}
+
+type CollectionReplica struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Incarnation   uint64                 `protobuf:"varint,1,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	Name          string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	Reachable     bool                   `protobuf:"varint,3,opt,name=reachable,proto3" json:"reachable,omitempty"`
+	Reason        string                 `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
+	Promise       uint64                 `protobuf:"fixed64,5,opt,name=promise,proto3" json:"promise,omitempty"`
+	Certificate   uint64                 `protobuf:"fixed64,6,opt,name=certificate,proto3" json:"certificate,omitempty"`
+	DeadRecords   uint64                 `protobuf:"varint,7,opt,name=dead_records,json=deadRecords,proto3" json:"dead_records,omitempty"`
+	OldestDead    uint64                 `protobuf:"fixed64,8,opt,name=oldest_dead,json=oldestDead,proto3" json:"oldest_dead,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CollectionReplica) Reset() {
+	*x = CollectionReplica{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CollectionReplica) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CollectionReplica) ProtoMessage() {}
+
+func (x *CollectionReplica) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CollectionReplica.ProtoReflect.Descriptor instead.
+func (*CollectionReplica) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{34}
+}
+
+func (x *CollectionReplica) GetIncarnation() uint64 {
+	if x != nil {
+		return x.Incarnation
+	}
+	return 0
+}
+
+func (x *CollectionReplica) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *CollectionReplica) GetReachable() bool {
+	if x != nil {
+		return x.Reachable
+	}
+	return false
+}
+
+func (x *CollectionReplica) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *CollectionReplica) GetPromise() uint64 {
+	if x != nil {
+		return x.Promise
+	}
+	return 0
+}
+
+func (x *CollectionReplica) GetCertificate() uint64 {
+	if x != nil {
+		return x.Certificate
+	}
+	return 0
+}
+
+func (x *CollectionReplica) GetDeadRecords() uint64 {
+	if x != nil {
+		return x.DeadRecords
+	}
+	return 0
+}
+
+func (x *CollectionReplica) GetOldestDead() uint64 {
+	if x != nil {
+		return x.OldestDead
+	}
+	return 0
+}
+
+type ListHintsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// 0: of all targets.
+	Target        uint64 `protobuf:"varint,1,opt,name=target,proto3" json:"target,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListHintsRequest) Reset() {
+	*x = ListHintsRequest{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListHintsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListHintsRequest) ProtoMessage() {}
+
+func (x *ListHintsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListHintsRequest.ProtoReflect.Descriptor instead.
+func (*ListHintsRequest) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *ListHintsRequest) GetTarget() uint64 {
+	if x != nil {
+		return x.Target
+	}
+	return 0
+}
+
+type ListHintsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Groups        []*HintGroup           `protobuf:"bytes,1,rep,name=groups,proto3" json:"groups,omitempty"`
+	Bytes         uint64                 `protobuf:"varint,2,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	MaxBytes      uint64                 `protobuf:"varint,3,opt,name=max_bytes,json=maxBytes,proto3" json:"max_bytes,omitempty"`
+	MaxCount      uint64                 `protobuf:"varint,4,opt,name=max_count,json=maxCount,proto3" json:"max_count,omitempty"`
+	MaxAgeMs      uint64                 `protobuf:"varint,5,opt,name=max_age_ms,json=maxAgeMs,proto3" json:"max_age_ms,omitempty"`
+	Dropped       uint64                 `protobuf:"varint,6,opt,name=dropped,proto3" json:"dropped,omitempty"`
+	Expired       uint64                 `protobuf:"varint,7,opt,name=expired,proto3" json:"expired,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListHintsResponse) Reset() {
+	*x = ListHintsResponse{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListHintsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListHintsResponse) ProtoMessage() {}
+
+func (x *ListHintsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListHintsResponse.ProtoReflect.Descriptor instead.
+func (*ListHintsResponse) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *ListHintsResponse) GetGroups() []*HintGroup {
+	if x != nil {
+		return x.Groups
+	}
+	return nil
+}
+
+func (x *ListHintsResponse) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *ListHintsResponse) GetMaxBytes() uint64 {
+	if x != nil {
+		return x.MaxBytes
+	}
+	return 0
+}
+
+func (x *ListHintsResponse) GetMaxCount() uint64 {
+	if x != nil {
+		return x.MaxCount
+	}
+	return 0
+}
+
+func (x *ListHintsResponse) GetMaxAgeMs() uint64 {
+	if x != nil {
+		return x.MaxAgeMs
+	}
+	return 0
+}
+
+func (x *ListHintsResponse) GetDropped() uint64 {
+	if x != nil {
+		return x.Dropped
+	}
+	return 0
+}
+
+func (x *ListHintsResponse) GetExpired() uint64 {
+	if x != nil {
+		return x.Expired
+	}
+	return 0
+}
+
+// HintGroup is what a node keeps for one target, namespace and vnode.
+type HintGroup struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Target        uint64                 `protobuf:"varint,1,opt,name=target,proto3" json:"target,omitempty"`
+	Namespace     string                 `protobuf:"bytes,2,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Vnode         uint32                 `protobuf:"varint,3,opt,name=vnode,proto3" json:"vnode,omitempty"`
+	Count         uint64                 `protobuf:"varint,4,opt,name=count,proto3" json:"count,omitempty"`
+	Bytes         uint64                 `protobuf:"varint,5,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	OldestMs      uint64                 `protobuf:"varint,6,opt,name=oldest_ms,json=oldestMs,proto3" json:"oldest_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HintGroup) Reset() {
+	*x = HintGroup{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HintGroup) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HintGroup) ProtoMessage() {}
+
+func (x *HintGroup) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HintGroup.ProtoReflect.Descriptor instead.
+func (*HintGroup) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *HintGroup) GetTarget() uint64 {
+	if x != nil {
+		return x.Target
+	}
+	return 0
+}
+
+func (x *HintGroup) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *HintGroup) GetVnode() uint32 {
+	if x != nil {
+		return x.Vnode
+	}
+	return 0
+}
+
+func (x *HintGroup) GetCount() uint64 {
+	if x != nil {
+		return x.Count
+	}
+	return 0
+}
+
+func (x *HintGroup) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *HintGroup) GetOldestMs() uint64 {
+	if x != nil {
+		return x.OldestMs
+	}
+	return 0
 }
 
 var File_kvasir_admin_v1_admin_proto protoreflect.FileDescriptor
@@ -1806,7 +2937,7 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\x06target\x18\x01 \x01(\x04R\x06target\x12\x14\n" +
 	"\x05count\x18\x02 \x01(\x04R\x05count\x12\x14\n" +
 	"\x05bytes\x18\x03 \x01(\x04R\x05bytes\x12\x1b\n" +
-	"\toldest_ms\x18\x04 \x01(\x04R\boldestMs\"\xb7\b\n" +
+	"\toldest_ms\x18\x04 \x01(\x04R\boldestMs\"\x8f\t\n" +
 	"\n" +
 	"NodeStatus\x12 \n" +
 	"\vincarnation\x18\x01 \x01(\x04R\vincarnation\x12\x12\n" +
@@ -1833,14 +2964,23 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\bsoftware\x18\x15 \x01(\tR\bsoftware\x12 \n" +
 	"\vunreachable\x18\x16 \x03(\x04R\vunreachable\x12\"\n" +
 	"\rsampled_at_ms\x18\x17 \x01(\x04R\vsampledAtMs\x123\n" +
-	"\x06queues\x18\x18 \x03(\v2\x1b.kvasir.admin.v1.QueueDepthR\x06queues\"\x81\x01\n" +
+	"\x06queues\x18\x18 \x03(\v2\x1b.kvasir.admin.v1.QueueDepthR\x06queues\x124\n" +
+	"\bfillings\x18\x19 \x03(\v2\x18.kvasir.admin.v1.FillingR\bfillings\x12 \n" +
+	"\vcorruptions\x18\x1a \x01(\x04R\vcorruptions\"\x81\x01\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eSTATE_STARTING\x10\x01\x12\x11\n" +
 	"\rSTATE_SERVING\x10\x02\x12\x13\n" +
 	"\x0fSTATE_LOST_TAIL\x10\x03\x12\x12\n" +
 	"\x0eSTATE_STOPPING\x10\x04\x12\x11\n" +
-	"\rSTATE_REMOVED\x10\x05\"R\n" +
+	"\rSTATE_REMOVED\x10\x05\"\xaf\x01\n" +
+	"\aFilling\x12\x14\n" +
+	"\x05vnode\x18\x01 \x01(\rR\x05vnode\x12%\n" +
+	"\x0eassigned_epoch\x18\x02 \x01(\x06R\rassignedEpoch\x12\x1a\n" +
+	"\bcomplete\x18\x03 \x01(\bR\bcomplete\x12\x18\n" +
+	"\arecords\x18\x04 \x01(\x04R\arecords\x12\x14\n" +
+	"\x05bytes\x18\x05 \x01(\x04R\x05bytes\x12\x1b\n" +
+	"\twaits_for\x18\x06 \x01(\tR\bwaitsFor\"R\n" +
 	"\n" +
 	"QueueDepth\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
@@ -1877,7 +3017,92 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\rorchestrators\x18\x03 \x03(\v2%.kvasir.admin.v1.ObservedOrchestratorR\rorchestrators\x12\x1f\n" +
 	"\vanswered_by\x18\x04 \x01(\tR\n" +
 	"answeredBy\x126\n" +
-	"\x17control_plane_available\x18\x05 \x01(\bR\x15controlPlaneAvailable2\xdc\x04\n" +
+	"\x17control_plane_available\x18\x05 \x01(\bR\x15controlPlaneAvailable\"0\n" +
+	"\x16GetRepairStatusRequest\x12\x16\n" +
+	"\x06vnodes\x18\x01 \x01(\bR\x06vnodes\"\xf4\x03\n" +
+	"\x17GetRepairStatusResponse\x12\x16\n" +
+	"\x06paused\x18\x01 \x01(\bR\x06paused\x12\x16\n" +
+	"\x06rounds\x18\x02 \x01(\x04R\x06rounds\x12)\n" +
+	"\x11last_round_age_ms\x18\x03 \x01(\x04R\x0elastRoundAgeMs\x12+\n" +
+	"\x12last_round_took_ms\x18\x04 \x01(\x04R\x0flastRoundTookMs\x12\x1d\n" +
+	"\n" +
+	"bytes_read\x18\x05 \x01(\x04R\tbytesRead\x12!\n" +
+	"\frecords_sent\x18\x06 \x01(\x04R\vrecordsSent\x12)\n" +
+	"\x10records_received\x18\a \x01(\x04R\x0frecordsReceived\x12!\n" +
+	"\fscrub_rounds\x18\b \x01(\x04R\vscrubRounds\x12\x1f\n" +
+	"\vscrub_bytes\x18\t \x01(\x04R\n" +
+	"scrubBytes\x12 \n" +
+	"\vcorruptions\x18\n" +
+	" \x01(\x04R\vcorruptions\x12%\n" +
+	"\x0escrub_progress\x18\v \x01(\x01R\rscrubProgress\x124\n" +
+	"\x06vnodes\x18\f \x03(\v2\x1c.kvasir.admin.v1.VnodeRepairR\x06vnodes\x12!\n" +
+	"\fdirty_vnodes\x18\r \x01(\x04R\vdirtyVnodes\"\xee\x03\n" +
+	"\vVnodeRepair\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x14\n" +
+	"\x05vnode\x18\x02 \x01(\rR\x05vnode\x128\n" +
+	"\x05state\x18\x03 \x01(\x0e2\".kvasir.admin.v1.VnodeRepair.StateR\x05state\x12\x16\n" +
+	"\x06leader\x18\x04 \x01(\x04R\x06leader\x12\x15\n" +
+	"\x06age_ms\x18\x05 \x01(\x04R\x05ageMs\x12\x18\n" +
+	"\arecords\x18\x06 \x01(\x04R\arecords\x12 \n" +
+	"\vdifferences\x18\a \x01(\x04R\vdifferences\x12\x16\n" +
+	"\x06reason\x18\b \x01(\tR\x06reason\x12\x14\n" +
+	"\x05dirty\x18\t \x01(\bR\x05dirty\x12\x18\n" +
+	"\apromise\x18\n" +
+	" \x01(\x06R\apromise\x12 \n" +
+	"\vcertificate\x18\v \x01(\x06R\vcertificate\x12!\n" +
+	"\fdead_records\x18\f \x01(\x04R\vdeadRecords\"y\n" +
+	"\x05State\x12\x15\n" +
+	"\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n" +
+	"\rSTATE_WAITING\x10\x01\x12\x11\n" +
+	"\rSTATE_RUNNING\x10\x02\x12\x0f\n" +
+	"\vSTATE_EQUAL\x10\x03\x12\x10\n" +
+	"\fSTATE_MENDED\x10\x04\x12\x10\n" +
+	"\fSTATE_FAILED\x10\x05\"\x14\n" +
+	"\x12StartRepairRequest\"\x15\n" +
+	"\x13StartRepairResponse\"\x14\n" +
+	"\x12PauseRepairRequest\"\x15\n" +
+	"\x13PauseRepairResponse\"n\n" +
+	"\x18ExplainCollectionRequest\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12\x12\n" +
+	"\x03key\x18\x02 \x01(\fH\x00R\x03key\x12\x16\n" +
+	"\x05vnode\x18\x03 \x01(\rH\x00R\x05vnodeB\b\n" +
+	"\x06target\"\xd7\x01\n" +
+	"\x19ExplainCollectionResponse\x12\x14\n" +
+	"\x05vnode\x18\x01 \x01(\rR\x05vnode\x12>\n" +
+	"\breplicas\x18\x02 \x03(\v2\".kvasir.admin.v1.CollectionReplicaR\breplicas\x12\x1b\n" +
+	"\tpinned_by\x18\x03 \x03(\tR\bpinnedBy\x12\x14\n" +
+	"\x05found\x18\x04 \x01(\bR\x05found\x12\x12\n" +
+	"\x04dead\x18\x05 \x01(\bR\x04dead\x12\x1d\n" +
+	"\n" +
+	"dead_since\x18\x06 \x01(\x06R\tdeadSince\"\xff\x01\n" +
+	"\x11CollectionReplica\x12 \n" +
+	"\vincarnation\x18\x01 \x01(\x04R\vincarnation\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x1c\n" +
+	"\treachable\x18\x03 \x01(\bR\treachable\x12\x16\n" +
+	"\x06reason\x18\x04 \x01(\tR\x06reason\x12\x18\n" +
+	"\apromise\x18\x05 \x01(\x06R\apromise\x12 \n" +
+	"\vcertificate\x18\x06 \x01(\x06R\vcertificate\x12!\n" +
+	"\fdead_records\x18\a \x01(\x04R\vdeadRecords\x12\x1f\n" +
+	"\voldest_dead\x18\b \x01(\x06R\n" +
+	"oldestDead\"*\n" +
+	"\x10ListHintsRequest\x12\x16\n" +
+	"\x06target\x18\x01 \x01(\x04R\x06target\"\xe9\x01\n" +
+	"\x11ListHintsResponse\x122\n" +
+	"\x06groups\x18\x01 \x03(\v2\x1a.kvasir.admin.v1.HintGroupR\x06groups\x12\x14\n" +
+	"\x05bytes\x18\x02 \x01(\x04R\x05bytes\x12\x1b\n" +
+	"\tmax_bytes\x18\x03 \x01(\x04R\bmaxBytes\x12\x1b\n" +
+	"\tmax_count\x18\x04 \x01(\x04R\bmaxCount\x12\x1c\n" +
+	"\n" +
+	"max_age_ms\x18\x05 \x01(\x04R\bmaxAgeMs\x12\x18\n" +
+	"\adropped\x18\x06 \x01(\x04R\adropped\x12\x18\n" +
+	"\aexpired\x18\a \x01(\x04R\aexpired\"\xa0\x01\n" +
+	"\tHintGroup\x12\x16\n" +
+	"\x06target\x18\x01 \x01(\x04R\x06target\x12\x1c\n" +
+	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x14\n" +
+	"\x05vnode\x18\x03 \x01(\rR\x05vnode\x12\x14\n" +
+	"\x05count\x18\x04 \x01(\x04R\x05count\x12\x14\n" +
+	"\x05bytes\x18\x05 \x01(\x04R\x05bytes\x12\x1b\n" +
+	"\toldest_ms\x18\x06 \x01(\x04R\boldestMs2\xdc\x04\n" +
 	"\x0eControlService\x12[\n" +
 	"\fRegisterNode\x12$.kvasir.admin.v1.RegisterNodeRequest\x1a%.kvasir.admin.v1.RegisterNodeResponse\x12d\n" +
 	"\x0fCreateNamespace\x12'.kvasir.admin.v1.CreateNamespaceRequest\x1a(.kvasir.admin.v1.CreateNamespaceResponse\x12d\n" +
@@ -1887,7 +3112,13 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\x10GetClusterStatus\x12(.kvasir.admin.v1.GetClusterStatusRequest\x1a).kvasir.admin.v1.GetClusterStatusResponse2\xe7\x01\n" +
 	"\rStatusService\x12^\n" +
 	"\rGetNodeStatus\x12%.kvasir.admin.v1.GetNodeStatusRequest\x1a&.kvasir.admin.v1.GetNodeStatusResponse\x12v\n" +
-	"\x15GetOrchestratorStatus\x12-.kvasir.admin.v1.GetOrchestratorStatusRequest\x1a..kvasir.admin.v1.GetOrchestratorStatusResponseB:Z8github.com/kvasirdb/kvasir/proto/kvasir/admin/v1;adminv1b\x06proto3"
+	"\x15GetOrchestratorStatus\x12-.kvasir.admin.v1.GetOrchestratorStatusRequest\x1a..kvasir.admin.v1.GetOrchestratorStatusResponse2\xe9\x03\n" +
+	"\rRepairService\x12d\n" +
+	"\x0fGetRepairStatus\x12'.kvasir.admin.v1.GetRepairStatusRequest\x1a(.kvasir.admin.v1.GetRepairStatusResponse\x12X\n" +
+	"\vStartRepair\x12#.kvasir.admin.v1.StartRepairRequest\x1a$.kvasir.admin.v1.StartRepairResponse\x12X\n" +
+	"\vPauseRepair\x12#.kvasir.admin.v1.PauseRepairRequest\x1a$.kvasir.admin.v1.PauseRepairResponse\x12j\n" +
+	"\x11ExplainCollection\x12).kvasir.admin.v1.ExplainCollectionRequest\x1a*.kvasir.admin.v1.ExplainCollectionResponse\x12R\n" +
+	"\tListHints\x12!.kvasir.admin.v1.ListHintsRequest\x1a\".kvasir.admin.v1.ListHintsResponseB:Z8github.com/kvasirdb/kvasir/proto/kvasir/admin/v1;adminv1b\x06proto3"
 
 var (
 	file_kvasir_admin_v1_admin_proto_rawDescOnce sync.Once
@@ -1901,85 +3132,115 @@ func file_kvasir_admin_v1_admin_proto_rawDescGZIP() []byte {
 	return file_kvasir_admin_v1_admin_proto_rawDescData
 }
 
-var file_kvasir_admin_v1_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_kvasir_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
+var file_kvasir_admin_v1_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_kvasir_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 38)
 var file_kvasir_admin_v1_admin_proto_goTypes = []any{
 	(NodeStatus_State)(0),                 // 0: kvasir.admin.v1.NodeStatus.State
-	(*RegisterNodeRequest)(nil),           // 1: kvasir.admin.v1.RegisterNodeRequest
-	(*RegisterNodeResponse)(nil),          // 2: kvasir.admin.v1.RegisterNodeResponse
-	(*NamespaceSettings)(nil),             // 3: kvasir.admin.v1.NamespaceSettings
-	(*CreateNamespaceRequest)(nil),        // 4: kvasir.admin.v1.CreateNamespaceRequest
-	(*CreateNamespaceResponse)(nil),       // 5: kvasir.admin.v1.CreateNamespaceResponse
-	(*UpdateNamespaceRequest)(nil),        // 6: kvasir.admin.v1.UpdateNamespaceRequest
-	(*UpdateNamespaceResponse)(nil),       // 7: kvasir.admin.v1.UpdateNamespaceResponse
-	(*DropNamespaceRequest)(nil),          // 8: kvasir.admin.v1.DropNamespaceRequest
-	(*DropNamespaceResponse)(nil),         // 9: kvasir.admin.v1.DropNamespaceResponse
-	(*ListChangesRequest)(nil),            // 10: kvasir.admin.v1.ListChangesRequest
-	(*ListChangesResponse)(nil),           // 11: kvasir.admin.v1.ListChangesResponse
-	(*GetNodeStatusRequest)(nil),          // 12: kvasir.admin.v1.GetNodeStatusRequest
-	(*OperationStats)(nil),                // 13: kvasir.admin.v1.OperationStats
-	(*HintBacklog)(nil),                   // 14: kvasir.admin.v1.HintBacklog
-	(*NodeStatus)(nil),                    // 15: kvasir.admin.v1.NodeStatus
-	(*QueueDepth)(nil),                    // 16: kvasir.admin.v1.QueueDepth
-	(*GetNodeStatusResponse)(nil),         // 17: kvasir.admin.v1.GetNodeStatusResponse
-	(*GetOrchestratorStatusRequest)(nil),  // 18: kvasir.admin.v1.GetOrchestratorStatusRequest
-	(*OrchestratorStatus)(nil),            // 19: kvasir.admin.v1.OrchestratorStatus
-	(*GetOrchestratorStatusResponse)(nil), // 20: kvasir.admin.v1.GetOrchestratorStatusResponse
-	(*GetClusterStatusRequest)(nil),       // 21: kvasir.admin.v1.GetClusterStatusRequest
-	(*ObservedNode)(nil),                  // 22: kvasir.admin.v1.ObservedNode
-	(*ObservedOrchestrator)(nil),          // 23: kvasir.admin.v1.ObservedOrchestrator
-	(*GetClusterStatusResponse)(nil),      // 24: kvasir.admin.v1.GetClusterStatusResponse
-	(v1.Role)(0),                          // 25: kvasir.topology.v1.Role
-	(*v1.Topology)(nil),                   // 26: kvasir.topology.v1.Topology
-	(v1.ReadRepairMode)(0),                // 27: kvasir.topology.v1.ReadRepairMode
-	(*v1.Namespace)(nil),                  // 28: kvasir.topology.v1.Namespace
-	(*v1.Change)(nil),                     // 29: kvasir.topology.v1.Change
-	(*v1.NodeHealth)(nil),                 // 30: kvasir.topology.v1.NodeHealth
+	(VnodeRepair_State)(0),                // 1: kvasir.admin.v1.VnodeRepair.State
+	(*RegisterNodeRequest)(nil),           // 2: kvasir.admin.v1.RegisterNodeRequest
+	(*RegisterNodeResponse)(nil),          // 3: kvasir.admin.v1.RegisterNodeResponse
+	(*NamespaceSettings)(nil),             // 4: kvasir.admin.v1.NamespaceSettings
+	(*CreateNamespaceRequest)(nil),        // 5: kvasir.admin.v1.CreateNamespaceRequest
+	(*CreateNamespaceResponse)(nil),       // 6: kvasir.admin.v1.CreateNamespaceResponse
+	(*UpdateNamespaceRequest)(nil),        // 7: kvasir.admin.v1.UpdateNamespaceRequest
+	(*UpdateNamespaceResponse)(nil),       // 8: kvasir.admin.v1.UpdateNamespaceResponse
+	(*DropNamespaceRequest)(nil),          // 9: kvasir.admin.v1.DropNamespaceRequest
+	(*DropNamespaceResponse)(nil),         // 10: kvasir.admin.v1.DropNamespaceResponse
+	(*ListChangesRequest)(nil),            // 11: kvasir.admin.v1.ListChangesRequest
+	(*ListChangesResponse)(nil),           // 12: kvasir.admin.v1.ListChangesResponse
+	(*GetNodeStatusRequest)(nil),          // 13: kvasir.admin.v1.GetNodeStatusRequest
+	(*OperationStats)(nil),                // 14: kvasir.admin.v1.OperationStats
+	(*HintBacklog)(nil),                   // 15: kvasir.admin.v1.HintBacklog
+	(*NodeStatus)(nil),                    // 16: kvasir.admin.v1.NodeStatus
+	(*Filling)(nil),                       // 17: kvasir.admin.v1.Filling
+	(*QueueDepth)(nil),                    // 18: kvasir.admin.v1.QueueDepth
+	(*GetNodeStatusResponse)(nil),         // 19: kvasir.admin.v1.GetNodeStatusResponse
+	(*GetOrchestratorStatusRequest)(nil),  // 20: kvasir.admin.v1.GetOrchestratorStatusRequest
+	(*OrchestratorStatus)(nil),            // 21: kvasir.admin.v1.OrchestratorStatus
+	(*GetOrchestratorStatusResponse)(nil), // 22: kvasir.admin.v1.GetOrchestratorStatusResponse
+	(*GetClusterStatusRequest)(nil),       // 23: kvasir.admin.v1.GetClusterStatusRequest
+	(*ObservedNode)(nil),                  // 24: kvasir.admin.v1.ObservedNode
+	(*ObservedOrchestrator)(nil),          // 25: kvasir.admin.v1.ObservedOrchestrator
+	(*GetClusterStatusResponse)(nil),      // 26: kvasir.admin.v1.GetClusterStatusResponse
+	(*GetRepairStatusRequest)(nil),        // 27: kvasir.admin.v1.GetRepairStatusRequest
+	(*GetRepairStatusResponse)(nil),       // 28: kvasir.admin.v1.GetRepairStatusResponse
+	(*VnodeRepair)(nil),                   // 29: kvasir.admin.v1.VnodeRepair
+	(*StartRepairRequest)(nil),            // 30: kvasir.admin.v1.StartRepairRequest
+	(*StartRepairResponse)(nil),           // 31: kvasir.admin.v1.StartRepairResponse
+	(*PauseRepairRequest)(nil),            // 32: kvasir.admin.v1.PauseRepairRequest
+	(*PauseRepairResponse)(nil),           // 33: kvasir.admin.v1.PauseRepairResponse
+	(*ExplainCollectionRequest)(nil),      // 34: kvasir.admin.v1.ExplainCollectionRequest
+	(*ExplainCollectionResponse)(nil),     // 35: kvasir.admin.v1.ExplainCollectionResponse
+	(*CollectionReplica)(nil),             // 36: kvasir.admin.v1.CollectionReplica
+	(*ListHintsRequest)(nil),              // 37: kvasir.admin.v1.ListHintsRequest
+	(*ListHintsResponse)(nil),             // 38: kvasir.admin.v1.ListHintsResponse
+	(*HintGroup)(nil),                     // 39: kvasir.admin.v1.HintGroup
+	(v1.Role)(0),                          // 40: kvasir.topology.v1.Role
+	(*v1.Topology)(nil),                   // 41: kvasir.topology.v1.Topology
+	(v1.ReadRepairMode)(0),                // 42: kvasir.topology.v1.ReadRepairMode
+	(*v1.Namespace)(nil),                  // 43: kvasir.topology.v1.Namespace
+	(*v1.Change)(nil),                     // 44: kvasir.topology.v1.Change
+	(*v1.NodeHealth)(nil),                 // 45: kvasir.topology.v1.NodeHealth
 }
 var file_kvasir_admin_v1_admin_proto_depIdxs = []int32{
-	25, // 0: kvasir.admin.v1.RegisterNodeRequest.role:type_name -> kvasir.topology.v1.Role
-	26, // 1: kvasir.admin.v1.RegisterNodeResponse.topology:type_name -> kvasir.topology.v1.Topology
-	27, // 2: kvasir.admin.v1.NamespaceSettings.read_repair:type_name -> kvasir.topology.v1.ReadRepairMode
-	3,  // 3: kvasir.admin.v1.CreateNamespaceRequest.settings:type_name -> kvasir.admin.v1.NamespaceSettings
-	28, // 4: kvasir.admin.v1.CreateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
-	3,  // 5: kvasir.admin.v1.UpdateNamespaceRequest.settings:type_name -> kvasir.admin.v1.NamespaceSettings
-	28, // 6: kvasir.admin.v1.UpdateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
-	29, // 7: kvasir.admin.v1.ListChangesResponse.changes:type_name -> kvasir.topology.v1.Change
+	40, // 0: kvasir.admin.v1.RegisterNodeRequest.role:type_name -> kvasir.topology.v1.Role
+	41, // 1: kvasir.admin.v1.RegisterNodeResponse.topology:type_name -> kvasir.topology.v1.Topology
+	42, // 2: kvasir.admin.v1.NamespaceSettings.read_repair:type_name -> kvasir.topology.v1.ReadRepairMode
+	4,  // 3: kvasir.admin.v1.CreateNamespaceRequest.settings:type_name -> kvasir.admin.v1.NamespaceSettings
+	43, // 4: kvasir.admin.v1.CreateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
+	4,  // 5: kvasir.admin.v1.UpdateNamespaceRequest.settings:type_name -> kvasir.admin.v1.NamespaceSettings
+	43, // 6: kvasir.admin.v1.UpdateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
+	44, // 7: kvasir.admin.v1.ListChangesResponse.changes:type_name -> kvasir.topology.v1.Change
 	0,  // 8: kvasir.admin.v1.NodeStatus.state:type_name -> kvasir.admin.v1.NodeStatus.State
-	13, // 9: kvasir.admin.v1.NodeStatus.get:type_name -> kvasir.admin.v1.OperationStats
-	13, // 10: kvasir.admin.v1.NodeStatus.put:type_name -> kvasir.admin.v1.OperationStats
-	13, // 11: kvasir.admin.v1.NodeStatus.scan:type_name -> kvasir.admin.v1.OperationStats
-	14, // 12: kvasir.admin.v1.NodeStatus.hints:type_name -> kvasir.admin.v1.HintBacklog
-	16, // 13: kvasir.admin.v1.NodeStatus.queues:type_name -> kvasir.admin.v1.QueueDepth
-	15, // 14: kvasir.admin.v1.GetNodeStatusResponse.status:type_name -> kvasir.admin.v1.NodeStatus
-	19, // 15: kvasir.admin.v1.GetOrchestratorStatusResponse.status:type_name -> kvasir.admin.v1.OrchestratorStatus
-	30, // 16: kvasir.admin.v1.ObservedNode.health:type_name -> kvasir.topology.v1.NodeHealth
-	15, // 17: kvasir.admin.v1.ObservedNode.status:type_name -> kvasir.admin.v1.NodeStatus
-	19, // 18: kvasir.admin.v1.ObservedOrchestrator.status:type_name -> kvasir.admin.v1.OrchestratorStatus
-	26, // 19: kvasir.admin.v1.GetClusterStatusResponse.topology:type_name -> kvasir.topology.v1.Topology
-	22, // 20: kvasir.admin.v1.GetClusterStatusResponse.nodes:type_name -> kvasir.admin.v1.ObservedNode
-	23, // 21: kvasir.admin.v1.GetClusterStatusResponse.orchestrators:type_name -> kvasir.admin.v1.ObservedOrchestrator
-	1,  // 22: kvasir.admin.v1.ControlService.RegisterNode:input_type -> kvasir.admin.v1.RegisterNodeRequest
-	4,  // 23: kvasir.admin.v1.ControlService.CreateNamespace:input_type -> kvasir.admin.v1.CreateNamespaceRequest
-	6,  // 24: kvasir.admin.v1.ControlService.UpdateNamespace:input_type -> kvasir.admin.v1.UpdateNamespaceRequest
-	8,  // 25: kvasir.admin.v1.ControlService.DropNamespace:input_type -> kvasir.admin.v1.DropNamespaceRequest
-	10, // 26: kvasir.admin.v1.ControlService.ListChanges:input_type -> kvasir.admin.v1.ListChangesRequest
-	21, // 27: kvasir.admin.v1.ControlService.GetClusterStatus:input_type -> kvasir.admin.v1.GetClusterStatusRequest
-	12, // 28: kvasir.admin.v1.StatusService.GetNodeStatus:input_type -> kvasir.admin.v1.GetNodeStatusRequest
-	18, // 29: kvasir.admin.v1.StatusService.GetOrchestratorStatus:input_type -> kvasir.admin.v1.GetOrchestratorStatusRequest
-	2,  // 30: kvasir.admin.v1.ControlService.RegisterNode:output_type -> kvasir.admin.v1.RegisterNodeResponse
-	5,  // 31: kvasir.admin.v1.ControlService.CreateNamespace:output_type -> kvasir.admin.v1.CreateNamespaceResponse
-	7,  // 32: kvasir.admin.v1.ControlService.UpdateNamespace:output_type -> kvasir.admin.v1.UpdateNamespaceResponse
-	9,  // 33: kvasir.admin.v1.ControlService.DropNamespace:output_type -> kvasir.admin.v1.DropNamespaceResponse
-	11, // 34: kvasir.admin.v1.ControlService.ListChanges:output_type -> kvasir.admin.v1.ListChangesResponse
-	24, // 35: kvasir.admin.v1.ControlService.GetClusterStatus:output_type -> kvasir.admin.v1.GetClusterStatusResponse
-	17, // 36: kvasir.admin.v1.StatusService.GetNodeStatus:output_type -> kvasir.admin.v1.GetNodeStatusResponse
-	20, // 37: kvasir.admin.v1.StatusService.GetOrchestratorStatus:output_type -> kvasir.admin.v1.GetOrchestratorStatusResponse
-	30, // [30:38] is the sub-list for method output_type
-	22, // [22:30] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	14, // 9: kvasir.admin.v1.NodeStatus.get:type_name -> kvasir.admin.v1.OperationStats
+	14, // 10: kvasir.admin.v1.NodeStatus.put:type_name -> kvasir.admin.v1.OperationStats
+	14, // 11: kvasir.admin.v1.NodeStatus.scan:type_name -> kvasir.admin.v1.OperationStats
+	15, // 12: kvasir.admin.v1.NodeStatus.hints:type_name -> kvasir.admin.v1.HintBacklog
+	18, // 13: kvasir.admin.v1.NodeStatus.queues:type_name -> kvasir.admin.v1.QueueDepth
+	17, // 14: kvasir.admin.v1.NodeStatus.fillings:type_name -> kvasir.admin.v1.Filling
+	16, // 15: kvasir.admin.v1.GetNodeStatusResponse.status:type_name -> kvasir.admin.v1.NodeStatus
+	21, // 16: kvasir.admin.v1.GetOrchestratorStatusResponse.status:type_name -> kvasir.admin.v1.OrchestratorStatus
+	45, // 17: kvasir.admin.v1.ObservedNode.health:type_name -> kvasir.topology.v1.NodeHealth
+	16, // 18: kvasir.admin.v1.ObservedNode.status:type_name -> kvasir.admin.v1.NodeStatus
+	21, // 19: kvasir.admin.v1.ObservedOrchestrator.status:type_name -> kvasir.admin.v1.OrchestratorStatus
+	41, // 20: kvasir.admin.v1.GetClusterStatusResponse.topology:type_name -> kvasir.topology.v1.Topology
+	24, // 21: kvasir.admin.v1.GetClusterStatusResponse.nodes:type_name -> kvasir.admin.v1.ObservedNode
+	25, // 22: kvasir.admin.v1.GetClusterStatusResponse.orchestrators:type_name -> kvasir.admin.v1.ObservedOrchestrator
+	29, // 23: kvasir.admin.v1.GetRepairStatusResponse.vnodes:type_name -> kvasir.admin.v1.VnodeRepair
+	1,  // 24: kvasir.admin.v1.VnodeRepair.state:type_name -> kvasir.admin.v1.VnodeRepair.State
+	36, // 25: kvasir.admin.v1.ExplainCollectionResponse.replicas:type_name -> kvasir.admin.v1.CollectionReplica
+	39, // 26: kvasir.admin.v1.ListHintsResponse.groups:type_name -> kvasir.admin.v1.HintGroup
+	2,  // 27: kvasir.admin.v1.ControlService.RegisterNode:input_type -> kvasir.admin.v1.RegisterNodeRequest
+	5,  // 28: kvasir.admin.v1.ControlService.CreateNamespace:input_type -> kvasir.admin.v1.CreateNamespaceRequest
+	7,  // 29: kvasir.admin.v1.ControlService.UpdateNamespace:input_type -> kvasir.admin.v1.UpdateNamespaceRequest
+	9,  // 30: kvasir.admin.v1.ControlService.DropNamespace:input_type -> kvasir.admin.v1.DropNamespaceRequest
+	11, // 31: kvasir.admin.v1.ControlService.ListChanges:input_type -> kvasir.admin.v1.ListChangesRequest
+	23, // 32: kvasir.admin.v1.ControlService.GetClusterStatus:input_type -> kvasir.admin.v1.GetClusterStatusRequest
+	13, // 33: kvasir.admin.v1.StatusService.GetNodeStatus:input_type -> kvasir.admin.v1.GetNodeStatusRequest
+	20, // 34: kvasir.admin.v1.StatusService.GetOrchestratorStatus:input_type -> kvasir.admin.v1.GetOrchestratorStatusRequest
+	27, // 35: kvasir.admin.v1.RepairService.GetRepairStatus:input_type -> kvasir.admin.v1.GetRepairStatusRequest
+	30, // 36: kvasir.admin.v1.RepairService.StartRepair:input_type -> kvasir.admin.v1.StartRepairRequest
+	32, // 37: kvasir.admin.v1.RepairService.PauseRepair:input_type -> kvasir.admin.v1.PauseRepairRequest
+	34, // 38: kvasir.admin.v1.RepairService.ExplainCollection:input_type -> kvasir.admin.v1.ExplainCollectionRequest
+	37, // 39: kvasir.admin.v1.RepairService.ListHints:input_type -> kvasir.admin.v1.ListHintsRequest
+	3,  // 40: kvasir.admin.v1.ControlService.RegisterNode:output_type -> kvasir.admin.v1.RegisterNodeResponse
+	6,  // 41: kvasir.admin.v1.ControlService.CreateNamespace:output_type -> kvasir.admin.v1.CreateNamespaceResponse
+	8,  // 42: kvasir.admin.v1.ControlService.UpdateNamespace:output_type -> kvasir.admin.v1.UpdateNamespaceResponse
+	10, // 43: kvasir.admin.v1.ControlService.DropNamespace:output_type -> kvasir.admin.v1.DropNamespaceResponse
+	12, // 44: kvasir.admin.v1.ControlService.ListChanges:output_type -> kvasir.admin.v1.ListChangesResponse
+	26, // 45: kvasir.admin.v1.ControlService.GetClusterStatus:output_type -> kvasir.admin.v1.GetClusterStatusResponse
+	19, // 46: kvasir.admin.v1.StatusService.GetNodeStatus:output_type -> kvasir.admin.v1.GetNodeStatusResponse
+	22, // 47: kvasir.admin.v1.StatusService.GetOrchestratorStatus:output_type -> kvasir.admin.v1.GetOrchestratorStatusResponse
+	28, // 48: kvasir.admin.v1.RepairService.GetRepairStatus:output_type -> kvasir.admin.v1.GetRepairStatusResponse
+	31, // 49: kvasir.admin.v1.RepairService.StartRepair:output_type -> kvasir.admin.v1.StartRepairResponse
+	33, // 50: kvasir.admin.v1.RepairService.PauseRepair:output_type -> kvasir.admin.v1.PauseRepairResponse
+	35, // 51: kvasir.admin.v1.RepairService.ExplainCollection:output_type -> kvasir.admin.v1.ExplainCollectionResponse
+	38, // 52: kvasir.admin.v1.RepairService.ListHints:output_type -> kvasir.admin.v1.ListHintsResponse
+	40, // [40:53] is the sub-list for method output_type
+	27, // [27:40] is the sub-list for method input_type
+	27, // [27:27] is the sub-list for extension type_name
+	27, // [27:27] is the sub-list for extension extendee
+	0,  // [0:27] is the sub-list for field type_name
 }
 
 func init() { file_kvasir_admin_v1_admin_proto_init() }
@@ -1988,15 +3249,19 @@ func file_kvasir_admin_v1_admin_proto_init() {
 		return
 	}
 	file_kvasir_admin_v1_admin_proto_msgTypes[2].OneofWrappers = []any{}
+	file_kvasir_admin_v1_admin_proto_msgTypes[32].OneofWrappers = []any{
+		(*ExplainCollectionRequest_Key)(nil),
+		(*ExplainCollectionRequest_Vnode)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kvasir_admin_v1_admin_proto_rawDesc), len(file_kvasir_admin_v1_admin_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   24,
+			NumEnums:      2,
+			NumMessages:   38,
 			NumExtensions: 0,
-			NumServices:   2,
+			NumServices:   3,
 		},
 		GoTypes:           file_kvasir_admin_v1_admin_proto_goTypes,
 		DependencyIndexes: file_kvasir_admin_v1_admin_proto_depIdxs,

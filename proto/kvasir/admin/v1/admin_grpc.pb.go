@@ -461,3 +461,263 @@ var StatusService_ServiceDesc = grpc.ServiceDesc{
 	Streams:  []grpc.StreamDesc{},
 	Metadata: "kvasir/admin/v1/admin.proto",
 }
+
+const (
+	RepairService_GetRepairStatus_FullMethodName   = "/kvasir.admin.v1.RepairService/GetRepairStatus"
+	RepairService_StartRepair_FullMethodName       = "/kvasir.admin.v1.RepairService/StartRepair"
+	RepairService_PauseRepair_FullMethodName       = "/kvasir.admin.v1.RepairService/PauseRepair"
+	RepairService_ExplainCollection_FullMethodName = "/kvasir.admin.v1.RepairService/ExplainCollection"
+	RepairService_ListHints_FullMethodName         = "/kvasir.admin.v1.RepairService/ListHints"
+)
+
+// RepairServiceClient is the client API for RepairService service.
+//
+// For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
+//
+// RepairService shows and steers what keeps one node's replicas equal to the
+// others'. It is never passed on.
+type RepairServiceClient interface {
+	GetRepairStatus(ctx context.Context, in *GetRepairStatusRequest, opts ...grpc.CallOption) (*GetRepairStatusResponse, error)
+	StartRepair(ctx context.Context, in *StartRepairRequest, opts ...grpc.CallOption) (*StartRepairResponse, error)
+	PauseRepair(ctx context.Context, in *PauseRepairRequest, opts ...grpc.CallOption) (*PauseRepairResponse, error)
+	ExplainCollection(ctx context.Context, in *ExplainCollectionRequest, opts ...grpc.CallOption) (*ExplainCollectionResponse, error)
+	ListHints(ctx context.Context, in *ListHintsRequest, opts ...grpc.CallOption) (*ListHintsResponse, error)
+}
+
+type repairServiceClient struct {
+	cc grpc.ClientConnInterface
+}
+
+func NewRepairServiceClient(cc grpc.ClientConnInterface) RepairServiceClient {
+	return &repairServiceClient{cc}
+}
+
+func (c *repairServiceClient) GetRepairStatus(ctx context.Context, in *GetRepairStatusRequest, opts ...grpc.CallOption) (*GetRepairStatusResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GetRepairStatusResponse)
+	err := c.cc.Invoke(ctx, RepairService_GetRepairStatus_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *repairServiceClient) StartRepair(ctx context.Context, in *StartRepairRequest, opts ...grpc.CallOption) (*StartRepairResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(StartRepairResponse)
+	err := c.cc.Invoke(ctx, RepairService_StartRepair_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *repairServiceClient) PauseRepair(ctx context.Context, in *PauseRepairRequest, opts ...grpc.CallOption) (*PauseRepairResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PauseRepairResponse)
+	err := c.cc.Invoke(ctx, RepairService_PauseRepair_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *repairServiceClient) ExplainCollection(ctx context.Context, in *ExplainCollectionRequest, opts ...grpc.CallOption) (*ExplainCollectionResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ExplainCollectionResponse)
+	err := c.cc.Invoke(ctx, RepairService_ExplainCollection_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *repairServiceClient) ListHints(ctx context.Context, in *ListHintsRequest, opts ...grpc.CallOption) (*ListHintsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListHintsResponse)
+	err := c.cc.Invoke(ctx, RepairService_ListHints_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// RepairServiceServer is the server API for RepairService service.
+// All implementations must embed UnimplementedRepairServiceServer
+// for forward compatibility.
+//
+// RepairService shows and steers what keeps one node's replicas equal to the
+// others'. It is never passed on.
+type RepairServiceServer interface {
+	GetRepairStatus(context.Context, *GetRepairStatusRequest) (*GetRepairStatusResponse, error)
+	StartRepair(context.Context, *StartRepairRequest) (*StartRepairResponse, error)
+	PauseRepair(context.Context, *PauseRepairRequest) (*PauseRepairResponse, error)
+	ExplainCollection(context.Context, *ExplainCollectionRequest) (*ExplainCollectionResponse, error)
+	ListHints(context.Context, *ListHintsRequest) (*ListHintsResponse, error)
+	mustEmbedUnimplementedRepairServiceServer()
+}
+
+// UnimplementedRepairServiceServer must be embedded to have
+// forward compatible implementations.
+//
+// NOTE: this should be embedded by value instead of pointer to avoid a nil
+// pointer dereference when methods are called.
+type UnimplementedRepairServiceServer struct{}
+
+func (UnimplementedRepairServiceServer) GetRepairStatus(context.Context, *GetRepairStatusRequest) (*GetRepairStatusResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetRepairStatus not implemented")
+}
+func (UnimplementedRepairServiceServer) StartRepair(context.Context, *StartRepairRequest) (*StartRepairResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method StartRepair not implemented")
+}
+func (UnimplementedRepairServiceServer) PauseRepair(context.Context, *PauseRepairRequest) (*PauseRepairResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method PauseRepair not implemented")
+}
+func (UnimplementedRepairServiceServer) ExplainCollection(context.Context, *ExplainCollectionRequest) (*ExplainCollectionResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ExplainCollection not implemented")
+}
+func (UnimplementedRepairServiceServer) ListHints(context.Context, *ListHintsRequest) (*ListHintsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListHints not implemented")
+}
+func (UnimplementedRepairServiceServer) mustEmbedUnimplementedRepairServiceServer() {}
+func (UnimplementedRepairServiceServer) testEmbeddedByValue()                       {}
+
+// UnsafeRepairServiceServer may be embedded to opt out of forward compatibility for this service.
+// Use of this interface is not recommended, as added methods to RepairServiceServer will
+// result in compilation errors.
+type UnsafeRepairServiceServer interface {
+	mustEmbedUnimplementedRepairServiceServer()
+}
+
+func RegisterRepairServiceServer(s grpc.ServiceRegistrar, srv RepairServiceServer) {
+	// If the following call panics, it indicates UnimplementedRepairServiceServer was
+	// embedded by pointer and is nil.  This will cause panics if an
+	// unimplemented method is ever invoked, so we test this at initialization
+	// time to prevent it from happening at runtime later due to I/O.
+	if t, ok := srv.(interface{ testEmbeddedByValue() }); ok {
+		t.testEmbeddedByValue()
+	}
+	s.RegisterService(&RepairService_ServiceDesc, srv)
+}
+
+func _RepairService_GetRepairStatus_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetRepairStatusRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(RepairServiceServer).GetRepairStatus(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: RepairService_GetRepairStatus_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(RepairServiceServer).GetRepairStatus(ctx, req.(*GetRepairStatusRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _RepairService_StartRepair_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(StartRepairRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(RepairServiceServer).StartRepair(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: RepairService_StartRepair_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(RepairServiceServer).StartRepair(ctx, req.(*StartRepairRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _RepairService_PauseRepair_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PauseRepairRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(RepairServiceServer).PauseRepair(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: RepairService_PauseRepair_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(RepairServiceServer).PauseRepair(ctx, req.(*PauseRepairRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _RepairService_ExplainCollection_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ExplainCollectionRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(RepairServiceServer).ExplainCollection(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: RepairService_ExplainCollection_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(RepairServiceServer).ExplainCollection(ctx, req.(*ExplainCollectionRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _RepairService_ListHints_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListHintsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(RepairServiceServer).ListHints(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: RepairService_ListHints_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(RepairServiceServer).ListHints(ctx, req.(*ListHintsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+// RepairService_ServiceDesc is the grpc.ServiceDesc for RepairService service.
+// It's only intended for direct use with grpc.RegisterService,
+// and not to be introspected or modified (even as a copy)
+var RepairService_ServiceDesc = grpc.ServiceDesc{
+	ServiceName: "kvasir.admin.v1.RepairService",
+	HandlerType: (*RepairServiceServer)(nil),
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "GetRepairStatus",
+			Handler:    _RepairService_GetRepairStatus_Handler,
+		},
+		{
+			MethodName: "StartRepair",
+			Handler:    _RepairService_StartRepair_Handler,
+		},
+		{
+			MethodName: "PauseRepair",
+			Handler:    _RepairService_PauseRepair_Handler,
+		},
+		{
+			MethodName: "ExplainCollection",
+			Handler:    _RepairService_ExplainCollection_Handler,
+		},
+		{
+			MethodName: "ListHints",
+			Handler:    _RepairService_ListHints_Handler,
+		},
+	},
+	Streams:  []grpc.StreamDesc{},
+	Metadata: "kvasir/admin/v1/admin.proto",
+}

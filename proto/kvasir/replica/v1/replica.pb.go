@@ -78,6 +78,61 @@ func (Source) EnumDescriptor() ([]byte, []int) {
 	return file_kvasir_replica_v1_replica_proto_rawDescGZIP(), []int{0}
 }
 
+type Collect_Step int32
+
+const (
+	Collect_STEP_UNSPECIFIED Collect_Step = 0
+	// Tells the state, and changes nothing.
+	Collect_STEP_STATE Collect_Step = 1
+	// Refuse every first-hand write and hint at or below timestamp from now on.
+	Collect_STEP_PROMISE Collect_Step = 2
+	// All endpoints hold equal records up to timestamp.
+	Collect_STEP_CERTIFY Collect_Step = 3
+)
+
+// Enum value maps for Collect_Step.
+var (
+	Collect_Step_name = map[int32]string{
+		0: "STEP_UNSPECIFIED",
+		1: "STEP_STATE",
+		2: "STEP_PROMISE",
+		3: "STEP_CERTIFY",
+	}
+	Collect_Step_value = map[string]int32{
+		"STEP_UNSPECIFIED": 0,
+		"STEP_STATE":       1,
+		"STEP_PROMISE":     2,
+		"STEP_CERTIFY":     3,
+	}
+)
+
+func (x Collect_Step) Enum() *Collect_Step {
+	p := new(Collect_Step)
+	*p = x
+	return p
+}
+
+func (x Collect_Step) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Collect_Step) Descriptor() protoreflect.EnumDescriptor {
+	return file_kvasir_replica_v1_replica_proto_enumTypes[1].Descriptor()
+}
+
+func (Collect_Step) Type() protoreflect.EnumType {
+	return &file_kvasir_replica_v1_replica_proto_enumTypes[1]
+}
+
+func (x Collect_Step) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Collect_Step.Descriptor instead.
+func (Collect_Step) EnumDescriptor() ([]byte, []int) {
+	return file_kvasir_replica_v1_replica_proto_rawDescGZIP(), []int{12, 0}
+}
+
 // Entry is a user key with its record in storage encoding.
 type Entry struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -212,7 +267,10 @@ func (x *Apply) GetHintTargets() []uint64 {
 }
 
 type ApplyResult struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// For hints: how many more bytes of them the receiver would take from this
+	// sender in the next second.
+	CreditBytes   uint64 `protobuf:"varint,1,opt,name=credit_bytes,json=creditBytes,proto3" json:"credit_bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -245,6 +303,13 @@ func (x *ApplyResult) ProtoReflect() protoreflect.Message {
 // Deprecated: Use ApplyResult.ProtoReflect.Descriptor instead.
 func (*ApplyResult) Descriptor() ([]byte, []int) {
 	return file_kvasir_replica_v1_replica_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *ApplyResult) GetCreditBytes() uint64 {
+	if x != nil {
+		return x.CreditBytes
+	}
+	return 0
 }
 
 // Read asks for one key's record as this replica holds it.
@@ -528,6 +593,551 @@ func (x *ScanResult) GetTruncated() bool {
 	return false
 }
 
+// Digest asks for nodes of the hash tree over a vnode's records with keys in
+// [start, end). Records that the certificate lets go are left out, so that replicas
+// that have removed them and replicas that have not agree.
+type Digest struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Namespace uint32                 `protobuf:"varint,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Vnode     uint32                 `protobuf:"varint,2,opt,name=vnode,proto3" json:"vnode,omitempty"`
+	// The greatest GC certificate the sender knows of. The receiver counts by the
+	// greater of it and its own.
+	Certificate uint64 `protobuf:"fixed64,3,opt,name=certificate,proto3" json:"certificate,omitempty"`
+	// 0: leaves, 1: branches, 2: the root.
+	Level uint32 `protobuf:"varint,4,opt,name=level,proto3" json:"level,omitempty"`
+	Start []byte `protobuf:"bytes,5,opt,name=start,proto3" json:"start,omitempty"`
+	// Empty: no end.
+	End           []byte `protobuf:"bytes,6,opt,name=end,proto3" json:"end,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Digest) Reset() {
+	*x = Digest{}
+	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Digest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Digest) ProtoMessage() {}
+
+func (x *Digest) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Digest.ProtoReflect.Descriptor instead.
+func (*Digest) Descriptor() ([]byte, []int) {
+	return file_kvasir_replica_v1_replica_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Digest) GetNamespace() uint32 {
+	if x != nil {
+		return x.Namespace
+	}
+	return 0
+}
+
+func (x *Digest) GetVnode() uint32 {
+	if x != nil {
+		return x.Vnode
+	}
+	return 0
+}
+
+func (x *Digest) GetCertificate() uint64 {
+	if x != nil {
+		return x.Certificate
+	}
+	return 0
+}
+
+func (x *Digest) GetLevel() uint32 {
+	if x != nil {
+		return x.Level
+	}
+	return 0
+}
+
+func (x *Digest) GetStart() []byte {
+	if x != nil {
+		return x.Start
+	}
+	return nil
+}
+
+func (x *Digest) GetEnd() []byte {
+	if x != nil {
+		return x.End
+	}
+	return nil
+}
+
+// DigestNode is a stretch of keys from start to the start of the next node.
+type DigestNode struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Start         []byte                 `protobuf:"bytes,1,opt,name=start,proto3" json:"start,omitempty"`
+	Hash          []byte                 `protobuf:"bytes,2,opt,name=hash,proto3" json:"hash,omitempty"`
+	Records       uint64                 `protobuf:"varint,3,opt,name=records,proto3" json:"records,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DigestNode) Reset() {
+	*x = DigestNode{}
+	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DigestNode) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DigestNode) ProtoMessage() {}
+
+func (x *DigestNode) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DigestNode.ProtoReflect.Descriptor instead.
+func (*DigestNode) Descriptor() ([]byte, []int) {
+	return file_kvasir_replica_v1_replica_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *DigestNode) GetStart() []byte {
+	if x != nil {
+		return x.Start
+	}
+	return nil
+}
+
+func (x *DigestNode) GetHash() []byte {
+	if x != nil {
+		return x.Hash
+	}
+	return nil
+}
+
+func (x *DigestNode) GetRecords() uint64 {
+	if x != nil {
+		return x.Records
+	}
+	return 0
+}
+
+type DigestResult struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Nodes []*DigestNode          `protobuf:"bytes,1,rep,name=nodes,proto3" json:"nodes,omitempty"`
+	// Set when the answer ended early: it covers the keys up to this one.
+	Next []byte `protobuf:"bytes,2,opt,name=next,proto3" json:"next,omitempty"`
+	// The certificate that was counted by.
+	Certificate   uint64 `protobuf:"fixed64,3,opt,name=certificate,proto3" json:"certificate,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DigestResult) Reset() {
+	*x = DigestResult{}
+	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DigestResult) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DigestResult) ProtoMessage() {}
+
+func (x *DigestResult) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DigestResult.ProtoReflect.Descriptor instead.
+func (*DigestResult) Descriptor() ([]byte, []int) {
+	return file_kvasir_replica_v1_replica_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *DigestResult) GetNodes() []*DigestNode {
+	if x != nil {
+		return x.Nodes
+	}
+	return nil
+}
+
+func (x *DigestResult) GetNext() []byte {
+	if x != nil {
+		return x.Next
+	}
+	return nil
+}
+
+func (x *DigestResult) GetCertificate() uint64 {
+	if x != nil {
+		return x.Certificate
+	}
+	return 0
+}
+
+// List asks an endpoint of a vnode, incoming ones included, for records of its own
+// copy: those with keys in [start, end), or those named.
+type List struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Namespace uint32                 `protobuf:"varint,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Vnode     uint32                 `protobuf:"varint,2,opt,name=vnode,proto3" json:"vnode,omitempty"`
+	Start     []byte                 `protobuf:"bytes,3,opt,name=start,proto3" json:"start,omitempty"`
+	// Empty: no end.
+	End  []byte   `protobuf:"bytes,4,opt,name=end,proto3" json:"end,omitempty"`
+	Keys [][]byte `protobuf:"bytes,5,rep,name=keys,proto3" json:"keys,omitempty"`
+	// Version, kind and expiry only.
+	HeaderOnly    bool   `protobuf:"varint,6,opt,name=header_only,json=headerOnly,proto3" json:"header_only,omitempty"`
+	Limit         uint32 `protobuf:"varint,7,opt,name=limit,proto3" json:"limit,omitempty"`
+	LimitBytes    uint32 `protobuf:"varint,8,opt,name=limit_bytes,json=limitBytes,proto3" json:"limit_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *List) Reset() {
+	*x = List{}
+	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *List) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*List) ProtoMessage() {}
+
+func (x *List) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use List.ProtoReflect.Descriptor instead.
+func (*List) Descriptor() ([]byte, []int) {
+	return file_kvasir_replica_v1_replica_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *List) GetNamespace() uint32 {
+	if x != nil {
+		return x.Namespace
+	}
+	return 0
+}
+
+func (x *List) GetVnode() uint32 {
+	if x != nil {
+		return x.Vnode
+	}
+	return 0
+}
+
+func (x *List) GetStart() []byte {
+	if x != nil {
+		return x.Start
+	}
+	return nil
+}
+
+func (x *List) GetEnd() []byte {
+	if x != nil {
+		return x.End
+	}
+	return nil
+}
+
+func (x *List) GetKeys() [][]byte {
+	if x != nil {
+		return x.Keys
+	}
+	return nil
+}
+
+func (x *List) GetHeaderOnly() bool {
+	if x != nil {
+		return x.HeaderOnly
+	}
+	return false
+}
+
+func (x *List) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+func (x *List) GetLimitBytes() uint32 {
+	if x != nil {
+		return x.LimitBytes
+	}
+	return 0
+}
+
+type ListResult struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Entries       []*Entry               `protobuf:"bytes,1,rep,name=entries,proto3" json:"entries,omitempty"`
+	Truncated     bool                   `protobuf:"varint,2,opt,name=truncated,proto3" json:"truncated,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListResult) Reset() {
+	*x = ListResult{}
+	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListResult) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListResult) ProtoMessage() {}
+
+func (x *ListResult) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListResult.ProtoReflect.Descriptor instead.
+func (*ListResult) Descriptor() ([]byte, []int) {
+	return file_kvasir_replica_v1_replica_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *ListResult) GetEntries() []*Entry {
+	if x != nil {
+		return x.Entries
+	}
+	return nil
+}
+
+func (x *ListResult) GetTruncated() bool {
+	if x != nil {
+		return x.Truncated
+	}
+	return false
+}
+
+// Collect is a step of the collection of a vnode's dead records.
+type Collect struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Namespace uint32                 `protobuf:"varint,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Vnode     uint32                 `protobuf:"varint,2,opt,name=vnode,proto3" json:"vnode,omitempty"`
+	Step      Collect_Step           `protobuf:"varint,3,opt,name=step,proto3,enum=kvasir.replica.v1.Collect_Step" json:"step,omitempty"`
+	Timestamp uint64                 `protobuf:"fixed64,4,opt,name=timestamp,proto3" json:"timestamp,omitempty"`
+	// The endpoints that a certificate or promise is for, in ascending order.
+	Endpoints     []uint64 `protobuf:"varint,5,rep,packed,name=endpoints,proto3" json:"endpoints,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Collect) Reset() {
+	*x = Collect{}
+	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Collect) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Collect) ProtoMessage() {}
+
+func (x *Collect) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Collect.ProtoReflect.Descriptor instead.
+func (*Collect) Descriptor() ([]byte, []int) {
+	return file_kvasir_replica_v1_replica_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *Collect) GetNamespace() uint32 {
+	if x != nil {
+		return x.Namespace
+	}
+	return 0
+}
+
+func (x *Collect) GetVnode() uint32 {
+	if x != nil {
+		return x.Vnode
+	}
+	return 0
+}
+
+func (x *Collect) GetStep() Collect_Step {
+	if x != nil {
+		return x.Step
+	}
+	return Collect_STEP_UNSPECIFIED
+}
+
+func (x *Collect) GetTimestamp() uint64 {
+	if x != nil {
+		return x.Timestamp
+	}
+	return 0
+}
+
+func (x *Collect) GetEndpoints() []uint64 {
+	if x != nil {
+		return x.Endpoints
+	}
+	return nil
+}
+
+type CollectResult struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The hybrid clock of this replica.
+	Clock       uint64 `protobuf:"fixed64,1,opt,name=clock,proto3" json:"clock,omitempty"`
+	Promise     uint64 `protobuf:"fixed64,2,opt,name=promise,proto3" json:"promise,omitempty"`
+	Certificate uint64 `protobuf:"fixed64,3,opt,name=certificate,proto3" json:"certificate,omitempty"`
+	// How many records at or below the promise have been joined in since this
+	// process started.
+	LateJoins uint64 `protobuf:"varint,4,opt,name=late_joins,json=lateJoins,proto3" json:"late_joins,omitempty"`
+	// The earliest time at which a dead record could go; 0 when there is none.
+	OldestDead  uint64 `protobuf:"fixed64,5,opt,name=oldest_dead,json=oldestDead,proto3" json:"oldest_dead,omitempty"`
+	DeadRecords uint64 `protobuf:"varint,6,opt,name=dead_records,json=deadRecords,proto3" json:"dead_records,omitempty"`
+	// Drawn at every start of the process: late_joins counts from there.
+	Run           uint64 `protobuf:"varint,7,opt,name=run,proto3" json:"run,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CollectResult) Reset() {
+	*x = CollectResult{}
+	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CollectResult) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CollectResult) ProtoMessage() {}
+
+func (x *CollectResult) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CollectResult.ProtoReflect.Descriptor instead.
+func (*CollectResult) Descriptor() ([]byte, []int) {
+	return file_kvasir_replica_v1_replica_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *CollectResult) GetClock() uint64 {
+	if x != nil {
+		return x.Clock
+	}
+	return 0
+}
+
+func (x *CollectResult) GetPromise() uint64 {
+	if x != nil {
+		return x.Promise
+	}
+	return 0
+}
+
+func (x *CollectResult) GetCertificate() uint64 {
+	if x != nil {
+		return x.Certificate
+	}
+	return 0
+}
+
+func (x *CollectResult) GetLateJoins() uint64 {
+	if x != nil {
+		return x.LateJoins
+	}
+	return 0
+}
+
+func (x *CollectResult) GetOldestDead() uint64 {
+	if x != nil {
+		return x.OldestDead
+	}
+	return 0
+}
+
+func (x *CollectResult) GetDeadRecords() uint64 {
+	if x != nil {
+		return x.DeadRecords
+	}
+	return 0
+}
+
+func (x *CollectResult) GetRun() uint64 {
+	if x != nil {
+		return x.Run
+	}
+	return 0
+}
+
 type Ping struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The sender's wall clock, in milliseconds since 1970.
@@ -538,7 +1148,7 @@ type Ping struct {
 
 func (x *Ping) Reset() {
 	*x = Ping{}
-	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[7]
+	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -550,7 +1160,7 @@ func (x *Ping) String() string {
 func (*Ping) ProtoMessage() {}
 
 func (x *Ping) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[7]
+	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -563,7 +1173,7 @@ func (x *Ping) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ping.ProtoReflect.Descriptor instead.
 func (*Ping) Descriptor() ([]byte, []int) {
-	return file_kvasir_replica_v1_replica_proto_rawDescGZIP(), []int{7}
+	return file_kvasir_replica_v1_replica_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Ping) GetWallMs() uint64 {
@@ -582,7 +1192,7 @@ type PingResult struct {
 
 func (x *PingResult) Reset() {
 	*x = PingResult{}
-	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[8]
+	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -594,7 +1204,7 @@ func (x *PingResult) String() string {
 func (*PingResult) ProtoMessage() {}
 
 func (x *PingResult) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[8]
+	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -607,7 +1217,7 @@ func (x *PingResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PingResult.ProtoReflect.Descriptor instead.
 func (*PingResult) Descriptor() ([]byte, []int) {
-	return file_kvasir_replica_v1_replica_proto_rawDescGZIP(), []int{8}
+	return file_kvasir_replica_v1_replica_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *PingResult) GetWallMs() uint64 {
@@ -630,6 +1240,9 @@ type Call struct {
 	//	*Call_Read
 	//	*Call_Scan
 	//	*Call_Ping
+	//	*Call_Digest
+	//	*Call_List
+	//	*Call_Collect
 	Operation     isCall_Operation `protobuf_oneof:"operation"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -637,7 +1250,7 @@ type Call struct {
 
 func (x *Call) Reset() {
 	*x = Call{}
-	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[9]
+	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -649,7 +1262,7 @@ func (x *Call) String() string {
 func (*Call) ProtoMessage() {}
 
 func (x *Call) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[9]
+	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -662,7 +1275,7 @@ func (x *Call) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Call.ProtoReflect.Descriptor instead.
 func (*Call) Descriptor() ([]byte, []int) {
-	return file_kvasir_replica_v1_replica_proto_rawDescGZIP(), []int{9}
+	return file_kvasir_replica_v1_replica_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Call) GetId() uint64 {
@@ -729,6 +1342,33 @@ func (x *Call) GetPing() *Ping {
 	return nil
 }
 
+func (x *Call) GetDigest() *Digest {
+	if x != nil {
+		if x, ok := x.Operation.(*Call_Digest); ok {
+			return x.Digest
+		}
+	}
+	return nil
+}
+
+func (x *Call) GetList() *List {
+	if x != nil {
+		if x, ok := x.Operation.(*Call_List); ok {
+			return x.List
+		}
+	}
+	return nil
+}
+
+func (x *Call) GetCollect() *Collect {
+	if x != nil {
+		if x, ok := x.Operation.(*Call_Collect); ok {
+			return x.Collect
+		}
+	}
+	return nil
+}
+
 type isCall_Operation interface {
 	isCall_Operation()
 }
@@ -749,6 +1389,18 @@ type Call_Ping struct {
 	Ping *Ping `protobuf:"bytes,7,opt,name=ping,proto3,oneof"`
 }
 
+type Call_Digest struct {
+	Digest *Digest `protobuf:"bytes,8,opt,name=digest,proto3,oneof"`
+}
+
+type Call_List struct {
+	List *List `protobuf:"bytes,9,opt,name=list,proto3,oneof"`
+}
+
+type Call_Collect struct {
+	Collect *Collect `protobuf:"bytes,10,opt,name=collect,proto3,oneof"`
+}
+
 func (*Call_Apply) isCall_Operation() {}
 
 func (*Call_Read) isCall_Operation() {}
@@ -756,6 +1408,12 @@ func (*Call_Read) isCall_Operation() {}
 func (*Call_Scan) isCall_Operation() {}
 
 func (*Call_Ping) isCall_Operation() {}
+
+func (*Call_Digest) isCall_Operation() {}
+
+func (*Call_List) isCall_Operation() {}
+
+func (*Call_Collect) isCall_Operation() {}
 
 type Reply struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -767,6 +1425,9 @@ type Reply struct {
 	//	*Reply_Read
 	//	*Reply_Scan
 	//	*Reply_Ping
+	//	*Reply_Digest
+	//	*Reply_List
+	//	*Reply_Collect
 	Result        isReply_Result `protobuf_oneof:"result"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -774,7 +1435,7 @@ type Reply struct {
 
 func (x *Reply) Reset() {
 	*x = Reply{}
-	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[10]
+	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -786,7 +1447,7 @@ func (x *Reply) String() string {
 func (*Reply) ProtoMessage() {}
 
 func (x *Reply) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[10]
+	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -799,7 +1460,7 @@ func (x *Reply) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Reply.ProtoReflect.Descriptor instead.
 func (*Reply) Descriptor() ([]byte, []int) {
-	return file_kvasir_replica_v1_replica_proto_rawDescGZIP(), []int{10}
+	return file_kvasir_replica_v1_replica_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Reply) GetId() uint64 {
@@ -859,6 +1520,33 @@ func (x *Reply) GetPing() *PingResult {
 	return nil
 }
 
+func (x *Reply) GetDigest() *DigestResult {
+	if x != nil {
+		if x, ok := x.Result.(*Reply_Digest); ok {
+			return x.Digest
+		}
+	}
+	return nil
+}
+
+func (x *Reply) GetList() *ListResult {
+	if x != nil {
+		if x, ok := x.Result.(*Reply_List); ok {
+			return x.List
+		}
+	}
+	return nil
+}
+
+func (x *Reply) GetCollect() *CollectResult {
+	if x != nil {
+		if x, ok := x.Result.(*Reply_Collect); ok {
+			return x.Collect
+		}
+	}
+	return nil
+}
+
 type isReply_Result interface {
 	isReply_Result()
 }
@@ -879,6 +1567,18 @@ type Reply_Ping struct {
 	Ping *PingResult `protobuf:"bytes,6,opt,name=ping,proto3,oneof"`
 }
 
+type Reply_Digest struct {
+	Digest *DigestResult `protobuf:"bytes,7,opt,name=digest,proto3,oneof"`
+}
+
+type Reply_List struct {
+	List *ListResult `protobuf:"bytes,8,opt,name=list,proto3,oneof"`
+}
+
+type Reply_Collect struct {
+	Collect *CollectResult `protobuf:"bytes,9,opt,name=collect,proto3,oneof"`
+}
+
 func (*Reply_Apply) isReply_Result() {}
 
 func (*Reply_Read) isReply_Result() {}
@@ -886,6 +1586,12 @@ func (*Reply_Read) isReply_Result() {}
 func (*Reply_Scan) isReply_Result() {}
 
 func (*Reply_Ping) isReply_Result() {}
+
+func (*Reply_Digest) isReply_Result() {}
+
+func (*Reply_List) isReply_Result() {}
+
+func (*Reply_Collect) isReply_Result() {}
 
 type LinkRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -896,7 +1602,7 @@ type LinkRequest struct {
 
 func (x *LinkRequest) Reset() {
 	*x = LinkRequest{}
-	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[11]
+	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -908,7 +1614,7 @@ func (x *LinkRequest) String() string {
 func (*LinkRequest) ProtoMessage() {}
 
 func (x *LinkRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[11]
+	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -921,7 +1627,7 @@ func (x *LinkRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LinkRequest.ProtoReflect.Descriptor instead.
 func (*LinkRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_replica_v1_replica_proto_rawDescGZIP(), []int{11}
+	return file_kvasir_replica_v1_replica_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *LinkRequest) GetCalls() []*Call {
@@ -940,7 +1646,7 @@ type LinkResponse struct {
 
 func (x *LinkResponse) Reset() {
 	*x = LinkResponse{}
-	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[12]
+	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -952,7 +1658,7 @@ func (x *LinkResponse) String() string {
 func (*LinkResponse) ProtoMessage() {}
 
 func (x *LinkResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[12]
+	mi := &file_kvasir_replica_v1_replica_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -965,7 +1671,7 @@ func (x *LinkResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LinkResponse.ProtoReflect.Descriptor instead.
 func (*LinkResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_replica_v1_replica_proto_rawDescGZIP(), []int{12}
+	return file_kvasir_replica_v1_replica_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *LinkResponse) GetReplies() []*Reply {
@@ -988,8 +1694,9 @@ const file_kvasir_replica_v1_replica_proto_rawDesc = "" +
 	"\x05vnode\x18\x02 \x01(\rR\x05vnode\x121\n" +
 	"\x06source\x18\x03 \x01(\x0e2\x19.kvasir.replica.v1.SourceR\x06source\x122\n" +
 	"\aentries\x18\x04 \x03(\v2\x18.kvasir.replica.v1.EntryR\aentries\x12!\n" +
-	"\fhint_targets\x18\x05 \x03(\x04R\vhintTargets\"\r\n" +
-	"\vApplyResult\"m\n" +
+	"\fhint_targets\x18\x05 \x03(\x04R\vhintTargets\"0\n" +
+	"\vApplyResult\x12!\n" +
+	"\fcredit_bytes\x18\x01 \x01(\x04R\vcreditBytes\"m\n" +
 	"\x04Read\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\rR\tnamespace\x12\x14\n" +
 	"\x05vnode\x18\x02 \x01(\rR\x05vnode\x12\x10\n" +
@@ -1014,12 +1721,65 @@ const file_kvasir_replica_v1_replica_proto_rawDesc = "" +
 	"\n" +
 	"ScanResult\x122\n" +
 	"\aentries\x18\x01 \x03(\v2\x18.kvasir.replica.v1.EntryR\aentries\x12\x1c\n" +
-	"\ttruncated\x18\x02 \x01(\bR\ttruncated\"\x1f\n" +
+	"\ttruncated\x18\x02 \x01(\bR\ttruncated\"\x9c\x01\n" +
+	"\x06Digest\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\rR\tnamespace\x12\x14\n" +
+	"\x05vnode\x18\x02 \x01(\rR\x05vnode\x12 \n" +
+	"\vcertificate\x18\x03 \x01(\x06R\vcertificate\x12\x14\n" +
+	"\x05level\x18\x04 \x01(\rR\x05level\x12\x14\n" +
+	"\x05start\x18\x05 \x01(\fR\x05start\x12\x10\n" +
+	"\x03end\x18\x06 \x01(\fR\x03end\"P\n" +
+	"\n" +
+	"DigestNode\x12\x14\n" +
+	"\x05start\x18\x01 \x01(\fR\x05start\x12\x12\n" +
+	"\x04hash\x18\x02 \x01(\fR\x04hash\x12\x18\n" +
+	"\arecords\x18\x03 \x01(\x04R\arecords\"y\n" +
+	"\fDigestResult\x123\n" +
+	"\x05nodes\x18\x01 \x03(\v2\x1d.kvasir.replica.v1.DigestNodeR\x05nodes\x12\x12\n" +
+	"\x04next\x18\x02 \x01(\fR\x04next\x12 \n" +
+	"\vcertificate\x18\x03 \x01(\x06R\vcertificate\"\xce\x01\n" +
+	"\x04List\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\rR\tnamespace\x12\x14\n" +
+	"\x05vnode\x18\x02 \x01(\rR\x05vnode\x12\x14\n" +
+	"\x05start\x18\x03 \x01(\fR\x05start\x12\x10\n" +
+	"\x03end\x18\x04 \x01(\fR\x03end\x12\x12\n" +
+	"\x04keys\x18\x05 \x03(\fR\x04keys\x12\x1f\n" +
+	"\vheader_only\x18\x06 \x01(\bR\n" +
+	"headerOnly\x12\x14\n" +
+	"\x05limit\x18\a \x01(\rR\x05limit\x12\x1f\n" +
+	"\vlimit_bytes\x18\b \x01(\rR\n" +
+	"limitBytes\"^\n" +
+	"\n" +
+	"ListResult\x122\n" +
+	"\aentries\x18\x01 \x03(\v2\x18.kvasir.replica.v1.EntryR\aentries\x12\x1c\n" +
+	"\ttruncated\x18\x02 \x01(\bR\ttruncated\"\x80\x02\n" +
+	"\aCollect\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\rR\tnamespace\x12\x14\n" +
+	"\x05vnode\x18\x02 \x01(\rR\x05vnode\x123\n" +
+	"\x04step\x18\x03 \x01(\x0e2\x1f.kvasir.replica.v1.Collect.StepR\x04step\x12\x1c\n" +
+	"\ttimestamp\x18\x04 \x01(\x06R\ttimestamp\x12\x1c\n" +
+	"\tendpoints\x18\x05 \x03(\x04R\tendpoints\"P\n" +
+	"\x04Step\x12\x14\n" +
+	"\x10STEP_UNSPECIFIED\x10\x00\x12\x0e\n" +
+	"\n" +
+	"STEP_STATE\x10\x01\x12\x10\n" +
+	"\fSTEP_PROMISE\x10\x02\x12\x10\n" +
+	"\fSTEP_CERTIFY\x10\x03\"\xd6\x01\n" +
+	"\rCollectResult\x12\x14\n" +
+	"\x05clock\x18\x01 \x01(\x06R\x05clock\x12\x18\n" +
+	"\apromise\x18\x02 \x01(\x06R\apromise\x12 \n" +
+	"\vcertificate\x18\x03 \x01(\x06R\vcertificate\x12\x1d\n" +
+	"\n" +
+	"late_joins\x18\x04 \x01(\x04R\tlateJoins\x12\x1f\n" +
+	"\voldest_dead\x18\x05 \x01(\x06R\n" +
+	"oldestDead\x12!\n" +
+	"\fdead_records\x18\x06 \x01(\x04R\vdeadRecords\x12\x10\n" +
+	"\x03run\x18\a \x01(\x04R\x03run\"\x1f\n" +
 	"\x04Ping\x12\x17\n" +
 	"\awall_ms\x18\x01 \x01(\x04R\x06wallMs\"%\n" +
 	"\n" +
 	"PingResult\x12\x17\n" +
-	"\awall_ms\x18\x01 \x01(\x04R\x06wallMs\"\x97\x02\n" +
+	"\awall_ms\x18\x01 \x01(\x04R\x06wallMs\"\xb3\x03\n" +
 	"\x04Call\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x1d\n" +
 	"\n" +
@@ -1028,15 +1788,22 @@ const file_kvasir_replica_v1_replica_proto_rawDesc = "" +
 	"\x05apply\x18\x04 \x01(\v2\x18.kvasir.replica.v1.ApplyH\x00R\x05apply\x12-\n" +
 	"\x04read\x18\x05 \x01(\v2\x17.kvasir.replica.v1.ReadH\x00R\x04read\x12-\n" +
 	"\x04scan\x18\x06 \x01(\v2\x17.kvasir.replica.v1.ScanH\x00R\x04scan\x12-\n" +
-	"\x04ping\x18\a \x01(\v2\x17.kvasir.replica.v1.PingH\x00R\x04pingB\v\n" +
-	"\toperation\"\xa3\x02\n" +
+	"\x04ping\x18\a \x01(\v2\x17.kvasir.replica.v1.PingH\x00R\x04ping\x123\n" +
+	"\x06digest\x18\b \x01(\v2\x19.kvasir.replica.v1.DigestH\x00R\x06digest\x12-\n" +
+	"\x04list\x18\t \x01(\v2\x17.kvasir.replica.v1.ListH\x00R\x04list\x126\n" +
+	"\acollect\x18\n" +
+	" \x01(\v2\x1a.kvasir.replica.v1.CollectH\x00R\acollectB\v\n" +
+	"\toperation\"\xd1\x03\n" +
 	"\x05Reply\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12)\n" +
 	"\x05error\x18\x02 \x01(\v2\x13.kvasir.kv.v1.ErrorR\x05error\x126\n" +
 	"\x05apply\x18\x03 \x01(\v2\x1e.kvasir.replica.v1.ApplyResultH\x00R\x05apply\x123\n" +
 	"\x04read\x18\x04 \x01(\v2\x1d.kvasir.replica.v1.ReadResultH\x00R\x04read\x123\n" +
 	"\x04scan\x18\x05 \x01(\v2\x1d.kvasir.replica.v1.ScanResultH\x00R\x04scan\x123\n" +
-	"\x04ping\x18\x06 \x01(\v2\x1d.kvasir.replica.v1.PingResultH\x00R\x04pingB\b\n" +
+	"\x04ping\x18\x06 \x01(\v2\x1d.kvasir.replica.v1.PingResultH\x00R\x04ping\x129\n" +
+	"\x06digest\x18\a \x01(\v2\x1f.kvasir.replica.v1.DigestResultH\x00R\x06digest\x123\n" +
+	"\x04list\x18\b \x01(\v2\x1d.kvasir.replica.v1.ListResultH\x00R\x04list\x12<\n" +
+	"\acollect\x18\t \x01(\v2 .kvasir.replica.v1.CollectResultH\x00R\acollectB\b\n" +
 	"\x06result\"<\n" +
 	"\vLinkRequest\x12-\n" +
 	"\x05calls\x18\x01 \x03(\v2\x17.kvasir.replica.v1.CallR\x05calls\"B\n" +
@@ -1062,47 +1829,64 @@ func file_kvasir_replica_v1_replica_proto_rawDescGZIP() []byte {
 	return file_kvasir_replica_v1_replica_proto_rawDescData
 }
 
-var file_kvasir_replica_v1_replica_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_kvasir_replica_v1_replica_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_kvasir_replica_v1_replica_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_kvasir_replica_v1_replica_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_kvasir_replica_v1_replica_proto_goTypes = []any{
-	(Source)(0),          // 0: kvasir.replica.v1.Source
-	(*Entry)(nil),        // 1: kvasir.replica.v1.Entry
-	(*Apply)(nil),        // 2: kvasir.replica.v1.Apply
-	(*ApplyResult)(nil),  // 3: kvasir.replica.v1.ApplyResult
-	(*Read)(nil),         // 4: kvasir.replica.v1.Read
-	(*ReadResult)(nil),   // 5: kvasir.replica.v1.ReadResult
-	(*Scan)(nil),         // 6: kvasir.replica.v1.Scan
-	(*ScanResult)(nil),   // 7: kvasir.replica.v1.ScanResult
-	(*Ping)(nil),         // 8: kvasir.replica.v1.Ping
-	(*PingResult)(nil),   // 9: kvasir.replica.v1.PingResult
-	(*Call)(nil),         // 10: kvasir.replica.v1.Call
-	(*Reply)(nil),        // 11: kvasir.replica.v1.Reply
-	(*LinkRequest)(nil),  // 12: kvasir.replica.v1.LinkRequest
-	(*LinkResponse)(nil), // 13: kvasir.replica.v1.LinkResponse
-	(*v1.Error)(nil),     // 14: kvasir.kv.v1.Error
+	(Source)(0),           // 0: kvasir.replica.v1.Source
+	(Collect_Step)(0),     // 1: kvasir.replica.v1.Collect.Step
+	(*Entry)(nil),         // 2: kvasir.replica.v1.Entry
+	(*Apply)(nil),         // 3: kvasir.replica.v1.Apply
+	(*ApplyResult)(nil),   // 4: kvasir.replica.v1.ApplyResult
+	(*Read)(nil),          // 5: kvasir.replica.v1.Read
+	(*ReadResult)(nil),    // 6: kvasir.replica.v1.ReadResult
+	(*Scan)(nil),          // 7: kvasir.replica.v1.Scan
+	(*ScanResult)(nil),    // 8: kvasir.replica.v1.ScanResult
+	(*Digest)(nil),        // 9: kvasir.replica.v1.Digest
+	(*DigestNode)(nil),    // 10: kvasir.replica.v1.DigestNode
+	(*DigestResult)(nil),  // 11: kvasir.replica.v1.DigestResult
+	(*List)(nil),          // 12: kvasir.replica.v1.List
+	(*ListResult)(nil),    // 13: kvasir.replica.v1.ListResult
+	(*Collect)(nil),       // 14: kvasir.replica.v1.Collect
+	(*CollectResult)(nil), // 15: kvasir.replica.v1.CollectResult
+	(*Ping)(nil),          // 16: kvasir.replica.v1.Ping
+	(*PingResult)(nil),    // 17: kvasir.replica.v1.PingResult
+	(*Call)(nil),          // 18: kvasir.replica.v1.Call
+	(*Reply)(nil),         // 19: kvasir.replica.v1.Reply
+	(*LinkRequest)(nil),   // 20: kvasir.replica.v1.LinkRequest
+	(*LinkResponse)(nil),  // 21: kvasir.replica.v1.LinkResponse
+	(*v1.Error)(nil),      // 22: kvasir.kv.v1.Error
 }
 var file_kvasir_replica_v1_replica_proto_depIdxs = []int32{
 	0,  // 0: kvasir.replica.v1.Apply.source:type_name -> kvasir.replica.v1.Source
-	1,  // 1: kvasir.replica.v1.Apply.entries:type_name -> kvasir.replica.v1.Entry
-	1,  // 2: kvasir.replica.v1.ScanResult.entries:type_name -> kvasir.replica.v1.Entry
-	2,  // 3: kvasir.replica.v1.Call.apply:type_name -> kvasir.replica.v1.Apply
-	4,  // 4: kvasir.replica.v1.Call.read:type_name -> kvasir.replica.v1.Read
-	6,  // 5: kvasir.replica.v1.Call.scan:type_name -> kvasir.replica.v1.Scan
-	8,  // 6: kvasir.replica.v1.Call.ping:type_name -> kvasir.replica.v1.Ping
-	14, // 7: kvasir.replica.v1.Reply.error:type_name -> kvasir.kv.v1.Error
-	3,  // 8: kvasir.replica.v1.Reply.apply:type_name -> kvasir.replica.v1.ApplyResult
-	5,  // 9: kvasir.replica.v1.Reply.read:type_name -> kvasir.replica.v1.ReadResult
-	7,  // 10: kvasir.replica.v1.Reply.scan:type_name -> kvasir.replica.v1.ScanResult
-	9,  // 11: kvasir.replica.v1.Reply.ping:type_name -> kvasir.replica.v1.PingResult
-	10, // 12: kvasir.replica.v1.LinkRequest.calls:type_name -> kvasir.replica.v1.Call
-	11, // 13: kvasir.replica.v1.LinkResponse.replies:type_name -> kvasir.replica.v1.Reply
-	12, // 14: kvasir.replica.v1.ReplicaService.Link:input_type -> kvasir.replica.v1.LinkRequest
-	13, // 15: kvasir.replica.v1.ReplicaService.Link:output_type -> kvasir.replica.v1.LinkResponse
-	15, // [15:16] is the sub-list for method output_type
-	14, // [14:15] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	2,  // 1: kvasir.replica.v1.Apply.entries:type_name -> kvasir.replica.v1.Entry
+	2,  // 2: kvasir.replica.v1.ScanResult.entries:type_name -> kvasir.replica.v1.Entry
+	10, // 3: kvasir.replica.v1.DigestResult.nodes:type_name -> kvasir.replica.v1.DigestNode
+	2,  // 4: kvasir.replica.v1.ListResult.entries:type_name -> kvasir.replica.v1.Entry
+	1,  // 5: kvasir.replica.v1.Collect.step:type_name -> kvasir.replica.v1.Collect.Step
+	3,  // 6: kvasir.replica.v1.Call.apply:type_name -> kvasir.replica.v1.Apply
+	5,  // 7: kvasir.replica.v1.Call.read:type_name -> kvasir.replica.v1.Read
+	7,  // 8: kvasir.replica.v1.Call.scan:type_name -> kvasir.replica.v1.Scan
+	16, // 9: kvasir.replica.v1.Call.ping:type_name -> kvasir.replica.v1.Ping
+	9,  // 10: kvasir.replica.v1.Call.digest:type_name -> kvasir.replica.v1.Digest
+	12, // 11: kvasir.replica.v1.Call.list:type_name -> kvasir.replica.v1.List
+	14, // 12: kvasir.replica.v1.Call.collect:type_name -> kvasir.replica.v1.Collect
+	22, // 13: kvasir.replica.v1.Reply.error:type_name -> kvasir.kv.v1.Error
+	4,  // 14: kvasir.replica.v1.Reply.apply:type_name -> kvasir.replica.v1.ApplyResult
+	6,  // 15: kvasir.replica.v1.Reply.read:type_name -> kvasir.replica.v1.ReadResult
+	8,  // 16: kvasir.replica.v1.Reply.scan:type_name -> kvasir.replica.v1.ScanResult
+	17, // 17: kvasir.replica.v1.Reply.ping:type_name -> kvasir.replica.v1.PingResult
+	11, // 18: kvasir.replica.v1.Reply.digest:type_name -> kvasir.replica.v1.DigestResult
+	13, // 19: kvasir.replica.v1.Reply.list:type_name -> kvasir.replica.v1.ListResult
+	15, // 20: kvasir.replica.v1.Reply.collect:type_name -> kvasir.replica.v1.CollectResult
+	18, // 21: kvasir.replica.v1.LinkRequest.calls:type_name -> kvasir.replica.v1.Call
+	19, // 22: kvasir.replica.v1.LinkResponse.replies:type_name -> kvasir.replica.v1.Reply
+	20, // 23: kvasir.replica.v1.ReplicaService.Link:input_type -> kvasir.replica.v1.LinkRequest
+	21, // 24: kvasir.replica.v1.ReplicaService.Link:output_type -> kvasir.replica.v1.LinkResponse
+	24, // [24:25] is the sub-list for method output_type
+	23, // [23:24] is the sub-list for method input_type
+	23, // [23:23] is the sub-list for extension type_name
+	23, // [23:23] is the sub-list for extension extendee
+	0,  // [0:23] is the sub-list for field type_name
 }
 
 func init() { file_kvasir_replica_v1_replica_proto_init() }
@@ -1110,25 +1894,31 @@ func file_kvasir_replica_v1_replica_proto_init() {
 	if File_kvasir_replica_v1_replica_proto != nil {
 		return
 	}
-	file_kvasir_replica_v1_replica_proto_msgTypes[9].OneofWrappers = []any{
+	file_kvasir_replica_v1_replica_proto_msgTypes[16].OneofWrappers = []any{
 		(*Call_Apply)(nil),
 		(*Call_Read)(nil),
 		(*Call_Scan)(nil),
 		(*Call_Ping)(nil),
+		(*Call_Digest)(nil),
+		(*Call_List)(nil),
+		(*Call_Collect)(nil),
 	}
-	file_kvasir_replica_v1_replica_proto_msgTypes[10].OneofWrappers = []any{
+	file_kvasir_replica_v1_replica_proto_msgTypes[17].OneofWrappers = []any{
 		(*Reply_Apply)(nil),
 		(*Reply_Read)(nil),
 		(*Reply_Scan)(nil),
 		(*Reply_Ping)(nil),
+		(*Reply_Digest)(nil),
+		(*Reply_List)(nil),
+		(*Reply_Collect)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kvasir_replica_v1_replica_proto_rawDesc), len(file_kvasir_replica_v1_replica_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   13,
+			NumEnums:      2,
+			NumMessages:   20,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

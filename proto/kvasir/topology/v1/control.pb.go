@@ -316,6 +316,8 @@ type Mutation struct {
 	//	*Mutation_UpdateNamespace
 	//	*Mutation_DropNamespace
 	//	*Mutation_SetOrchestrators
+	//	*Mutation_SetVnodes
+	//	*Mutation_RemoveNodes
 	Kind          isMutation_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -421,6 +423,24 @@ func (x *Mutation) GetSetOrchestrators() *SetOrchestrators {
 	return nil
 }
 
+func (x *Mutation) GetSetVnodes() *SetVnodes {
+	if x != nil {
+		if x, ok := x.Kind.(*Mutation_SetVnodes); ok {
+			return x.SetVnodes
+		}
+	}
+	return nil
+}
+
+func (x *Mutation) GetRemoveNodes() *RemoveNodes {
+	if x != nil {
+		if x, ok := x.Kind.(*Mutation_RemoveNodes); ok {
+			return x.RemoveNodes
+		}
+	}
+	return nil
+}
+
 type isMutation_Kind interface {
 	isMutation_Kind()
 }
@@ -453,6 +473,14 @@ type Mutation_SetOrchestrators struct {
 	SetOrchestrators *SetOrchestrators `protobuf:"bytes,7,opt,name=set_orchestrators,json=setOrchestrators,proto3,oneof"`
 }
 
+type Mutation_SetVnodes struct {
+	SetVnodes *SetVnodes `protobuf:"bytes,8,opt,name=set_vnodes,json=setVnodes,proto3,oneof"`
+}
+
+type Mutation_RemoveNodes struct {
+	RemoveNodes *RemoveNodes `protobuf:"bytes,9,opt,name=remove_nodes,json=removeNodes,proto3,oneof"`
+}
+
 func (*Mutation_Found) isMutation_Kind() {}
 
 func (*Mutation_Register) isMutation_Kind() {}
@@ -466,6 +494,10 @@ func (*Mutation_UpdateNamespace) isMutation_Kind() {}
 func (*Mutation_DropNamespace) isMutation_Kind() {}
 
 func (*Mutation_SetOrchestrators) isMutation_Kind() {}
+
+func (*Mutation_SetVnodes) isMutation_Kind() {}
+
+func (*Mutation_RemoveNodes) isMutation_Kind() {}
 
 // Found makes the cluster.
 type Found struct {
@@ -642,6 +674,148 @@ func (x *SetRing) GetRing() []*Vnode {
 	return nil
 }
 
+// SetVnodes replaces the slots of some vnodes.
+type SetVnodes struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Vnodes        []*VnodeSlots          `protobuf:"bytes,1,rep,name=vnodes,proto3" json:"vnodes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetVnodes) Reset() {
+	*x = SetVnodes{}
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetVnodes) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetVnodes) ProtoMessage() {}
+
+func (x *SetVnodes) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetVnodes.ProtoReflect.Descriptor instead.
+func (*SetVnodes) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *SetVnodes) GetVnodes() []*VnodeSlots {
+	if x != nil {
+		return x.Vnodes
+	}
+	return nil
+}
+
+type VnodeSlots struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Vnode         uint32                 `protobuf:"varint,1,opt,name=vnode,proto3" json:"vnode,omitempty"`
+	Slots         []*Slot                `protobuf:"bytes,2,rep,name=slots,proto3" json:"slots,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VnodeSlots) Reset() {
+	*x = VnodeSlots{}
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VnodeSlots) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VnodeSlots) ProtoMessage() {}
+
+func (x *VnodeSlots) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VnodeSlots.ProtoReflect.Descriptor instead.
+func (*VnodeSlots) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *VnodeSlots) GetVnode() uint32 {
+	if x != nil {
+		return x.Vnode
+	}
+	return 0
+}
+
+func (x *VnodeSlots) GetSlots() []*Slot {
+	if x != nil {
+		return x.Slots
+	}
+	return nil
+}
+
+// RemoveNodes takes data directories out of the cluster, for good.
+type RemoveNodes struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Incarnations  []uint64               `protobuf:"varint,1,rep,packed,name=incarnations,proto3" json:"incarnations,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RemoveNodes) Reset() {
+	*x = RemoveNodes{}
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RemoveNodes) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RemoveNodes) ProtoMessage() {}
+
+func (x *RemoveNodes) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RemoveNodes.ProtoReflect.Descriptor instead.
+func (*RemoveNodes) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *RemoveNodes) GetIncarnations() []uint64 {
+	if x != nil {
+		return x.Incarnations
+	}
+	return nil
+}
+
 type CreateNamespace struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Namespace     *Namespace             `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
@@ -651,7 +825,7 @@ type CreateNamespace struct {
 
 func (x *CreateNamespace) Reset() {
 	*x = CreateNamespace{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[8]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -663,7 +837,7 @@ func (x *CreateNamespace) String() string {
 func (*CreateNamespace) ProtoMessage() {}
 
 func (x *CreateNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[8]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -676,7 +850,7 @@ func (x *CreateNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNamespace.ProtoReflect.Descriptor instead.
 func (*CreateNamespace) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{8}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *CreateNamespace) GetNamespace() *Namespace {
@@ -695,7 +869,7 @@ type UpdateNamespace struct {
 
 func (x *UpdateNamespace) Reset() {
 	*x = UpdateNamespace{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[9]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -707,7 +881,7 @@ func (x *UpdateNamespace) String() string {
 func (*UpdateNamespace) ProtoMessage() {}
 
 func (x *UpdateNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[9]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -720,7 +894,7 @@ func (x *UpdateNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNamespace.ProtoReflect.Descriptor instead.
 func (*UpdateNamespace) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{9}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *UpdateNamespace) GetNamespace() *Namespace {
@@ -739,7 +913,7 @@ type DropNamespace struct {
 
 func (x *DropNamespace) Reset() {
 	*x = DropNamespace{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[10]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -751,7 +925,7 @@ func (x *DropNamespace) String() string {
 func (*DropNamespace) ProtoMessage() {}
 
 func (x *DropNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[10]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -764,7 +938,7 @@ func (x *DropNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DropNamespace.ProtoReflect.Descriptor instead.
 func (*DropNamespace) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{10}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *DropNamespace) GetId() uint32 {
@@ -783,7 +957,7 @@ type SetOrchestrators struct {
 
 func (x *SetOrchestrators) Reset() {
 	*x = SetOrchestrators{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[11]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -795,7 +969,7 @@ func (x *SetOrchestrators) String() string {
 func (*SetOrchestrators) ProtoMessage() {}
 
 func (x *SetOrchestrators) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[11]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -808,7 +982,7 @@ func (x *SetOrchestrators) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetOrchestrators.ProtoReflect.Descriptor instead.
 func (*SetOrchestrators) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{11}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *SetOrchestrators) GetOrchestrators() []*Orchestrator {
@@ -842,7 +1016,7 @@ const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\aCommand\x12!\n" +
 	"\fexpect_epoch\x18\x01 \x01(\x06R\vexpectEpoch\x122\n" +
 	"\x06change\x18\x02 \x01(\v2\x1a.kvasir.topology.v1.ChangeR\x06change\x12:\n" +
-	"\tmutations\x18\x03 \x03(\v2\x1c.kvasir.topology.v1.MutationR\tmutations\"\x80\x04\n" +
+	"\tmutations\x18\x03 \x03(\v2\x1c.kvasir.topology.v1.MutationR\tmutations\"\x86\x05\n" +
 	"\bMutation\x121\n" +
 	"\x05found\x18\x01 \x01(\v2\x19.kvasir.topology.v1.FoundH\x00R\x05found\x12:\n" +
 	"\bregister\x18\x02 \x01(\v2\x1c.kvasir.topology.v1.RegisterH\x00R\bregister\x128\n" +
@@ -850,7 +1024,10 @@ const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\x10create_namespace\x18\x04 \x01(\v2#.kvasir.topology.v1.CreateNamespaceH\x00R\x0fcreateNamespace\x12P\n" +
 	"\x10update_namespace\x18\x05 \x01(\v2#.kvasir.topology.v1.UpdateNamespaceH\x00R\x0fupdateNamespace\x12J\n" +
 	"\x0edrop_namespace\x18\x06 \x01(\v2!.kvasir.topology.v1.DropNamespaceH\x00R\rdropNamespace\x12S\n" +
-	"\x11set_orchestrators\x18\a \x01(\v2$.kvasir.topology.v1.SetOrchestratorsH\x00R\x10setOrchestratorsB\x06\n" +
+	"\x11set_orchestrators\x18\a \x01(\v2$.kvasir.topology.v1.SetOrchestratorsH\x00R\x10setOrchestrators\x12>\n" +
+	"\n" +
+	"set_vnodes\x18\b \x01(\v2\x1d.kvasir.topology.v1.SetVnodesH\x00R\tsetVnodes\x12D\n" +
+	"\fremove_nodes\x18\t \x01(\v2\x1f.kvasir.topology.v1.RemoveNodesH\x00R\vremoveNodesB\x06\n" +
 	"\x04kind\"\x9f\x01\n" +
 	"\x05Found\x12\x1d\n" +
 	"\n" +
@@ -863,7 +1040,15 @@ const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\x04boot\x18\x02 \x01(\x04R\x04boot\x12\x17\n" +
 	"\aboot_id\x18\x03 \x01(\tR\x06bootId\"8\n" +
 	"\aSetRing\x12-\n" +
-	"\x04ring\x18\x01 \x03(\v2\x19.kvasir.topology.v1.VnodeR\x04ring\"N\n" +
+	"\x04ring\x18\x01 \x03(\v2\x19.kvasir.topology.v1.VnodeR\x04ring\"C\n" +
+	"\tSetVnodes\x126\n" +
+	"\x06vnodes\x18\x01 \x03(\v2\x1e.kvasir.topology.v1.VnodeSlotsR\x06vnodes\"R\n" +
+	"\n" +
+	"VnodeSlots\x12\x14\n" +
+	"\x05vnode\x18\x01 \x01(\rR\x05vnode\x12.\n" +
+	"\x05slots\x18\x02 \x03(\v2\x18.kvasir.topology.v1.SlotR\x05slots\"1\n" +
+	"\vRemoveNodes\x12\"\n" +
+	"\fincarnations\x18\x01 \x03(\x04R\fincarnations\"N\n" +
 	"\x0fCreateNamespace\x12;\n" +
 	"\tnamespace\x18\x01 \x01(\v2\x1d.kvasir.topology.v1.NamespaceR\tnamespace\"N\n" +
 	"\x0fUpdateNamespace\x12;\n" +
@@ -885,7 +1070,7 @@ func file_kvasir_topology_v1_control_proto_rawDescGZIP() []byte {
 	return file_kvasir_topology_v1_control_proto_rawDescData
 }
 
-var file_kvasir_topology_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_kvasir_topology_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_kvasir_topology_v1_control_proto_goTypes = []any{
 	(*ControlState)(nil),     // 0: kvasir.topology.v1.ControlState
 	(*Boot)(nil),             // 1: kvasir.topology.v1.Boot
@@ -895,19 +1080,23 @@ var file_kvasir_topology_v1_control_proto_goTypes = []any{
 	(*Found)(nil),            // 5: kvasir.topology.v1.Found
 	(*Register)(nil),         // 6: kvasir.topology.v1.Register
 	(*SetRing)(nil),          // 7: kvasir.topology.v1.SetRing
-	(*CreateNamespace)(nil),  // 8: kvasir.topology.v1.CreateNamespace
-	(*UpdateNamespace)(nil),  // 9: kvasir.topology.v1.UpdateNamespace
-	(*DropNamespace)(nil),    // 10: kvasir.topology.v1.DropNamespace
-	(*SetOrchestrators)(nil), // 11: kvasir.topology.v1.SetOrchestrators
-	(*Topology)(nil),         // 12: kvasir.topology.v1.Topology
-	(*Settings)(nil),         // 13: kvasir.topology.v1.Settings
-	(*Node)(nil),             // 14: kvasir.topology.v1.Node
-	(*Vnode)(nil),            // 15: kvasir.topology.v1.Vnode
-	(*Namespace)(nil),        // 16: kvasir.topology.v1.Namespace
-	(*Orchestrator)(nil),     // 17: kvasir.topology.v1.Orchestrator
+	(*SetVnodes)(nil),        // 8: kvasir.topology.v1.SetVnodes
+	(*VnodeSlots)(nil),       // 9: kvasir.topology.v1.VnodeSlots
+	(*RemoveNodes)(nil),      // 10: kvasir.topology.v1.RemoveNodes
+	(*CreateNamespace)(nil),  // 11: kvasir.topology.v1.CreateNamespace
+	(*UpdateNamespace)(nil),  // 12: kvasir.topology.v1.UpdateNamespace
+	(*DropNamespace)(nil),    // 13: kvasir.topology.v1.DropNamespace
+	(*SetOrchestrators)(nil), // 14: kvasir.topology.v1.SetOrchestrators
+	(*Topology)(nil),         // 15: kvasir.topology.v1.Topology
+	(*Settings)(nil),         // 16: kvasir.topology.v1.Settings
+	(*Node)(nil),             // 17: kvasir.topology.v1.Node
+	(*Vnode)(nil),            // 18: kvasir.topology.v1.Vnode
+	(*Slot)(nil),             // 19: kvasir.topology.v1.Slot
+	(*Namespace)(nil),        // 20: kvasir.topology.v1.Namespace
+	(*Orchestrator)(nil),     // 21: kvasir.topology.v1.Orchestrator
 }
 var file_kvasir_topology_v1_control_proto_depIdxs = []int32{
-	12, // 0: kvasir.topology.v1.ControlState.topology:type_name -> kvasir.topology.v1.Topology
+	15, // 0: kvasir.topology.v1.ControlState.topology:type_name -> kvasir.topology.v1.Topology
 	1,  // 1: kvasir.topology.v1.ControlState.boots:type_name -> kvasir.topology.v1.Boot
 	2,  // 2: kvasir.topology.v1.ControlState.history:type_name -> kvasir.topology.v1.Change
 	2,  // 3: kvasir.topology.v1.Command.change:type_name -> kvasir.topology.v1.Change
@@ -915,21 +1104,25 @@ var file_kvasir_topology_v1_control_proto_depIdxs = []int32{
 	5,  // 5: kvasir.topology.v1.Mutation.found:type_name -> kvasir.topology.v1.Found
 	6,  // 6: kvasir.topology.v1.Mutation.register:type_name -> kvasir.topology.v1.Register
 	7,  // 7: kvasir.topology.v1.Mutation.set_ring:type_name -> kvasir.topology.v1.SetRing
-	8,  // 8: kvasir.topology.v1.Mutation.create_namespace:type_name -> kvasir.topology.v1.CreateNamespace
-	9,  // 9: kvasir.topology.v1.Mutation.update_namespace:type_name -> kvasir.topology.v1.UpdateNamespace
-	10, // 10: kvasir.topology.v1.Mutation.drop_namespace:type_name -> kvasir.topology.v1.DropNamespace
-	11, // 11: kvasir.topology.v1.Mutation.set_orchestrators:type_name -> kvasir.topology.v1.SetOrchestrators
-	13, // 12: kvasir.topology.v1.Found.settings:type_name -> kvasir.topology.v1.Settings
-	14, // 13: kvasir.topology.v1.Register.node:type_name -> kvasir.topology.v1.Node
-	15, // 14: kvasir.topology.v1.SetRing.ring:type_name -> kvasir.topology.v1.Vnode
-	16, // 15: kvasir.topology.v1.CreateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
-	16, // 16: kvasir.topology.v1.UpdateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
-	17, // 17: kvasir.topology.v1.SetOrchestrators.orchestrators:type_name -> kvasir.topology.v1.Orchestrator
-	18, // [18:18] is the sub-list for method output_type
-	18, // [18:18] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	11, // 8: kvasir.topology.v1.Mutation.create_namespace:type_name -> kvasir.topology.v1.CreateNamespace
+	12, // 9: kvasir.topology.v1.Mutation.update_namespace:type_name -> kvasir.topology.v1.UpdateNamespace
+	13, // 10: kvasir.topology.v1.Mutation.drop_namespace:type_name -> kvasir.topology.v1.DropNamespace
+	14, // 11: kvasir.topology.v1.Mutation.set_orchestrators:type_name -> kvasir.topology.v1.SetOrchestrators
+	8,  // 12: kvasir.topology.v1.Mutation.set_vnodes:type_name -> kvasir.topology.v1.SetVnodes
+	10, // 13: kvasir.topology.v1.Mutation.remove_nodes:type_name -> kvasir.topology.v1.RemoveNodes
+	16, // 14: kvasir.topology.v1.Found.settings:type_name -> kvasir.topology.v1.Settings
+	17, // 15: kvasir.topology.v1.Register.node:type_name -> kvasir.topology.v1.Node
+	18, // 16: kvasir.topology.v1.SetRing.ring:type_name -> kvasir.topology.v1.Vnode
+	9,  // 17: kvasir.topology.v1.SetVnodes.vnodes:type_name -> kvasir.topology.v1.VnodeSlots
+	19, // 18: kvasir.topology.v1.VnodeSlots.slots:type_name -> kvasir.topology.v1.Slot
+	20, // 19: kvasir.topology.v1.CreateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
+	20, // 20: kvasir.topology.v1.UpdateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
+	21, // 21: kvasir.topology.v1.SetOrchestrators.orchestrators:type_name -> kvasir.topology.v1.Orchestrator
+	22, // [22:22] is the sub-list for method output_type
+	22, // [22:22] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_kvasir_topology_v1_control_proto_init() }
@@ -946,6 +1139,8 @@ func file_kvasir_topology_v1_control_proto_init() {
 		(*Mutation_UpdateNamespace)(nil),
 		(*Mutation_DropNamespace)(nil),
 		(*Mutation_SetOrchestrators)(nil),
+		(*Mutation_SetVnodes)(nil),
+		(*Mutation_RemoveNodes)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -953,7 +1148,7 @@ func file_kvasir_topology_v1_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kvasir_topology_v1_control_proto_rawDesc), len(file_kvasir_topology_v1_control_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   12,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

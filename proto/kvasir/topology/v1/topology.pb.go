@@ -644,6 +644,7 @@ type Settings struct {
 	MaxBatchBytes uint32                 `protobuf:"varint,3,opt,name=max_batch_bytes,json=maxBatchBytes,proto3" json:"max_batch_bytes,omitempty"`
 	MaxHintBytes  uint64                 `protobuf:"varint,4,opt,name=max_hint_bytes,json=maxHintBytes,proto3" json:"max_hint_bytes,omitempty"`
 	MaxHintAgeMs  uint64                 `protobuf:"varint,5,opt,name=max_hint_age_ms,json=maxHintAgeMs,proto3" json:"max_hint_age_ms,omitempty"`
+	MaxHints      uint64                 `protobuf:"varint,6,opt,name=max_hints,json=maxHints,proto3" json:"max_hints,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -709,6 +710,13 @@ func (x *Settings) GetMaxHintBytes() uint64 {
 func (x *Settings) GetMaxHintAgeMs() uint64 {
 	if x != nil {
 		return x.MaxHintAgeMs
+	}
+	return 0
+}
+
+func (x *Settings) GetMaxHints() uint64 {
+	if x != nil {
+		return x.MaxHints
 	}
 	return 0
 }
@@ -1197,13 +1205,14 @@ const file_kvasir_topology_v1_topology_proto_rawDesc = "" +
 	"\n" +
 	"timeout_ms\x18\x02 \x01(\x04R\ttimeoutMs\x12+\n" +
 	"\x11healthy_threshold\x18\x03 \x01(\rR\x10healthyThreshold\x12/\n" +
-	"\x13unhealthy_threshold\x18\x04 \x01(\rR\x12unhealthyThreshold\"\xee\x01\n" +
+	"\x13unhealthy_threshold\x18\x04 \x01(\rR\x12unhealthyThreshold\"\x8b\x02\n" +
 	"\bSettings\x12E\n" +
 	"\rhealth_checks\x18\x01 \x01(\v2 .kvasir.topology.v1.HealthChecksR\fhealthChecks\x12&\n" +
 	"\x0fmax_value_bytes\x18\x02 \x01(\rR\rmaxValueBytes\x12&\n" +
 	"\x0fmax_batch_bytes\x18\x03 \x01(\rR\rmaxBatchBytes\x12$\n" +
 	"\x0emax_hint_bytes\x18\x04 \x01(\x04R\fmaxHintBytes\x12%\n" +
-	"\x0fmax_hint_age_ms\x18\x05 \x01(\x04R\fmaxHintAgeMs\"\x88\x01\n" +
+	"\x0fmax_hint_age_ms\x18\x05 \x01(\x04R\fmaxHintAgeMs\x12\x1b\n" +
+	"\tmax_hints\x18\x06 \x01(\x04R\bmaxHints\"\x88\x01\n" +
 	"\fOrchestrator\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12#\n" +
