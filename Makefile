@@ -6,12 +6,15 @@ TAGS     := pebblegozstd
 BIN      := bin
 BUF      := $(GO) tool -modfile=proto/buf.mod buf
 FUZZTIME ?= 20s
+FIRST    ?= 1
+SEEDS    ?= 16
+MINUTES  ?= 8
 IMAGE    ?= kvasir:dev
 COMPOSE  ?= $(shell if docker compose version >/dev/null 2>&1; then echo docker compose; else echo docker-compose; fi)
 COMPOSE_FILE := deploy/compose/docker-compose.yml
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test lint race e2e fuzz proto check-proto image compose-up compose-down test-compose clean
+.PHONY: help build run test lint race sim sim-long e2e fuzz proto check-proto image compose-up compose-down test-compose clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +36,13 @@ lint: ## Check formatting, vet and staticcheck
 
 race: ## Run the tests under the race detector
 	$(GO) test -race -tags $(TAGS) -timeout 30m ./...
+
+sim: ## Simulate whole clusters under faults: SEEDS seeds from FIRST on, MINUTES of load each
+	KVASIR_SIM_SEEDS=$(SEEDS) KVASIR_SIM_FIRST=$(FIRST) KVASIR_SIM_MINUTES=$(MINUTES) \
+		$(GO) test -tags $(TAGS) -count=1 -timeout 4h -v -run '^TestSim$$' ./internal/sim
+
+sim-long: ## Simulate 12 cluster hours under faults
+	@$(MAKE) --no-print-directory sim SEEDS=72 MINUTES=10
 
 e2e: build ## Kill, pause and restart real processes under load, in full length
 	KVASIR_E2E=full $(GO) test -tags $(TAGS) -count=1 -timeout 30m -v -run 'TestE2E' ./internal/devcluster

@@ -1,0 +1,145 @@
+package sim
+
+import (
+	"bytes"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"github.com/kvasirdb/kvasir/client"
+	"github.com/kvasirdb/kvasir/internal/record"
+	"github.com/kvasirdb/kvasir/internal/storage"
+	"github.com/kvasirdb/kvasir/internal/topology"
+)
+
+// copyOf is where a record lies: which vnode of which namespace.
+type copyOf struct{ namespace, vnode uint32 }
+
+// disk is all records of one node, in storage encoding, by key.
+type disk map[copyOf]map[string][]byte
+
+// readDisk reads the records of a node that has stopped.
+func readDisk(fs vfs.FS, t *topology.Topology) (disk, error) {
+	s, err := storage.Open(storage.Config{FS: fs, Dir: "data", CacheBytes: 1 << 20, MemTableBytes: 1 << 20, Logger: slog.New(slog.DiscardHandler), Fatal: func(error) {}})
+	if err != nil {
+		return nil, err
+	}
+	d := disk{}
+	var vnodes []uint32
+	for v := range t.Ring {
+		vnodes = append(vnodes, uint32(v))
+	}
+	for _, ns := range t.Namespaces {
+		err := s.Scan(ns.ID, vnodes, nil, nil, func(vnode uint32, key, rec []byte) bool {
+			at := copyOf{ns.ID, vnode}
+			if d[at] == nil {
+				d[at] = map[string][]byte{}
+			}
+			d[at][string(key)] = bytes.Clone(rec)
+			return true
+		})
+		if err != nil {
+			s.Close()
+			return nil, err
+		}
+	}
+	return d, s.Close()
+}
+
+// replicasEqual checks invariant 4 on the disks of all nodes, by incarnation, after
+// everything has settled; and that nothing lies there that nobody wrote (17).
+func (c *Checker) replicasEqual(t *topology.Topology, disks map[uint64]disk, now time.Time) {
+	for v := range t.Ring {
+		for _, ns := range t.Namespaces {
+			at := copyOf{ns.ID, uint32(v)}
+			var nodes []uint64
+			for _, s := range t.Slots(at.vnode, ns.N) {
+				for _, n := range s.Write {
+					if n != 0 && disks[n] != nil {
+						nodes = append(nodes, n)
+					}
+				}
+			}
+			keys := map[string]bool{}
+			for _, n := range nodes {
+				for k := range disks[n][at] {
+					keys[k] = true
+				}
+			}
+			for _, key := range slices.Sorted(maps.Keys(keys)) {
+				c.copiesEqual(t, Place{ns.Name, key}, at, nodes, disks, now)
+			}
+		}
+	}
+}
+
+func (c *Checker) copiesEqual(t *topology.Topology, p Place, at copyOf, nodes []uint64, disks map[uint64]disk, now time.Time) {
+	var first []byte
+	var firstAt uint64
+	for _, n := range nodes {
+		if raw := disks[n][at][p.Key]; raw != nil && (first == nil || bytes.Compare(raw, first) > 0) {
+			first, firstAt = raw, n
+		}
+	}
+	rec, err := record.Decode(first)
+	if err != nil {
+		c.h.violate(18, "%s holds %s as %x: %v", t.NodeName(firstAt), p, first, err)
+		return
+	}
+	c.onDisk(t.NodeName(firstAt), p, rec)
+	f := floor{version: client.Version{Timestamp: uint64(rec.Version.Time), Incarnation: rec.Version.Incarnation}, tombstone: rec.Kind == record.Tombstone, expires: rec.ExpiresAt}
+	for _, n := range nodes {
+		raw := disks[n][at][p.Key]
+		if bytes.Equal(raw, first) || raw == nil && c.collectable(f, now) {
+			continue
+		}
+		c.h.violate(4, "%s has %s of %s, %s has %s", t.NodeName(firstAt), describeRecord(first), p, t.NodeName(n), describeRecord(raw))
+	}
+}
+
+// onDisk judges a record that was found on disk.
+func (c *Checker) onDisk(node string, p Place, rec record.Record) {
+	if rec.Kind != record.Value {
+		return
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	w := c.mu.byValue[string(rec.Payload)]
+	switch {
+	case w == nil || w.Place != p:
+		c.h.violate(17, "%s holds %s of %s: nobody wrote that there", node, short(string(rec.Payload)), p)
+	case w.Outcome == Failed:
+		c.h.violate(14, "%s holds what was refused: %s", node, w)
+	}
+}
+
+func describeRecord(raw []byte) string {
+	if raw == nil {
+		return "nothing"
+	}
+	rec, err := record.Decode(raw)
+	if err != nil {
+		return fmt.Sprintf("%x (%v)", raw, err)
+	}
+	return fmt.Sprintf("%s %s %q expiring at %d", rec.Kind, rec.Version, short(string(rec.Payload)), rec.ExpiresAt)
+}
+
+// describeMoves names the slots that are in transition.
+func describeMoves(t *topology.Topology) string {
+	out := ""
+	for v := range t.Ring {
+		for i, s := range t.Ring[v].Slots {
+			if s.Phase != topology.Stable {
+				out += fmt.Sprintf(" vnode %d slot %d: %s to %s, %s;", v, i, t.NodeName(s.Node), t.NodeName(s.Incoming), s.Phase)
+			}
+		}
+	}
+	if out == "" {
+		return fmt.Sprintf("%d nodes, no moves", len(t.Nodes))
+	}
+	return out
+}

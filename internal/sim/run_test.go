@@ -1,0 +1,294 @@
+package sim_test
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/kvasirdb/kvasir/internal/sim"
+)
+
+// The environment of TestSim and of the processes that it starts, one for each
+// seed: a store's pooled channels must not meet those of another bubble.
+const (
+	envSeeds   = "KVASIR_SIM_SEEDS"   // "12": so many seeds from envFirst on
+	envFirst   = "KVASIR_SIM_FIRST"   // first seed
+	envMinutes = "KVASIR_SIM_MINUTES" // of load for each seed
+	envSeed    = "KVASIR_SIM_SEED"    // in a process of its own: its seed
+	envResult  = "KVASIR_SIM_RESULT"  // and the file for its report
+)
+
+// failures is where histories of failed seeds are left, from the module's root.
+const failures = "sim-failures"
+
+// TestSim runs the simulation: SEEDS seeds of MINUTES minutes of cluster time each.
+func TestSim(t *testing.T) {
+	seeds, first, minutes := number(t, envSeeds, 16), number(t, envFirst, 1), number(t, envMinutes, 8)
+	if testing.Short() {
+		seeds = 2
+	}
+	total := newTotals()
+	began := time.Now()
+	forEach(seeds, func(i int) {
+		seed := uint64(first + i)
+		rep := runSeed(seed, minutes, nil)
+		total.add(rep)
+		if rep.failed() {
+			t.Errorf("%s", rep.explain())
+		}
+	})
+	total.print(t, time.Since(began))
+}
+
+// TestSimSeed runs one seed in this process.
+func TestSimSeed(t *testing.T) {
+	if os.Getenv(envSeed) == "" {
+		t.Skip("runs one seed: " + envSeed)
+	}
+	var report *sim.Report
+	var history *sim.History
+	synctest.Test(t, func(t *testing.T) {
+		report, history = sim.Run(t, sim.RunConfig{Seed: uint64(number(t, envSeed, 1)), Minutes: float64(number(t, envMinutes, 8))})
+	})
+	out := outcome{Report: report}
+	if len(report.Violations) > 0 || os.Getenv(envResult) == "" {
+		out.History = writeHistory(t, report.Seed, history)
+	}
+	for _, v := range report.Violations {
+		t.Errorf("seed %d: %s", report.Seed, v)
+	}
+	if path := os.Getenv(envResult); path != "" {
+		b, err := json.Marshal(out)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, b, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func number(t *testing.T, name string, otherwise int) int {
+	t.Helper()
+	s := os.Getenv(name)
+	if s == "" {
+		return otherwise
+	}
+	n, err := strconv.Atoi(s)
+	if err != nil {
+		t.Fatalf("%s=%s is not a number", name, s)
+	}
+	return n
+}
+
+func writeHistory(t *testing.T, seed uint64, h *sim.History) string {
+	t.Helper()
+	dir := filepath.Join("..", "..", failures)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, fmt.Sprintf("seed-%d.txt", seed))
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := h.Write(f); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// outcome is what a process says of its seed.
+type outcome struct {
+	*sim.Report
+	History string
+	// crashed is how the process ended when it left no report.
+	crashed string
+	seed    uint64
+	minutes int
+	took    time.Duration
+}
+
+func (o *outcome) failed() bool { return o.crashed != "" || len(o.Violations) > 0 }
+
+// explain says what is wrong with a seed, and how to see it again.
+func (o *outcome) explain() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "seed %d failed", o.seed)
+	if o.Report != nil {
+		fmt.Fprintf(&b, " (%s)\n", o.Options)
+		for i, v := range o.Violations {
+			if i == 5 {
+				fmt.Fprintf(&b, "  and %d more\n", len(o.Violations)-i)
+				break
+			}
+			fmt.Fprintf(&b, "  %s\n", v)
+		}
+	}
+	if o.crashed != "" {
+		fmt.Fprintf(&b, "\n%s\n", o.crashed)
+	}
+	if o.History != "" {
+		fmt.Fprintf(&b, "  history: %s/%s\n", failures, filepath.Base(o.History))
+	}
+	fmt.Fprintf(&b, "  again: make sim FIRST=%d SEEDS=1 MINUTES=%d", o.seed, o.minutes)
+	return b.String()
+}
+
+// forEach runs f for 0 to n−1, as many at once as there are processors.
+func forEach(n int, f func(i int)) {
+	var running sync.WaitGroup
+	room := make(chan struct{}, runtime.NumCPU())
+	for i := range n {
+		room <- struct{}{}
+		running.Go(func() {
+			defer func() { <-room }()
+			f(i)
+		})
+	}
+	running.Wait()
+}
+
+// seedTimeout is how long a seed may take. One that takes longer hangs: its
+// goroutines are shown.
+const seedTimeout = 10 * time.Minute
+
+// runSeed runs one seed in a process of its own.
+func runSeed(seed uint64, minutes int, env []string) *outcome {
+	dir, err := os.MkdirTemp("", "kvasir-sim")
+	if err != nil {
+		return &outcome{seed: seed, minutes: minutes, crashed: err.Error()}
+	}
+	defer os.RemoveAll(dir)
+	result := filepath.Join(dir, "report.json")
+	ctx, cancel := context.WithTimeout(context.Background(), seedTimeout)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, os.Args[0], "-test.run=^TestSimSeed$", "-test.timeout=0")
+	cmd.Env = append(os.Environ(), fmt.Sprint(envSeed, "=", seed), fmt.Sprint(envMinutes, "=", minutes), envResult+"="+result, "GOMAXPROCS=1")
+	cmd.Env = append(cmd.Env, env...)
+	var said bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &said, &said
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGQUIT) }
+	cmd.WaitDelay = 10 * time.Second
+	began := time.Now()
+	runErr := cmd.Run()
+	o := &outcome{}
+	b, err := os.ReadFile(result)
+	if err == nil {
+		err = json.Unmarshal(b, o)
+	}
+	o.seed, o.minutes, o.took = seed, minutes, time.Since(began)
+	if err != nil {
+		o.crashed = fmt.Sprintf("no report: %v, %v", runErr, err)
+		o.History = saveOutput(seed, said.Bytes())
+	}
+	return o
+}
+
+// saveOutput keeps what a process that crashed said.
+func saveOutput(seed uint64, said []byte) string {
+	dir := filepath.Join("..", "..", failures)
+	path := filepath.Join(dir, fmt.Sprintf("seed-%d.output.txt", seed))
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return ""
+	}
+	if err := os.WriteFile(path, said, 0o644); err != nil {
+		return ""
+	}
+	return path
+}
+
+// totals sums the reports of many seeds.
+type totals struct {
+	mu                  sync.Mutex
+	seeds, failed, five int
+	minutes, all        float64
+	completed           int
+	decided, undecided  int
+	faults, outcomes    map[string]int
+	slowest             time.Duration
+	invariants          map[int]int
+}
+
+func newTotals() *totals {
+	return &totals{faults: map[string]int{}, outcomes: map[string]int{}, invariants: map[int]int{}}
+}
+
+func (s *totals) add(o *outcome) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.seeds++
+	s.slowest = max(s.slowest, o.took)
+	if o.failed() {
+		s.failed++
+	}
+	if o.Report == nil {
+		return
+	}
+	if o.Nodes == 5 {
+		s.five++
+	}
+	s.minutes += o.Minutes
+	s.all += o.AllMinutes
+	s.completed += o.Completed
+	s.decided += o.Decided
+	s.undecided += o.Undecided
+	for k, n := range o.Faults {
+		s.faults[k] += n
+	}
+	for k, n := range o.Outcomes {
+		s.outcomes[k] += n
+	}
+	for _, v := range o.Violations {
+		s.invariants[v.Invariant]++
+	}
+}
+
+// print writes the sums.
+func (s *totals) print(t *testing.T, took time.Duration) {
+	var b strings.Builder
+	hours := s.minutes / 60
+	fmt.Fprintf(&b, "%d seeds (%d with 5 nodes and 3 orchestrators), %.2f hours of load in %.2f cluster hours, in %s (slowest seed %s)\n",
+		s.seeds, s.five, hours, s.all/60, took.Round(time.Second), s.slowest.Round(time.Second))
+	faults := 0
+	for _, n := range s.faults {
+		faults += n
+	}
+	fmt.Fprintf(&b, "%d operations completed, %.0f an hour; %d faults of %d kinds, %.0f an hour\n",
+		s.completed, float64(s.completed)/hours, faults, len(s.faults), float64(faults)/hours)
+	fmt.Fprintf(&b, "%d histories of keys, %d undecided; %d seeds failed\n", s.decided+s.undecided, s.undecided, s.failed)
+	table(&b, "fault", s.faults)
+	table(&b, "operation and outcome", s.outcomes)
+	t.Logf("\n%s", b.String())
+	if n := s.decided + s.undecided; s.failed == 0 && s.undecided*20 > n {
+		t.Errorf("%d of %d histories are undecided: at most 5%% may be", s.undecided, n)
+	}
+	if s.failed == 0 && hours >= 1 && (float64(s.completed)/hours < 30_000 || float64(faults)/hours < 100) {
+		t.Errorf("an hour must have 30000 completed operations and 100 faults")
+	}
+}
+
+func table(b *strings.Builder, what string, counts map[string]int) {
+	keys := slices.Collect(maps.Keys(counts))
+	slices.SortFunc(keys, func(x, y string) int { return cmp.Or(cmp.Compare(counts[y], counts[x]), cmp.Compare(x, y)) })
+	fmt.Fprintf(b, "  %-32s %8s\n", what, "count")
+	for _, k := range keys {
+		fmt.Fprintf(b, "  %-32s %8d\n", k, counts[k])
+	}
+}
