@@ -10,17 +10,20 @@ import (
 //	0x01 namespace(4) vnode(4) user key    a record; vnodes are contiguous ranges
 //	0x02 target(8) sequence(8)             a hint for an incarnation
 //	0x03 name                              what the node keeps about itself
+//	0x05 namespace(4) vnode(4)             the mark of a dirty vnode
 //
 // Numbers are big-endian, so that byte order is number order.
 const (
 	kindRecord byte = 0x01
 	kindHint   byte = 0x02
 	kindMeta   byte = 0x03
+	kindDirty  byte = 0x05
 )
 
 const (
 	recordPrefixLen = 1 + 4 + 4
 	hintKeyLen      = 1 + 8 + 8
+	dirtyKeyLen     = 1 + 4 + 4
 )
 
 func appendRecordPrefix(dst []byte, namespace, vnode uint32) []byte {
@@ -64,6 +67,19 @@ func decodeHintKey(b []byte) (target, seq uint64, err error) {
 }
 
 func metaKey(name string) []byte { return append([]byte{kindMeta}, name...) }
+
+func dirtyKey(p Place) []byte {
+	b := append(make([]byte, 0, dirtyKeyLen), kindDirty)
+	b = binary.BigEndian.AppendUint32(b, p.Namespace)
+	return binary.BigEndian.AppendUint32(b, p.Vnode)
+}
+
+func decodeDirtyKey(b []byte) (Place, error) {
+	if len(b) != dirtyKeyLen || b[0] != kindDirty {
+		return Place{}, fmt.Errorf("%w: key of a dirty mark %x", ErrCorrupt, b)
+	}
+	return Place{binary.BigEndian.Uint32(b[1:]), binary.BigEndian.Uint32(b[5:])}, nil
+}
 
 // successor returns the first key after all keys that begin with prefix.
 // REQUIRES: some byte of prefix is below 0xff; the kind byte always is.

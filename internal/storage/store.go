@@ -126,6 +126,7 @@ type Store struct {
 		commits map[*Commit]struct{}
 	}
 
+	dirty   dirtyMarks
 	stop    chan struct{}
 	stopped sync.WaitGroup
 }
@@ -194,7 +195,7 @@ func (s *Store) open() error {
 			return err
 		}
 	}
-	return s.loadHintSeq()
+	return errors.Join(s.loadHintSeq(), s.loadDirty())
 }
 
 // metaBoots counts how often the directory was opened; metaTail is the number that
