@@ -76,17 +76,27 @@ func (s *Store) Apply(writes []Write, hints []Hint) (*Commit, error) {
 func (s *Store) apply(c *Commit, set *stripeSet, versions []record.Version, writes []Write) error {
 	s.latches.lock(set)
 	defer s.latches.unlock(set)
+	changed := make([]bool, len(writes))
 	for i, w := range writes {
+		before := c.batch.Count()
 		if err := s.decide(c, c.keys[i], versions[i], w.Record); err != nil {
 			s.forget(c.keys[:i+1])
 			return errors.Join(err, c.batch.Close())
 		}
+		changed[i] = c.batch.Count() > before
 	}
 	if c.batch.Empty() {
 		return nil
 	}
 	s.begin(c)
-	if err := s.commit(func() error { return s.db.ApplyNoSyncWait(c.batch, pebble.Sync) }); err != nil {
+	err := s.commit(func() error { return s.db.ApplyNoSyncWait(c.batch, pebble.Sync) })
+	// After the records are visible: a scan that missed them leaves its leaf dirty.
+	for i, w := range writes {
+		if changed[i] {
+			s.trees.touch(vnodeID{w.Namespace, w.Vnode}, w.Key)
+		}
+	}
+	if err != nil {
 		s.forget(c.keys)
 		return fmt.Errorf("apply batch: %w", err) // Pebble may still hold the batch
 	}

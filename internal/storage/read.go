@@ -200,6 +200,7 @@ func (s *Store) DropNamespace(namespace uint32) error {
 	if err := s.commit(func() error { return s.db.DeleteRange(lower, upper, pebble.Sync) }); err != nil {
 		return fmt.Errorf("drop namespace %d: %w", namespace, err)
 	}
+	s.trees.forget(func(id vnodeID) bool { return id.namespace == namespace })
 	return nil
 }
 

@@ -68,6 +68,9 @@ type Config struct {
 	MemTableBytes uint64
 	// VersionCacheEntries bounds the cache of versions. Default 131072.
 	VersionCacheEntries int
+	// TreeLeaves bounds the leaves of all hash trees, each of about 100 bytes for 128
+	// records. Beyond it trees that were not used lately are built anew. Default 1 Mi.
+	TreeLeaves int64
 	// MarkInterval is how often the mark that vouches for the log is written while
 	// there are commits. A lost tail of commits younger than this goes unnoticed
 	// after a crash; a clean stop leaves no such window. Default 50 ms.
@@ -93,6 +96,9 @@ func (c *Config) setDefaults() {
 	if c.VersionCacheEntries == 0 {
 		c.VersionCacheEntries = 128 << 10
 	}
+	if c.TreeLeaves == 0 {
+		c.TreeLeaves = 1 << 20
+	}
 	if c.MarkInterval == 0 {
 		c.MarkInterval = 50 * time.Millisecond
 	}
@@ -107,6 +113,7 @@ type Store struct {
 	lock    *pebble.Lock
 	mark    *markFile
 	latches *latches
+	trees   trees
 
 	// unmarked is set when there are synced commits that the mark does not vouch for.
 	unmarked atomic.Bool
@@ -148,6 +155,7 @@ func Open(cfg Config) (*Store, error) {
 	}
 	s := &Store{cfg: cfg, disk: cfg.FS, lock: lock, latches: newLatches(cfg.VersionCacheEntries), stop: make(chan struct{})}
 	s.inflight.commits = map[*Commit]struct{}{}
+	s.trees.maxLeaves, s.trees.byVnode = cfg.TreeLeaves, map[vnodeID]*tree{}
 	s.cfg.FS = logFS{vfs.OnDiskFull(cfg.FS, s.onDiskFull), s}
 	if err := s.open(); err != nil {
 		if s.db != nil {
