@@ -15,6 +15,9 @@ type Write struct {
 	Key              []byte
 	// Record is in storage encoding.
 	Record []byte
+	// Repair says that another replica holds the record, and the collection of dead
+	// records has a word in it: see Store.Apply.
+	Repair bool
 }
 
 // Commit is a batch that has been applied. Whoever applied it must call Wait.
@@ -33,7 +36,8 @@ type Commit struct {
 // Apply joins records into the store and adds hints, as one commit. On return the
 // records are visible; what a caller tells others about them must wait for
 // Commit.Wait. Records that the store knows to be superseded are not written
-// again. Errors are ErrDiskFull, ErrCorrupt for a record that does not decode (then
+// again, nor are records marked Repair that are dead at or below the vnode's
+// certificate and whose key is absent. Errors are ErrDiskFull, ErrCorrupt for a record that does not decode (then
 // nothing is applied), what Config.Fatal was called with, or Pebble's.
 func (s *Store) Apply(writes []Write, hints []Hint) (*Commit, error) {
 	if err := s.failure(); err != nil {
@@ -42,8 +46,10 @@ func (s *Store) Apply(writes []Write, hints []Hint) (*Commit, error) {
 	if s.diskFull.Load() != nil {
 		return nil, ErrDiskFull
 	}
+	// Whoever makes a promise waits for the applies that had not seen it.
+	defer s.promises.enter().leave()
 	keys := make([]string, len(writes))
-	versions := make([]record.Version, len(writes))
+	recs := make([]record.Record, len(writes))
 	var set stripeSet
 	var scratch []byte
 	for i, w := range writes {
@@ -51,7 +57,7 @@ func (s *Store) Apply(writes []Write, hints []Hint) (*Commit, error) {
 		if err != nil {
 			return nil, fmt.Errorf("%w: record of key %q: %w", ErrCorrupt, w.Key, err)
 		}
-		versions[i] = rec.Version
+		recs[i] = rec
 		scratch = appendRecordKey(scratch[:0], w.Namespace, w.Vnode, w.Key)
 		keys[i] = string(scratch)
 		set.add(stripeOf(scratch))
@@ -62,7 +68,7 @@ func (s *Store) Apply(writes []Write, hints []Hint) (*Commit, error) {
 			return nil, errors.Join(err, c.batch.Close())
 		}
 	}
-	if err := s.apply(c, &set, versions, writes); err != nil {
+	if err := s.apply(c, &set, recs, writes); err != nil {
 		c.err = err
 		s.end(c)
 		close(c.done)
@@ -73,17 +79,34 @@ func (s *Store) Apply(writes []Write, hints []Hint) (*Commit, error) {
 
 // apply decides on the records and makes them visible. The latches are held from
 // the first to the last.
-func (s *Store) apply(c *Commit, set *stripeSet, versions []record.Version, writes []Write) error {
+func (s *Store) apply(c *Commit, set *stripeSet, recs []record.Record, writes []Write) error {
 	s.latches.lock(set)
 	defer s.latches.unlock(set)
+	// Counted once they are visible, and before Apply ends: whoever has made a promise,
+	// and so waited for the applies before it, misses none that he could have seen.
+	var late []*collection
+	defer func() {
+		for _, l := range late {
+			l.lateJoins.Add(1)
+		}
+	}()
 	changed := make([]bool, len(writes))
 	for i, w := range writes {
+		if w.Repair && s.collected(c.batch, c.keys[i], recs[i], w) {
+			continue
+		}
 		before := c.batch.Count()
-		if err := s.decide(c, c.keys[i], versions[i], w.Record); err != nil {
+		if err := s.decide(c, c.keys[i], recs[i].Version, w.Record); err != nil {
 			s.forget(c.keys[:i+1])
 			return errors.Join(err, c.batch.Close())
 		}
 		changed[i] = c.batch.Count() > before
+		if !w.Repair || !changed[i] {
+			continue
+		}
+		if l := s.collections.late(w, recs[i].Version); l != nil {
+			late = append(late, l)
+		}
 	}
 	if c.batch.Empty() {
 		return nil

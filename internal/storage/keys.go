@@ -10,20 +10,23 @@ import (
 //	0x01 namespace(4) vnode(4) user key    a record; vnodes are contiguous ranges
 //	0x02 target(8) sequence(8)             a hint for an incarnation
 //	0x03 name                              what the node keeps about itself
+//	0x04 namespace(4) vnode(4)             how far the collection of dead records is
 //	0x05 namespace(4) vnode(4)             the mark of a dirty vnode
 //
 // Numbers are big-endian, so that byte order is number order.
 const (
-	kindRecord byte = 0x01
-	kindHint   byte = 0x02
-	kindMeta   byte = 0x03
-	kindDirty  byte = 0x05
+	kindRecord     byte = 0x01
+	kindHint       byte = 0x02
+	kindMeta       byte = 0x03
+	kindCollection byte = 0x04
+	kindDirty      byte = 0x05
 )
 
 const (
-	recordPrefixLen = 1 + 4 + 4
-	hintKeyLen      = 1 + 8 + 8
-	dirtyKeyLen     = 1 + 4 + 4
+	recordPrefixLen  = 1 + 4 + 4
+	hintKeyLen       = 1 + 8 + 8
+	collectionKeyLen = 1 + 4 + 4
+	dirtyKeyLen      = 1 + 4 + 4
 )
 
 func appendRecordPrefix(dst []byte, namespace, vnode uint32) []byte {
@@ -64,6 +67,24 @@ func decodeHintKey(b []byte) (target, seq uint64, err error) {
 		return 0, 0, fmt.Errorf("%w: hint key %x", ErrCorrupt, b)
 	}
 	return binary.BigEndian.Uint64(b[1:]), binary.BigEndian.Uint64(b[9:]), nil
+}
+
+func collectionKey(namespace, vnode uint32) []byte {
+	b := binary.BigEndian.AppendUint32([]byte{kindCollection}, namespace)
+	return binary.BigEndian.AppendUint32(b, vnode)
+}
+
+// collectionRange returns the bounds of a namespace's collection states.
+func collectionRange(namespace uint32) (lower, upper []byte) {
+	lower = binary.BigEndian.AppendUint32([]byte{kindCollection}, namespace)
+	return lower, successor(lower)
+}
+
+func decodeCollectionKey(b []byte) (namespace, vnode uint32, err error) {
+	if len(b) != collectionKeyLen || b[0] != kindCollection {
+		return 0, 0, fmt.Errorf("%w: collection key %x", ErrCorrupt, b)
+	}
+	return binary.BigEndian.Uint32(b[1:]), binary.BigEndian.Uint32(b[5:]), nil
 }
 
 func metaKey(name string) []byte { return append([]byte{kindMeta}, name...) }

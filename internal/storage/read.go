@@ -3,6 +3,7 @@ package storage
 import (
 	"bytes"
 	"container/heap"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"slices"
@@ -190,24 +191,49 @@ func (m *merge) Pop() any {
 	return last
 }
 
-// DropNamespace removes all records of a namespace and returns when that is on
-// disk.
+// DropNamespace removes all records of a namespace, and what the collection of its
+// dead records has come to, and returns when that is on disk.
 // REQUIRES: the namespace is not in use any more.
 func (s *Store) DropNamespace(namespace uint32) error {
 	lower, upper := namespaceRange(namespace)
 	resume := s.latches.suspend(lower, upper)
 	defer resume()
-	if err := s.commit(func() error { return s.db.DeleteRange(lower, upper, pebble.Sync) }); err != nil {
+	<-s.collections.writing
+	defer func() { s.collections.writing <- struct{}{} }()
+	b := s.db.NewBatch()
+	defer b.Close()
+	err := b.DeleteRange(lower, upper, nil)
+	lower, upper = collectionRange(namespace)
+	err = errors.Join(err, b.DeleteRange(lower, upper, nil))
+	if err == nil {
+		err = s.commit(func() error { return b.Commit(pebble.Sync) })
+	}
+	if err != nil {
 		return fmt.Errorf("drop namespace %d: %w", namespace, err)
 	}
 	s.trees.forget(func(id vnodeID) bool { return id.namespace == namespace })
+	s.collections.forget(namespace)
 	return nil
 }
 
-// Namespaces returns the identifiers of all namespaces that have records, in
-// ascending order.
+// Namespaces returns the identifiers of all namespaces that DropNamespace would find
+// something of, in ascending order.
 func (s *Store) Namespaces() ([]uint32, error) {
-	it, err := s.db.NewIter(&pebble.IterOptions{LowerBound: []byte{kindRecord}, UpperBound: []byte{kindRecord + 1}})
+	var out []uint32
+	for _, kind := range []byte{kindRecord, kindCollection} {
+		ids, err := s.namespacesOf(kind)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, ids...)
+	}
+	slices.Sort(out)
+	return slices.Compact(out), nil
+}
+
+// namespacesOf returns the namespaces that have keys of a kind.
+func (s *Store) namespacesOf(kind byte) ([]uint32, error) {
+	it, err := s.db.NewIter(&pebble.IterOptions{LowerBound: []byte{kind}, UpperBound: []byte{kind + 1}})
 	if err != nil {
 		return nil, readError(err)
 	}
@@ -216,12 +242,11 @@ func (s *Store) Namespaces() ([]uint32, error) {
 	for valid := it.First(); valid; {
 		k := it.Key()
 		if len(k) < recordPrefixLen {
-			return nil, fmt.Errorf("%w: record key %x", ErrCorrupt, k)
+			return nil, fmt.Errorf("%w: key %x", ErrCorrupt, k)
 		}
-		id := uint32(k[1])<<24 | uint32(k[2])<<16 | uint32(k[3])<<8 | uint32(k[4])
+		id := binary.BigEndian.Uint32(k[1:])
 		out = append(out, id)
-		_, upper := namespaceRange(id)
-		valid = it.SeekGE(upper)
+		valid = it.SeekGE(successor(k[:5]))
 	}
 	if err := it.Error(); err != nil {
 		return nil, readError(err)

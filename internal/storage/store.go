@@ -133,7 +133,11 @@ type Store struct {
 		commits map[*Commit]struct{}
 	}
 
-	dirty   dirtyMarks
+	dirty dirtyMarks
+	// promises lets a promise wait for the applies that began before it.
+	promises    gate
+	collections collections
+
 	stop    chan struct{}
 	stopped sync.WaitGroup
 }
@@ -156,6 +160,8 @@ func Open(cfg Config) (*Store, error) {
 	s := &Store{cfg: cfg, disk: cfg.FS, lock: lock, latches: newLatches(cfg.VersionCacheEntries), stop: make(chan struct{})}
 	s.inflight.commits = map[*Commit]struct{}{}
 	s.trees.maxLeaves, s.trees.byVnode = cfg.TreeLeaves, map[vnodeID]*tree{}
+	s.promises.init()
+	s.collections.init()
 	s.cfg.FS = logFS{vfs.OnDiskFull(cfg.FS, s.onDiskFull), s}
 	if err := s.open(); err != nil {
 		if s.db != nil {
@@ -203,7 +209,7 @@ func (s *Store) open() error {
 			return err
 		}
 	}
-	return errors.Join(s.loadHintSeq(), s.loadDirty())
+	return errors.Join(s.loadHintSeq(), s.loadDirty(), s.loadCollections())
 }
 
 // metaBoots counts how often the directory was opened; metaTail is the number that
