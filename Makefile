@@ -14,7 +14,7 @@ COMPOSE  ?= $(shell if docker compose version >/dev/null 2>&1; then echo docker 
 COMPOSE_FILE := deploy/compose/docker-compose.yml
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test lint race sim sim-long e2e fuzz proto check-proto image compose-up compose-down test-compose clean
+.PHONY: help build run test lint race sim sim-long e2e chaos fuzz proto check-proto image compose-up compose-down test-compose clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,10 @@ sim-long: ## Simulate 12 cluster hours under faults
 
 e2e: build ## Kill, pause and restart real processes under load, in full length
 	KVASIR_E2E=full $(GO) test -tags $(TAGS) -count=1 -timeout 30m -v -run 'TestE2E' ./internal/devcluster
+
+chaos: MINUTES = 10
+chaos: ## Break real processes, networks and disks for MINUTES, each fault at least 5 times (needs root)
+	KVASIR_CHAOS=$(MINUTES)m $(GO) test -tags $(TAGS) -count=1 -timeout 0 -v -run '^TestChaos$$' ./internal/devcluster/chaos
 
 fuzz: ## Run every fuzz target for FUZZTIME
 	@set -e; for pkg in $$($(GO) list ./...); do \
