@@ -47,6 +47,7 @@ func (c *Coordinator) Batch(ctx context.Context, r *kvv1.BatchRequest) (_ *kvv1.
 			groups[v] = g
 		}
 		g.indexes = append(g.indexes, i)
+		g.operations = append(g.operations, op)
 		g.entries = append(g.entries, entry)
 		g.versions = append(g.versions, version)
 	}
@@ -56,7 +57,7 @@ func (c *Coordinator) Batch(ctx context.Context, r *kvv1.BatchRequest) (_ *kvv1.
 		g.first, g.firstErr = g.begin(c, t, ns)
 	}
 	for _, g := range groups {
-		gerr := g.finish(ctx, c, r.GetNamespace())
+		gerr := g.finish(ctx, c, ns)
 		if gerr != nil && gerr.Reason == rpc.ReasonOutcomeUnknown {
 			c.metrics.unknown.Inc()
 		}
@@ -96,14 +97,28 @@ func checkBatch(r *kvv1.BatchRequest, t *topology.Topology) *rpc.Error {
 
 // group is what a batch writes to one vnode.
 type group struct {
-	vnode    uint32
-	need     int
-	indexes  []int
-	entries  []*replicav1.Entry
-	versions []record.Version
+	vnode      uint32
+	need       int
+	indexes    []int
+	operations []*kvv1.BatchOperation
+	entries    []*replicav1.Entry
+	versions   []record.Version
 	// first and firstErr are the outcome of begin.
 	first    *write
 	firstErr *rpc.Error
+}
+
+// renew gives all operations of the group new versions.
+func (g *group) renew(c *Coordinator, ns *topology.Namespace) *rpc.Error {
+	// Earlier attempts may still be reading the old ones.
+	g.entries, g.versions = make([]*replicav1.Entry, len(g.operations)), make([]record.Version, len(g.operations))
+	for i, op := range g.operations {
+		var err *rpc.Error
+		if g.entries[i], g.versions[i], err = c.entry(op, ns); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (g *group) begin(c *Coordinator, t *topology.Topology, ns *topology.Namespace) (*write, *rpc.Error) {
@@ -114,13 +129,14 @@ func (g *group) begin(c *Coordinator, t *topology.Topology, ns *topology.Namespa
 }
 
 // finish waits for the group, and follows a changing topology.
-func (g *group) finish(ctx context.Context, c *Coordinator, namespace string) *rpc.Error {
+func (g *group) finish(ctx context.Context, c *Coordinator, ns *topology.Namespace) *rpc.Error {
 	var tries attempts
-	return tries.follow(ctx, c, func() (*write, *rpc.Error) {
+	renew := func() *rpc.Error { return g.renew(c, ns) }
+	return tries.follow(ctx, c, renew, func() (*write, *rpc.Error) {
 		if len(tries) == 0 {
 			return g.first, g.firstErr
 		}
-		t, ns, err := c.namespace(namespace)
+		t, ns, err := c.namespace(ns.Name)
 		if err != nil {
 			return nil, err
 		}

@@ -118,8 +118,10 @@ type metrics struct {
 	notEnough  prometheus.Counter
 	unknown    prometheus.Counter
 	staleEpoch prometheus.Counter
-	repairs    prometheus.Counter
-	hedged     prometheus.Counter
+	// belowPromise counts the writes that got a new version.
+	belowPromise prometheus.Counter
+	repairs      prometheus.Counter
+	hedged       prometheus.Counter
 }
 
 func newMetrics(reg prometheus.Registerer) *metrics {
@@ -134,12 +136,13 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 			Help:    "Time from a client's request to its answer, by operation and result code.",
 			Buckets: prometheus.ExponentialBuckets(0.0001, 2, 17),
 		}, []string{"operation", "code"}),
-		refused:    counter("requests_refused_total", "Requests refused because a bound was reached."),
-		notEnough:  counter("not_enough_replicas_total", "Requests refused because too few replicas were live."),
-		unknown:    counter("outcome_unknown_total", "Writes with fewer acknowledgements than needed."),
-		staleEpoch: counter("stale_epochs_total", "Attempts that a replica refused for an older epoch."),
-		repairs:    counter("read_repairs_total", "Reads that found stale replicas and mended them."),
-		hedged:     counter("hedged_reads_total", "Reads for which one more replica was asked because another was late."),
+		refused:      counter("requests_refused_total", "Requests refused because a bound was reached."),
+		notEnough:    counter("not_enough_replicas_total", "Requests refused because too few replicas were live."),
+		unknown:      counter("outcome_unknown_total", "Writes with fewer acknowledgements than needed."),
+		staleEpoch:   counter("stale_epochs_total", "Attempts that a replica refused for an older epoch."),
+		belowPromise: counter("below_promise_total", "Attempts whose version a replica had promised not to take any more."),
+		repairs:      counter("read_repairs_total", "Reads that found stale replicas and mended them."),
+		hedged:       counter("hedged_reads_total", "Reads for which one more replica was asked because another was late."),
 	}
 	reg.MustRegister(m.requests)
 	return m

@@ -10,6 +10,7 @@ import (
 
 	"google.golang.org/grpc/codes"
 
+	"github.com/kvasirdb/kvasir/internal/hlc"
 	"github.com/kvasirdb/kvasir/internal/quorum"
 	"github.com/kvasirdb/kvasir/internal/record"
 	"github.com/kvasirdb/kvasir/internal/rpc"
@@ -57,14 +58,19 @@ func (c *Coordinator) writeOne(ctx context.Context, r request, w string, op *kvv
 	if qerr != nil {
 		return nil, qerr
 	}
-	entry, version, eerr := c.entry(op, ns)
-	if eerr != nil {
-		return nil, eerr
+	var entry *replicav1.Entry
+	var version record.Version
+	renew := func() (err *rpc.Error) {
+		entry, version, err = c.entry(op, ns)
+		return err
+	}
+	if err := renew(); err != nil {
+		return nil, err
 	}
 	tr := c.traces.begin(r.trace, time.Now())
 	tr.add(kvv1.TraceEvent_KIND_RECEIVED, "", "%s of a key in vnode %d of namespace %s: W=%d of N=%d", verb(op), t.VnodeOf(op.GetKey()), ns.Name, need, ns.N)
 	var tries attempts
-	werr := tries.follow(ctx, c, func() (*write, *rpc.Error) {
+	werr := tries.follow(ctx, c, renew, func() (*write, *rpc.Error) {
 		t, ns, err := c.namespace(r.namespace)
 		if err != nil {
 			return nil, err
@@ -92,19 +98,30 @@ func (c *Coordinator) writeOne(ctx context.Context, r request, w string, op *kvv
 }
 
 // attempts are the writes of one request: one, and one more for every newer topology
-// that replicas told of.
+// that replicas told of and for every version that one of them does not take any more.
 type attempts []*write
 
-// follow starts one attempt after the other and waits for it.
-func (a *attempts) follow(ctx context.Context, c *Coordinator, start func() (*write, *rpc.Error)) *rpc.Error {
-	err := c.follow(ctx, func() (uint64, uint64, *rpc.Error) {
-		w, err := start()
-		if err != nil {
-			return 0, 0, err
+// maxPromiseRetries bounds how often one request gets a new version.
+const maxPromiseRetries = 3
+
+// follow starts one attempt after the other and waits for it. renew gives what is
+// written a new version. A version that was refused is never acknowledged: what some
+// replicas have taken of it counts for nothing.
+func (a *attempts) follow(ctx context.Context, c *Coordinator, renew func() *rpc.Error, start func() (*write, *rpc.Error)) *rpc.Error {
+	err := a.followEpochs(ctx, c, start)
+	for range maxPromiseRetries {
+		if err == nil || err.Reason != rpc.ReasonBelowPromise || ctx.Err() != nil {
+			break
 		}
-		*a = append(*a, w)
-		return w.wait(ctx)
-	})
+		c.metrics.belowPromise.Inc()
+		if rerr := c.above(err); rerr != nil {
+			err = rerr
+			break
+		}
+		if err = renew(); err == nil {
+			err = a.followEpochs(ctx, c, start)
+		}
+	}
 	if err == nil || err.Reason == rpc.ReasonOutcomeUnknown {
 		return err
 	}
@@ -114,10 +131,34 @@ func (a *attempts) follow(ctx context.Context, c *Coordinator, start func() (*wr
 			w.mu.Lock()
 			defer w.mu.Unlock()
 			w.mu.lastErr = err
-			return w.unknownOutcome("under an older epoch")
+			return w.unknownOutcome("in an earlier attempt")
 		}
 	}
 	return err
+}
+
+// followEpochs starts one attempt after the other for newer topologies.
+func (a *attempts) followEpochs(ctx context.Context, c *Coordinator, start func() (*write, *rpc.Error)) *rpc.Error {
+	return c.follow(ctx, func() (uint64, uint64, *rpc.Error) {
+		w, err := start()
+		if err != nil {
+			return 0, 0, err
+		}
+		*a = append(*a, w)
+		return w.wait(ctx)
+	})
+}
+
+// above has the clock pass the promise that a write was refused for.
+func (c *Coordinator) above(refusal *rpc.Error) *rpc.Error {
+	var promise uint64
+	if _, err := fmt.Sscan(refusal.Details["promise"], &promise); err != nil {
+		return refusal
+	}
+	if err := c.cfg.Clock.CheckAhead(hlc.Timestamp(promise)); err != nil {
+		return err
+	}
+	return rpc.AsError(c.cfg.Clock.Join(hlc.Timestamp(promise)))
 }
 
 func verb(op *kvv1.BatchOperation) string {
@@ -202,6 +243,8 @@ type write struct {
 		waiting int
 		stale   uint64 // epoch of the newest refusal, and who refused
 		staleBy uint64
+		// below is the refusal of a replica that has promised to take no such version.
+		below *rpc.Error
 		// applied is set when a target has the records, unknown when one failed in a way
 		// that leaves its outcome open.
 		applied, unknown bool
@@ -338,7 +381,9 @@ func (w *write) answered(node uint64, err error) {
 		if !e.NothingDone() && e.Code != codes.InvalidArgument {
 			w.mu.unknown = true
 		}
-		if e.Code != codes.InvalidArgument {
+		if e.Reason == rpc.ReasonBelowPromise {
+			w.mu.below = e
+		} else if e.Code != codes.InvalidArgument {
 			w.mu.unhinted = append(w.mu.unhinted, node)
 		}
 		if epoch := refusedEpoch(err); epoch > w.mu.stale {
@@ -422,6 +467,10 @@ func (w *write) judge() (done bool, stale, by uint64, _ *rpc.Error) {
 		}
 	}
 	switch {
+	case w.mu.below != nil:
+		// This version is never acknowledged; another is tried.
+		w.mu.abandoned = true
+		return true, 0, 0, w.mu.below
 	case w.mu.reached || w.mu.counter.Reached():
 		w.mu.reached = true
 		return true, 0, 0, nil

@@ -265,6 +265,9 @@ func (n *Node) adopted(t *topology.Topology) {
 		n.cfg.Logger.Error("this node is no part of the cluster any more", "reason", reason)
 	}
 	n.dropNamespaces(t)
+	if err := n.replica.VoidCertificates(t); err != nil {
+		n.cfg.Logger.Error("cannot forget certificates that the topology makes void", "err", err)
+	}
 }
 
 // dropNamespaces deletes the records of namespaces that are gone for good:

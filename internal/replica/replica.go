@@ -10,7 +10,9 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -50,10 +52,16 @@ type Config struct {
 //
 // Invariant 7: a call is served only in an epoch and phase in which the node is an
 // endpoint of the vnode.
-type Replica struct{ cfg Config }
+type Replica struct {
+	cfg Config
+	// run tells this run of the process from others.
+	run uint64
+	// refused counts the calls that were refused for a promise.
+	refused atomic.Uint64
+}
 
 // New returns a replica.
-func New(cfg Config) *Replica { return &Replica{cfg} }
+func New(cfg Config) *Replica { return &Replica{cfg: cfg, run: rand.Uint64()} }
 
 // Handle answers a frame of calls from a peer whose gRPC server is at address. All
 // its writes become one commit.
@@ -85,6 +93,9 @@ func (r *Replica) Handle(ctx context.Context, address string, calls []*replicav1
 			reads.Go(func() { f.read(c, op.Read) })
 		case *replicav1.Call_Scan:
 			reads.Go(func() { f.scan(c, op.Scan) })
+		case *replicav1.Call_Collect:
+			// A promise waits for applies, which those of this frame must not wait for.
+			reads.Go(func() { f.collect(ctx, c, op.Collect) })
 		default:
 			f.fail(c, rpc.Errorf(codes.Unimplemented, "UNKNOWN_OPERATION", "this node does not know the operation: upgrade it"))
 		}
@@ -172,6 +183,8 @@ func (f *frame) apply() {
 	var writes []storage.Write
 	var hints []storage.Hint
 	var newest hlc.Timestamp
+	// From here until the records are visible no promise takes effect unseen.
+	applying := f.cfg.Store.BeginApply()
 	accepted := f.applies[:0]
 	for _, c := range f.applies {
 		op := c.GetApply()
@@ -188,9 +201,10 @@ func (f *frame) apply() {
 		accepted = append(accepted, c)
 	}
 	if len(accepted) == 0 {
+		applying.End()
 		return
 	}
-	err := f.commit(writes, hints, newest)
+	err := f.commit(applying, writes, hints, newest)
 	f.cfg.Hints.Settle(hints, err == nil)
 	for _, c := range accepted {
 		if err != nil {
@@ -209,7 +223,8 @@ func (f *frame) accept(c *replicav1.Call, op *replicav1.Apply) ([]storage.Write,
 	if err := f.check(c, op.GetNamespace(), op.GetVnode(), toWrite); err != nil {
 		return nil, 0, err
 	}
-	var newest hlc.Timestamp
+	newest, oldest := hlc.Timestamp(0), hlc.Max
+	repair := op.GetSource() == replicav1.Source_SOURCE_REPAIR
 	writes := make([]storage.Write, 0, len(op.GetEntries()))
 	for _, e := range op.GetEntries() {
 		rec, err := record.Decode(e.GetRecord())
@@ -219,8 +234,13 @@ func (f *frame) accept(c *replicav1.Call, op *replicav1.Apply) ([]storage.Write,
 		if f.topology.VnodeOf(e.GetKey()) != op.GetVnode() {
 			return nil, 0, rpc.Errorf(codes.InvalidArgument, rpc.ReasonBadRequest, "key %q is not in vnode %d", e.GetKey(), op.GetVnode())
 		}
-		newest = max(newest, rec.Version.Time)
-		writes = append(writes, storage.Write{Namespace: op.GetNamespace(), Vnode: op.GetVnode(), Key: e.GetKey(), Record: e.GetRecord()})
+		newest, oldest = max(newest, rec.Version.Time), min(oldest, rec.Version.Time)
+		writes = append(writes, storage.Write{Namespace: op.GetNamespace(), Vnode: op.GetVnode(), Key: e.GetKey(), Record: e.GetRecord(), Repair: repair})
+	}
+	if !repair {
+		if err := f.promised(op, oldest); err != nil {
+			return nil, 0, err
+		}
 	}
 	// Only what comes straight from a client is judged by the clock. A record that
 	// another replica holds has been accepted there and must join everywhere.
@@ -232,12 +252,14 @@ func (f *frame) accept(c *replicav1.Call, op *replicav1.Apply) ([]storage.Write,
 	return writes, newest, nil
 }
 
-func (r *Replica) commit(writes []storage.Write, hints []storage.Hint, newest hlc.Timestamp) error {
+func (r *Replica) commit(applying storage.Applying, writes []storage.Write, hints []storage.Hint, newest hlc.Timestamp) error {
 	// A coordinator that restarts must not issue a version below one that it stores.
 	if err := r.cfg.Clock.Join(newest); err != nil {
+		applying.End()
 		return err
 	}
 	c, err := r.cfg.Store.Apply(writes, hints)
+	applying.End()
 	if err != nil {
 		return err
 	}

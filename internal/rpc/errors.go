@@ -49,6 +49,9 @@ const (
 	ReasonEpochAhead = "EPOCH_AHEAD"
 	// ReasonNotOwner: the node is no endpoint of the vnode.
 	ReasonNotOwner = "NOT_OWNER"
+	// ReasonBelowPromise: the version is at or below what the replica has promised not
+	// to take any more; details name the promise. A new version will do.
+	ReasonBelowPromise = "BELOW_PROMISE"
 	// ReasonClockSkew: a timestamp or clock is too far off.
 	ReasonClockSkew = "CLOCK_SKEW"
 	// ReasonWrongPeer: the address belongs to another node or cluster.
@@ -105,7 +108,7 @@ func (e *Error) Error() string { return e.Message }
 func (e *Error) NothingDone() bool {
 	switch e.Reason {
 	case ReasonNotSent, ReasonStopping, ReasonNotReady, ReasonTooLate, ReasonOverloaded, ReasonNotEnoughReplicas,
-		ReasonStaleEpoch, ReasonEpochAhead, ReasonNotOwner, ReasonWrongPeer, ReasonClockSkew, ReasonDiskFull, ReasonNoLeader:
+		ReasonStaleEpoch, ReasonEpochAhead, ReasonNotOwner, ReasonWrongPeer, ReasonBelowPromise, ReasonClockSkew, ReasonDiskFull, ReasonNoLeader:
 		return true
 	}
 	return false

@@ -196,6 +196,8 @@ func (s *Store) VoidCertificate(namespace, vnode uint32) error {
 	if err != nil {
 		return fmt.Errorf("void certificate of vnode %d of namespace %d: %w", vnode, namespace, err)
 	}
+	// What it let go is dead like all other records again.
+	s.trees.forget(func(id vnodeID) bool { return id == vnodeID{namespace, vnode} })
 	return nil
 }
 
