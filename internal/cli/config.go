@@ -16,6 +16,7 @@ type settingsDoc struct {
 	MaxValueBytes int             `json:"max_value_bytes"`
 	MaxBatchBytes int             `json:"max_batch_bytes"`
 	MaxHintBytes  int64           `json:"max_hint_bytes"`
+	MaxHints      int64           `json:"max_hints"`
 	MaxHintAgeMs  int64           `json:"max_hint_age_ms"`
 }
 
@@ -31,7 +32,7 @@ func settingsDocOf(s topology.Settings) settingsDoc {
 	return settingsDoc{
 		HealthChecks: healthChecksDoc{h.Interval.Milliseconds(), h.Timeout.Milliseconds(), h.HealthyThreshold, h.UnhealthyThreshold},
 		MaxKeyBytes:  topology.MaxKeyBytes, MaxValueBytes: s.MaxValueBytes, MaxBatchBytes: s.MaxBatchBytes,
-		MaxHintBytes: s.MaxHintBytes, MaxHintAgeMs: s.MaxHintAge.Milliseconds(),
+		MaxHintBytes: s.MaxHintBytes, MaxHints: s.MaxHints, MaxHintAgeMs: s.MaxHintAge.Milliseconds(),
 	}
 }
 
@@ -67,6 +68,7 @@ func settingsTable(s topology.Settings) *table {
 	tab.add("max_value_bytes", sizeText(uint64(s.MaxValueBytes)), "largest value")
 	tab.add("max_batch_bytes", sizeText(uint64(s.MaxBatchBytes)), "largest batch, keys and values")
 	tab.add("max_hint_bytes", sizeText(uint64(s.MaxHintBytes)), "hints that a node keeps for all others")
+	tab.add("max_hints", countText(s.MaxHints), "how many of them it keeps")
 	tab.add("max_hint_age", durationText(s.MaxHintAge), "how long it keeps one")
 	return tab
 }

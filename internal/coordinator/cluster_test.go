@@ -209,7 +209,7 @@ func (c *cluster) newNode(ctx context.Context, id uint64) *node {
 	if n.hints, err = replica.LoadHints(n.store, wall, logger); err != nil {
 		c.t.Fatal(err)
 	}
-	n.hints.SetMaxBytes(1 << 20)
+	n.hints.SetBounds(replica.HintBounds{Bytes: 1 << 20, Count: 10_000, Age: time.Hour})
 	refresh := func(_ context.Context, epoch uint64) error {
 		c.mu.Lock()
 		defer c.mu.Unlock()

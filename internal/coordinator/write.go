@@ -241,6 +241,8 @@ type write struct {
 		counter quorum.Counter
 		failed  []uint64
 		waiting int
+		// keeping is how many lots of hints are on their way to the disk.
+		keeping int
 		stale   uint64 // epoch of the newest refusal, and who refused
 		staleBy uint64
 		// below is the refusal of a replica that has promised to take no such version.
@@ -391,52 +393,76 @@ func (w *write) answered(node uint64, err error) {
 		}
 		w.trace.add(kvv1.TraceEvent_KIND_FAILED, w.name(node), "%s", err)
 	}
-	var hints []uint64
-	if (w.mu.applied || w.mu.unknown) && !w.mu.abandoned {
-		hints, w.mu.unhinted = w.mu.unhinted, nil
-	}
+	targets := w.toHint()
+	w.mu.keeping += len(targets)
 	w.mu.Unlock()
-	if len(hints) > 0 && w.hints {
-		w.keepHints(hints)
+	if len(targets) > 0 {
+		w.keepHints(targets)
 	}
 	w.settle()
 }
 
-// keepHints has hints kept for targets that failed, and for those whose hints they
-// carried.
-func (w *write) keepHints(targets []uint64) {
+// toHint returns the targets that hints are to be kept for now: those that failed,
+// and those whose hints they carried.
+// REQUIRES: w.mu is held.
+func (w *write) toHint() []uint64 {
+	if !w.hints || w.mu.abandoned || !w.mu.applied && !w.mu.unknown {
+		return nil
+	}
+	targets := w.mu.unhinted
+	w.mu.unhinted = nil
 	if slices.Contains(targets, w.carrier) {
 		targets = append(targets, w.hinted...)
 	}
+	return targets
+}
+
+// keepHints has hints kept for targets. The write, and with it the room it takes,
+// lasts until they are on disk.
+func (w *write) keepHints(targets []uint64) {
 	writes := make([]storage.Write, len(w.entries))
 	for i, e := range w.entries {
 		writes[i] = storage.Write{Namespace: w.namespace.ID, Vnode: w.vnode, Key: e.GetKey(), Record: e.GetRecord()}
 	}
 	for _, t := range targets {
-		if w.c.cfg.Hints.Keep(t, writes) {
-			w.trace.add(kvv1.TraceEvent_KIND_HINT, w.name(t), "a hint is kept for it")
-		} else {
-			w.trace.add(kvv1.TraceEvent_KIND_HINT, w.name(t), "no room for a hint: reads and repair will mend it")
-		}
+		w.c.cfg.Hints.Keep(t, writes, func(kept bool) {
+			text := "a hint is kept for it"
+			if !kept {
+				text = "no room for a hint: reads and repair will mend it"
+			}
+			w.trace.add(kvv1.TraceEvent_KIND_HINT, w.name(t), "%s", text)
+			w.mu.Lock()
+			w.mu.keeping--
+			last := w.mu.waiting == 0 && w.mu.keeping == 0
+			w.mu.Unlock()
+			if last {
+				w.end()
+			}
+		})
 	}
 }
 
-// settle notes that one more part is done, and ends the write with the last.
+// settle notes that one more target has answered, and ends the write with the last.
 func (w *write) settle() {
 	w.mu.Lock()
 	w.mu.waiting--
-	last := w.mu.waiting == 0
+	last := w.mu.waiting == 0 && w.mu.keeping == 0
 	w.mu.Unlock()
 	select {
 	case w.progress <- struct{}{}:
 	default:
 	}
 	if last {
-		w.c.writing.Add(-w.size)
-		w.c.inflight.Release(w.size)
-		w.trace.finish()
-		w.c.background.Done()
+		w.end()
 	}
+}
+
+// end gives back what the write took.
+func (w *write) end() {
+	w.c.writing.Add(-w.size)
+	w.c.inflight.Release(w.size)
+	w.trace.finish()
+	w.c.background.Done()
 }
 
 // wait returns when enough slots have the records, when that has become impossible,

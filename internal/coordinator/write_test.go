@@ -152,14 +152,37 @@ func TestHintsForThoseThatAreDown(t *testing.T) {
 // Invariant 15.
 func TestHintsAreBounded(t *testing.T) {
 	run(t, 3, nil, func(t *testing.T, c *cluster) {
-		c.nodes[0].hints.SetMaxBytes(1000)
+		c.nodes[0].hints.SetBounds(replica.HintBounds{Bytes: 1000, Count: 100})
 		c.set(down, 3)
 		for i := range 50 {
 			c.nodes[0].mustPut(fmt.Sprint(i), "v", "")
 		}
-		b := c.nodes[0].hints.Backlog()
-		if len(b) != 1 || b[0].Bytes > 1000 || b[0].Count+c.nodes[0].hints.Dropped() != 50 {
-			t.Errorf("backlog %+v, dropped %d", b, c.nodes[0].hints.Dropped())
+		totals := c.nodes[0].hints.Totals()
+		if totals.Count == 0 || totals.Bytes > 1000 || totals.Count+totals.Dropped() != 50 {
+			t.Errorf("totals %+v", totals)
+		}
+		if len(c.nodes[0].store.Dirty()) == 0 {
+			t.Error("no vnode is dirty")
+		}
+	})
+}
+
+// A write lasts, with the room it takes, until the hints of those that failed are on
+// disk: what a stop waits for.
+func TestWriteLastsUntilItsHintsAreKept(t *testing.T) {
+	run(t, 3, nil, func(t *testing.T, c *cluster) {
+		c.set(refusing, 3)
+		c.nodes[0].mustPut("k", "v", "")
+		c.nodes[0].coord.Close()
+		if n := c.nodes[0].hints.Totals(); n.Kept != 1 || c.nodes[0].coord.InFlight().WriteBytes != 0 {
+			t.Errorf("totals %+v, %+v in flight", n, c.nodes[0].coord.InFlight())
+		}
+		// So does one whose hint finds no room: its vnode is dirty by then.
+		c.nodes[0].hints.SetBounds(replica.HintBounds{})
+		c.nodes[0].mustPut("k", "w", "")
+		c.nodes[0].coord.Close()
+		if d := c.nodes[0].store.Dirty(); len(d) != 1 || d[0].Vnode != c.state.Topology.VnodeOf([]byte("k")) {
+			t.Errorf("dirty are %+v", d)
 		}
 	})
 }

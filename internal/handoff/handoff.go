@@ -1,6 +1,7 @@
 // Package handoff brings hints to the replicas they were kept for, once those are
-// back. It decides when and how fast; where hints are kept is package replica's
-// business, and a replica that takes one joins it like any other record.
+// back. It decides when, and no faster than the target grants; where hints are kept
+// is package replica's business, and a replica that takes one joins it like any other
+// record.
 package handoff
 
 import (
@@ -10,7 +11,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/time/rate"
 
 	"github.com/kvasirdb/kvasir/internal/replica"
@@ -28,11 +28,10 @@ type Peers interface {
 
 // Config holds what a replayer is made of. Fields without a default are required.
 type Config struct {
-	Fence   *replica.Fence
-	Hints   *replica.Hints
-	Peers   Peers
-	Logger  *slog.Logger
-	Metrics prometheus.Registerer
+	Fence  *replica.Fence
+	Hints  *replica.Hints
+	Peers  Peers
+	Logger *slog.Logger
 	// Interval is how often targets that are back are looked for. Default 1 s.
 	Interval time.Duration
 	// BytesPerSecond bounds the replay to all targets together. Default 16 MiB.
@@ -47,14 +46,19 @@ const (
 	roundBytes = 512 << 10
 )
 
-// Replayer delivers hints.
+// errNoCredit ends a delivery until its target is asked again.
+var errNoCredit = errors.New("the target takes no more at present")
+
+// Replayer delivers hints. Each target has a goroutine of its own while it gets some;
+// they take turns at the bound that holds for all together.
 type Replayer struct {
-	cfg       Config
-	limiter   *rate.Limiter
-	delivered prometheus.Counter
-	discarded *prometheus.CounterVec
-	mu        sync.Mutex
-	busy      map[uint64]bool // targets with a goroutine
+	cfg     Config
+	limiter *rate.Limiter
+	mu      struct {
+		sync.Mutex
+		// credits holds the targets with a goroutine, and what each would take.
+		credits map[uint64]int64
+	}
 }
 
 // New returns a replayer. Run does the work.
@@ -72,16 +76,20 @@ func New(cfg Config) *Replayer {
 		cfg: cfg,
 		// A burst of one round, so that any round can be waited for.
 		limiter: rate.NewLimiter(rate.Limit(cfg.BytesPerSecond), max(cfg.BytesPerSecond, 2*roundBytes+topology.HardMaxValue)),
-		busy:    map[uint64]bool{},
-		delivered: prometheus.NewCounter(prometheus.CounterOpts{
-			Namespace: "kvasir", Subsystem: "hints", Name: "delivered_total", Help: "Hints that their target has taken.",
-		}),
-		discarded: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Namespace: "kvasir", Subsystem: "hints", Name: "discarded_total", Help: "Hints given up, by reason.",
-		}, []string{"reason"}),
 	}
-	cfg.Metrics.MustRegister(r.delivered, r.discarded)
+	r.mu.credits = map[uint64]int64{}
 	return r
+}
+
+// Credits returns how many bytes the targets that get hints now would take in the
+// next second, together.
+func (r *Replayer) Credits() (sum int64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, c := range r.mu.credits {
+		sum += c
+	}
+	return sum
 }
 
 // Run delivers hints until ctx ends.
@@ -112,44 +120,102 @@ func (r *Replayer) Run(ctx context.Context) error {
 func (r *Replayer) claim(target uint64) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.busy[target] {
+	if _, busy := r.mu.credits[target]; busy {
 		return false
 	}
-	r.busy[target] = true
+	r.mu.credits[target] = 0
 	return true
 }
 
 func (r *Replayer) release(target uint64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	delete(r.busy, target)
+	delete(r.mu.credits, target)
+}
+
+func (r *Replayer) credit(target uint64, bytes int64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.mu.credits[target] = bytes
+}
+
+// delivery is what is known of a target while it gets hints.
+type delivery struct {
+	target uint64
+	// credit is what the target takes in a second; 0 until its first reply.
+	credit int64
+	// after is the number of the last hint that was looked at.
+	after uint64
+	// failing are the vnodes that the target refuses for now. They are passed over, so
+	// that the hints of one vnode keep their order and the others do not wait for it.
+	failing map[storage.Place]bool
 }
 
 // deliver brings a target its hints, oldest first, until none is left or the target
-// does not take them.
+// takes no more. It begins with a single one, whose reply tells the credit.
 func (r *Replayer) deliver(ctx context.Context, target uint64) error {
+	d := &delivery{target: target, failing: map[storage.Place]bool{}}
 	for ctx.Err() == nil {
 		t := r.cfg.Fence.Topology()
-		if t.Formed() && t.Node(target) != nil && !r.cfg.Peers.Alive(target) {
+		if !t.Formed() {
+			return nil
+		}
+		if t.Node(target) != nil && !r.cfg.Peers.Alive(target) {
 			return r.expire(t, target)
 		}
-		hints, err := r.cfg.Hints.Take(target, 0, roundHints, roundBytes)
+		hints, err := r.cfg.Hints.Take(target, d.after, roundHints, roundBytes)
 		if err != nil || len(hints) == 0 {
 			return err
 		}
-		wanted, useless := r.sort(t, hints)
-		if err := r.cfg.Hints.Forget(useless); err != nil {
+		wanted, err := r.sort(t, hints)
+		if err != nil {
 			return err
 		}
-		if err := r.send(ctx, t, target, wanted); err != nil {
+		d.after = hints[len(hints)-1].Seq
+		if wanted = d.choose(wanted); len(wanted) == 0 {
+			continue
+		}
+		size, err := r.round(ctx, t, d, wanted)
+		if err != nil {
 			return err
 		}
-		if err := r.cfg.Hints.Forget(wanted); err != nil {
-			return err
+		r.credit(target, d.credit)
+		if d.credit > 0 { // it is for a second, and this round used up its part of one
+			pause(ctx, time.Duration(float64(size)/float64(d.credit)*float64(time.Second)))
 		}
-		r.delivered.Add(float64(len(wanted)))
 	}
 	return nil
+}
+
+// choose returns the hints to send in one round: no more than the credit allows, and
+// at least one.
+func (d *delivery) choose(hints []storage.Hint) (out []storage.Hint) {
+	size := int64(0)
+	for _, h := range hints {
+		if d.failing[placeOf(h)] {
+			continue
+		}
+		size += h.SizeBytes()
+		if len(out) > 0 && size > d.credit {
+			d.after = out[len(out)-1].Seq
+			break
+		}
+		out = append(out, h)
+	}
+	return out
+}
+
+func placeOf(h storage.Hint) storage.Place {
+	return storage.Place{Namespace: h.Namespace, Vnode: h.Vnode}
+}
+
+func pause(ctx context.Context, d time.Duration) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+	case <-timer.C:
+	}
 }
 
 // expire discards the hints that a target which is down will not get any more, and
@@ -160,67 +226,33 @@ func (r *Replayer) expire(t *topology.Topology, target uint64) error {
 		if err != nil {
 			return err
 		}
-		wanted, useless := r.sort(t, hints)
-		if err := r.cfg.Hints.Forget(useless); err != nil {
-			return err
-		}
-		if len(wanted) > 0 || len(useless) == 0 {
-			return nil // they are ordered by age
+		wanted, err := r.sort(t, hints)
+		if err != nil || len(wanted) > 0 || len(hints) == 0 {
+			return err // they are ordered by age
 		}
 	}
 }
 
-// sort separates hints that their target still has to have from those that are too
-// old or that nobody wants any more.
-func (r *Replayer) sort(t *topology.Topology, hints []storage.Hint) (wanted, useless []storage.Hint) {
+// sort returns the hints that their target still has to have, and discards those that
+// are too old or that nobody wants any more.
+func (r *Replayer) sort(t *topology.Topology, hints []storage.Hint) (wanted []storage.Hint, _ error) {
+	useless := map[replica.HintLoss][]storage.Hint{}
 	for _, h := range hints {
-		reason := ""
 		switch ns := t.NamespaceByID(h.Namespace); {
 		case ns == nil:
-			reason = "namespace_dropped"
-		case r.cfg.Hints.Expired(h, t.Settings.MaxHintAge):
-			reason = "expired"
+			useless[replica.LossNamespace] = append(useless[replica.LossNamespace], h)
 		case !t.Owns(h.Target, h.Vnode, ns.N):
-			reason = "not_owner"
-		}
-		if reason == "" {
+			useless[replica.LossNotOwner] = append(useless[replica.LossNotOwner], h)
+		case r.cfg.Hints.Expired(h):
+			useless[replica.LossExpired] = append(useless[replica.LossExpired], h)
+		default:
 			wanted = append(wanted, h)
-			continue
-		}
-		useless = append(useless, h)
-		r.discarded.WithLabelValues(reason).Inc()
-	}
-	return wanted, useless
-}
-
-// send sends hints, a call for each vnode, and returns nil when the target has all
-// of them on disk.
-func (r *Replayer) send(ctx context.Context, t *topology.Topology, target uint64, hints []storage.Hint) error {
-	type place struct{ namespace, vnode uint32 }
-	calls := map[place]*replicav1.Apply{}
-	size := 0
-	for _, h := range hints {
-		p := place{h.Namespace, h.Vnode}
-		if calls[p] == nil {
-			calls[p] = &replicav1.Apply{Namespace: h.Namespace, Vnode: h.Vnode, Source: replicav1.Source_SOURCE_HINT}
-		}
-		calls[p].Entries = append(calls[p].Entries, &replicav1.Entry{Key: h.Key, Record: h.Record})
-		size += int(h.SizeBytes())
-	}
-	if err := r.limiter.WaitN(ctx, min(size, r.limiter.Burst())); err != nil {
-		return err
-	}
-	errs := make(chan error, len(calls))
-	for _, a := range calls {
-		call := &replicav1.Call{Epoch: t.Epoch, Operation: &replicav1.Call_Apply{Apply: a}}
-		err := r.cfg.Peers.Go(target, call, time.Now().Add(r.cfg.Timeout), func(_ *replicav1.Reply, err error) { errs <- err })
-		if err != nil {
-			errs <- err
 		}
 	}
-	var failed error
-	for range calls {
-		failed = errors.Join(failed, <-errs)
+	for why, hs := range useless {
+		if err := r.cfg.Hints.Discard(why, hs); err != nil {
+			return nil, err
+		}
 	}
-	return failed
+	return wanted, nil
 }

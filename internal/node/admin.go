@@ -29,21 +29,7 @@ func (n *Node) describe(reg prometheus.Registerer) {
 	gauge("node", "replica_calls_pending", "Calls to other replicas without a reply.", func() float64 { return float64(n.peers.pending()) })
 	gauge("clock", "offset_seconds", "This clock against the median of its peers.", func() float64 { d, _ := n.clock.Offset(); return d.Seconds() })
 	gauge("clock", "lead_seconds", "How far the hybrid clock leads the wall clock.", func() float64 { return float64(n.clock.Lead()) / 1000 })
-	gauge("hints", "pending", "Hints kept for replicas that could not be reached.", func() float64 {
-		sum := 0.0
-		for _, b := range n.hints.Backlog() {
-			sum += float64(b.Count)
-		}
-		return sum
-	})
-	gauge("hints", "pending_bytes", "Bytes of the hints kept.", func() float64 {
-		sum := 0.0
-		for _, b := range n.hints.Backlog() {
-			sum += float64(b.Bytes)
-		}
-		return sum
-	})
-	gauge("hints", "dropped_total", "Hints that found no room.", func() float64 { return float64(n.hints.Dropped()) })
+	n.describeHints(reg)
 	gauge("storage", "disk_used_bytes", "Bytes the store takes on disk.", func() float64 { return float64(n.store.Metrics().DiskSpaceUsage()) })
 	gauge("storage", "disk_available_bytes", "Free bytes of the store's file system.", func() float64 {
 		available, _, err := n.store.DiskUsage()

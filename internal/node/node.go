@@ -222,7 +222,7 @@ func (n *Node) serve(run context.Context) error {
 		CatchUp: func(ctx context.Context, epoch uint64, address string) error {
 			return n.topologies.refresh(ctx, epoch, address)
 		},
-		Refuse: n.refuse,
+		Refuse: n.refuse, Load: n.load,
 	})
 	n.loop = rpc.NewLoop(rpc.Replica, func(ctx context.Context, calls []*replicav1.Call, reply func(*replicav1.Reply)) {
 		n.replica.Handle(ctx, cfg.Advertise, calls, reply)
@@ -242,7 +242,7 @@ func (n *Node) serve(run context.Context) error {
 		},
 		Refuse: n.refuseClients, Metrics: n.registry,
 	})
-	n.replayer = handoff.New(handoff.Config{Fence: n.fence, Hints: n.hints, Peers: n.peers, Logger: cfg.Logger, Metrics: n.registry})
+	n.replayer = handoff.New(handoff.Config{Fence: n.fence, Hints: n.hints, Peers: n.peers, Logger: cfg.Logger})
 	n.describe(n.registry)
 	n.adopted(n.fence.Topology())
 	if err := n.startGossip(); err != nil {
@@ -256,7 +256,7 @@ func (n *Node) serve(run context.Context) error {
 
 // adopted brings the parts up to date with a new topology.
 func (n *Node) adopted(t *topology.Topology) {
-	n.hints.SetMaxBytes(t.Settings.MaxHintBytes)
+	n.hints.SetBounds(replica.HintBounds{Bytes: t.Settings.MaxHintBytes, Count: uint64(t.Settings.MaxHints), Age: t.Settings.MaxHintAge})
 	n.peers.update(t)
 	n.announce()
 	if t.Epoch > 0 && t.Node(n.id.Incarnation) == nil {
@@ -343,6 +343,7 @@ func (n *Node) startServer() {
 	topologyv1.RegisterTopologyServiceServer(n.server, topologyService{node: n})
 	adminv1.RegisterControlServiceServer(n.server, controlService{node: n})
 	adminv1.RegisterStatusServiceServer(n.server, statusService{node: n})
+	adminv1.RegisterRepairServiceServer(n.server, repairService{node: n})
 	n.updateHealth()
 	n.workers.Go(func() {
 		if err := n.server.Serve(n.listener); err != nil && !errors.Is(err, grpc.ErrServerStopped) {

@@ -36,11 +36,12 @@ type Bootstrap struct {
 	Vnodes int `yaml:"vnodes" help:"number of vnodes, a power of two; fixed for the life of the cluster"`
 	// HealthChecks is how fast nodes are taken for unhealthy and healthy again.
 	HealthChecks HealthChecks `yaml:"health_checks"`
-	// MaxValueBytes and MaxBatchBytes bound what clients write, MaxHintBytes and
-	// MaxHintAge what a node keeps for others.
+	// MaxValueBytes and MaxBatchBytes bound what clients write, MaxHintBytes, MaxHints
+	// and MaxHintAge what a node keeps for others.
 	MaxValueBytes int           `yaml:"max_value_bytes" help:"largest value, in bytes"`
 	MaxBatchBytes int           `yaml:"max_batch_bytes" help:"largest batch, in bytes"`
 	MaxHintBytes  int64         `yaml:"max_hint_bytes" help:"hints a node keeps for all others together, in bytes"`
+	MaxHints      int64         `yaml:"max_hints" help:"hints a node keeps for all others together, in records"`
 	MaxHintAge    time.Duration `yaml:"max_hint_age" help:"how long a hint is kept"`
 }
 
@@ -113,7 +114,7 @@ func Defaults() Config {
 				HealthyThreshold: d.HealthChecks.HealthyThreshold, UnhealthyThreshold: d.HealthChecks.UnhealthyThreshold,
 			},
 			MaxValueBytes: d.MaxValueBytes, MaxBatchBytes: d.MaxBatchBytes,
-			MaxHintBytes: d.MaxHintBytes, MaxHintAge: d.MaxHintAge,
+			MaxHintBytes: d.MaxHintBytes, MaxHints: d.MaxHints, MaxHintAge: d.MaxHintAge,
 		},
 	}
 }
@@ -126,7 +127,7 @@ func (b Bootstrap) settings() topology.Settings {
 			HealthyThreshold: b.HealthChecks.HealthyThreshold, UnhealthyThreshold: b.HealthChecks.UnhealthyThreshold,
 		},
 		MaxValueBytes: b.MaxValueBytes, MaxBatchBytes: b.MaxBatchBytes,
-		MaxHintBytes: b.MaxHintBytes, MaxHintAge: b.MaxHintAge,
+		MaxHintBytes: b.MaxHintBytes, MaxHints: b.MaxHints, MaxHintAge: b.MaxHintAge,
 	}
 }
 

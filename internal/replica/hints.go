@@ -2,7 +2,6 @@ package replica
 
 import (
 	"cmp"
-	"context"
 	"log/slog"
 	"slices"
 	"sync"
@@ -11,44 +10,97 @@ import (
 	"github.com/kvasirdb/kvasir/internal/storage"
 )
 
-const (
-	// hintQueue is how many lots of hints may wait to be written on their own.
-	hintQueue = 4096
-	// hintCommitBytes is the size at which a commit of hints takes no more of them.
-	hintCommitBytes = 4 << 20
-)
+// HintBounds bound what is kept for all targets together.
+type HintBounds struct {
+	Bytes int64
+	Count uint64
+	Age   time.Duration
+}
 
 // HintBacklog is what is kept for one target.
 type HintBacklog struct {
 	Target uint64
 	Count  uint64
 	Bytes  int64
-	// OldestMillis is when the oldest was kept, in milliseconds since 1970.
+	// OldestMillis is a time, in milliseconds since 1970, before which none was kept.
 	OldestMillis int64
 }
 
+// HintGroup is what is kept for one target of one vnode.
+type HintGroup struct {
+	HintBacklog
+	storage.Place
+}
+
+// HintLoss is why a hint was not delivered.
+type HintLoss int
+
+// The reasons for which hints are lost. Up to LossRefused the target still has to
+// have the record: its vnode is marked dirty.
+const (
+	LossBytes        HintLoss = iota // HintBounds.Bytes was reached
+	LossCount                        // HintBounds.Count was reached
+	LossQueue                        // too many waited to be written
+	LossDisk                         // the disk did not take it
+	LossExpired                      // it was older than HintBounds.Age
+	LossBelowPromise                 // its target has promised to take nothing so old
+	LossRefused                      // its target cannot read it
+	LossNotOwner                     // its target is no owner of the vnode any more
+	LossNamespace                    // the namespace was dropped
+	hintLosses
+)
+
+// String returns the reason as metrics name it.
+func (l HintLoss) String() string {
+	return [hintLosses]string{"bytes", "count", "queue", "disk", "expired", "below_promise", "refused", "not_owner", "namespace_dropped"}[l]
+}
+
+// HintLosses returns all reasons.
+func HintLosses() (out []HintLoss) {
+	for l := range hintLosses {
+		out = append(out, l)
+	}
+	return out
+}
+
 // Hints keeps records for replicas that could not be reached, within bounds of
-// bytes and age. What finds no room is counted and left to repair.
+// bytes, count and age.
+//
+// Invariant 15: a hint that finds no room, or is given up although its target needs
+// it, leaves the mark of a dirty vnode, which is on disk before the hint is gone and
+// before whoever wanted it kept forgets the write.
 type Hints struct {
 	store  *storage.Store
 	wall   func() int64
 	logger *slog.Logger
-	queue  chan []storage.Hint
+	wake   chan struct{} // holds a token when there is something to write
 	mu     struct {
 		sync.Mutex
-		backlog  map[uint64]*HintBacklog
-		bytes    int64
-		maxBytes int64
-		dropped  uint64
-		full     bool
+		groups    map[hintPlace]*HintGroup
+		bounds    HintBounds
+		bytes     int64
+		count     uint64
+		kept      uint64
+		delivered uint64
+		losses    [hintLosses]uint64
+		full      bool
+		queue     hintQueue
 	}
-	changed chan struct{}
+}
+
+type hintPlace struct {
+	target uint64
+	storage.Place
+}
+
+func placeOf(w storage.Write) storage.Place {
+	return storage.Place{Namespace: w.Namespace, Vnode: w.Vnode}
 }
 
 // LoadHints counts the hints that are kept already. Run must be called.
 func LoadHints(store *storage.Store, wall func() int64, logger *slog.Logger) (*Hints, error) {
-	h := &Hints{store: store, wall: wall, logger: logger, queue: make(chan []storage.Hint, hintQueue), changed: make(chan struct{}, 1)}
-	h.mu.backlog = map[uint64]*HintBacklog{}
+	h := &Hints{store: store, wall: wall, logger: logger, wake: make(chan struct{}, 1)}
+	h.mu.groups = map[hintPlace]*HintGroup{}
 	err := store.AllHints(func(hint storage.Hint) bool {
 		h.add(hint)
 		return true
@@ -56,172 +108,118 @@ func LoadHints(store *storage.Store, wall func() int64, logger *slog.Logger) (*H
 	return h, err
 }
 
-// SetMaxBytes bounds the bytes kept for all targets together.
-func (h *Hints) SetMaxBytes(n int64) {
+// SetBounds sets the bounds. What is kept beyond them stays, nothing is added.
+func (h *Hints) SetBounds(b HintBounds) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.mu.maxBytes = n
+	h.mu.bounds = b
+}
+
+// Bounds returns what SetBounds set.
+func (h *Hints) Bounds() HintBounds {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.mu.bounds
 }
 
 // REQUIRES: h.mu is held, or h is not shared yet.
 func (h *Hints) add(hint storage.Hint) {
-	b := h.mu.backlog[hint.Target]
-	if b == nil {
-		b = &HintBacklog{Target: hint.Target, OldestMillis: hint.CreatedMillis}
-		h.mu.backlog[hint.Target] = b
+	p := hintPlace{hint.Target, placeOf(hint.Write)}
+	g := h.mu.groups[p]
+	if g == nil {
+		g = &HintGroup{Place: p.Place, HintBacklog: HintBacklog{Target: hint.Target, OldestMillis: hint.CreatedMillis}}
+		h.mu.groups[p] = g
 	}
-	b.Count++
-	b.Bytes += hint.SizeBytes()
+	g.Count++
+	g.Bytes += hint.SizeBytes()
+	h.mu.count++
 	h.mu.bytes += hint.SizeBytes()
 }
 
+// remove takes hints out of the accounts. Those of a group leave in the order in
+// which they came.
 // REQUIRES: h.mu is held.
-func (h *Hints) remove(hint storage.Hint) {
-	b := h.mu.backlog[hint.Target]
-	if b == nil {
-		return
-	}
-	b.Count--
-	b.Bytes -= hint.SizeBytes()
-	h.mu.bytes -= hint.SizeBytes()
-	if b.Count == 0 {
-		delete(h.mu.backlog, hint.Target)
-	}
-}
-
-// Reserve makes hints of writes for a target and takes room for them. It returns
-// fewer, or none, when there is no room. Settle must be called with the result.
-func (h *Hints) Reserve(target uint64, writes []storage.Write) []storage.Hint {
-	now := h.wall()
-	out := make([]storage.Hint, 0, len(writes))
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for _, w := range writes {
-		hint := storage.Hint{Target: target, CreatedMillis: now, Write: w}
-		if h.mu.bytes+hint.SizeBytes() > h.mu.maxBytes {
-			h.drop(1)
+func (h *Hints) remove(hints []storage.Hint) {
+	for _, hint := range hints {
+		p := hintPlace{hint.Target, placeOf(hint.Write)}
+		g := h.mu.groups[p]
+		if g == nil {
 			continue
 		}
-		hint.Seq = h.store.NextHintSeq()
-		h.add(hint)
-		out = append(out, hint)
+		g.Count--
+		g.Bytes -= hint.SizeBytes()
+		h.mu.count--
+		h.mu.bytes -= hint.SizeBytes()
+		if g.Count == 0 {
+			delete(h.mu.groups, p)
+		}
 	}
-	return out
 }
 
-// drop counts hints that found no room, and says so once until there is room again.
+// Reserve makes hints of writes for a target and takes room for them. Settle must be
+// called with the hints. Places of writes that found no room are lost: the caller
+// marks them dirty before it forgets the writes.
+func (h *Hints) Reserve(target uint64, writes []storage.Write) (hints []storage.Hint, lost []storage.Place) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.reserve(target, writes)
+}
+
 // REQUIRES: h.mu is held.
-func (h *Hints) drop(n int) {
-	h.mu.dropped += uint64(n)
+func (h *Hints) reserve(target uint64, writes []storage.Write) (hints []storage.Hint, lost []storage.Place) {
+	now := h.wall()
+	hints = make([]storage.Hint, 0, len(writes))
+	for _, w := range writes {
+		hint := storage.Hint{Target: target, CreatedMillis: now, Write: w}
+		switch {
+		case h.mu.bytes+hint.SizeBytes() > h.mu.bounds.Bytes:
+			lost = h.lose(LossBytes, lost, hint)
+		case h.mu.count >= h.mu.bounds.Count:
+			lost = h.lose(LossCount, lost, hint)
+		default:
+			hint.Seq = h.store.NextHintSeq()
+			h.add(hint)
+			hints = append(hints, hint)
+		}
+	}
+	return hints, lost
+}
+
+// lose counts hints that are not kept, adds their places to lost, and says so once
+// until there is room again.
+// REQUIRES: h.mu is held.
+func (h *Hints) lose(why HintLoss, lost []storage.Place, hints ...storage.Hint) []storage.Place {
+	h.mu.losses[why] += uint64(len(hints))
+	for _, hint := range hints {
+		if p := placeOf(hint.Write); !slices.Contains(lost, p) {
+			lost = append(lost, p)
+		}
+	}
 	if !h.mu.full {
 		h.mu.full = true
-		h.logger.Warn("no room for hints: replicas that are down will be mended by reads and repair only",
-			"bytes", h.mu.bytes, "max_bytes", h.mu.maxBytes)
+		h.logger.Warn("hints find no room: replicas that are down will be mended by reads and repair only",
+			"bound", why, "bytes", h.mu.bytes, "max_bytes", h.mu.bounds.Bytes, "count", h.mu.count, "max_count", h.mu.bounds.Count)
 	}
+	return lost
 }
 
 // Settle says whether reserved hints are on disk. Those that are not give their
-// room back.
+// room back; whoever wanted them kept has to look after them.
 func (h *Hints) Settle(hints []storage.Hint, kept bool) {
 	if len(hints) == 0 {
 		return
 	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	if kept {
-		select {
-		case h.changed <- struct{}{}:
-		default:
-		}
-		return
+		h.mu.kept += uint64(len(hints))
+	} else {
+		h.remove(hints)
 	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for _, hint := range hints {
-		h.remove(hint)
-	}
-	h.drop(len(hints))
-}
-
-// Keep takes room for writes to be kept for a target, and hands them to Run. It does
-// not block; it reports false when there is no room for all, or the queue is full,
-// and counts those that are not kept.
-func (h *Hints) Keep(target uint64, writes []storage.Write) bool {
-	hints := h.Reserve(target, writes)
-	if len(hints) == 0 {
-		return false
-	}
-	select {
-	case h.queue <- hints:
-		return len(hints) == len(writes)
-	default:
-		h.Settle(hints, false)
-		return false
-	}
-}
-
-// Run writes what Keep was given, until ctx ends and the queue is empty.
-func (h *Hints) Run(ctx context.Context) error {
-	for {
-		var hints []storage.Hint
-		select {
-		case hints = <-h.queue:
-		case <-ctx.Done():
-			select {
-			case hints = <-h.queue:
-			default:
-				return nil
-			}
-		}
-		// What has gathered meanwhile goes into the same commit.
-		size, counted := int64(0), 0
-		for more := true; more; {
-			for ; counted < len(hints); counted++ {
-				size += hints[counted].SizeBytes()
-			}
-			if size >= hintCommitBytes {
-				break
-			}
-			select {
-			case lot := <-h.queue:
-				hints = append(hints, lot...)
-			default:
-				more = false
-			}
-		}
-		c, err := h.store.Apply(nil, hints)
-		if err == nil {
-			err = c.Wait()
-		}
-		h.Settle(hints, err == nil)
-	}
-}
-
-// Changed holds a token when hints have been added.
-func (h *Hints) Changed() <-chan struct{} { return h.changed }
-
-// Backlog returns what is kept, by target.
-func (h *Hints) Backlog() []HintBacklog {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	out := make([]HintBacklog, 0, len(h.mu.backlog))
-	for _, b := range h.mu.backlog {
-		out = append(out, *b)
-	}
-	slices.SortFunc(out, func(a, b HintBacklog) int { return cmp.Compare(a.Target, b.Target) })
-	return out
-}
-
-// Queued returns how many wait to be written on their own.
-func (h *Hints) Queued() int { return len(h.queue) }
-
-// Dropped returns how many hints found no room so far.
-func (h *Hints) Dropped() uint64 {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.mu.dropped
 }
 
 // Take returns up to limit of a target's hints with numbers above after, oldest
-// first.
+// first, and no more than limitBytes of them unless the first is larger.
 func (h *Hints) Take(target, after uint64, limit int, limitBytes int64) (hints []storage.Hint, err error) {
 	size := int64(0)
 	err = h.store.Hints(target, after, func(hint storage.Hint) bool {
@@ -235,24 +233,98 @@ func (h *Hints) Take(target, after uint64, limit int, limitBytes int64) (hints [
 	return hints, err
 }
 
-// Forget removes hints that were delivered, expired or have no target any more.
+// Forget removes hints that their target has on disk.
 func (h *Hints) Forget(hints []storage.Hint) error {
 	if err := h.store.DeleteHints(hints); err != nil {
 		return err
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	for _, hint := range hints {
-		h.remove(hint)
-		if b := h.mu.backlog[hint.Target]; b != nil {
-			b.OldestMillis = max(b.OldestMillis, hint.CreatedMillis)
-		}
-	}
-	h.mu.full = false
+	h.mu.delivered += uint64(len(hints))
+	h.forgotten(hints)
 	return nil
 }
 
-// Expired reports whether a hint is older than maxAge.
-func (h *Hints) Expired(hint storage.Hint, maxAge time.Duration) bool {
-	return h.wall()-hint.CreatedMillis > maxAge.Milliseconds()
+// Discard removes hints that will not be delivered.
+func (h *Hints) Discard(why HintLoss, hints []storage.Hint) error {
+	var err error
+	if why <= LossRefused {
+		err = h.store.DropHints(hints, h.wall())
+	} else {
+		err = h.store.DeleteHints(hints)
+	}
+	if err != nil {
+		return err
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.mu.losses[why] += uint64(len(hints))
+	h.forgotten(hints)
+	return nil
+}
+
+// REQUIRES: h.mu is held.
+func (h *Hints) forgotten(hints []storage.Hint) {
+	h.remove(hints)
+	for _, hint := range hints {
+		if g := h.mu.groups[hintPlace{hint.Target, placeOf(hint.Write)}]; g != nil {
+			g.OldestMillis = max(g.OldestMillis, hint.CreatedMillis)
+		}
+	}
+	h.mu.full = false
+}
+
+// Expired reports whether a hint is older than its age may be.
+func (h *Hints) Expired(hint storage.Hint) bool {
+	return h.wall()-hint.CreatedMillis > h.Bounds().Age.Milliseconds()
+}
+
+// Groups returns what is kept, by target, namespace and vnode.
+func (h *Hints) Groups() []HintGroup {
+	h.mu.Lock()
+	out := make([]HintGroup, 0, len(h.mu.groups))
+	for _, g := range h.mu.groups {
+		out = append(out, *g)
+	}
+	h.mu.Unlock()
+	slices.SortFunc(out, func(a, b HintGroup) int {
+		return cmp.Or(cmp.Compare(a.Target, b.Target), cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Vnode, b.Vnode))
+	})
+	return out
+}
+
+// Backlog returns what is kept, by target.
+func (h *Hints) Backlog() (out []HintBacklog) {
+	for _, g := range h.Groups() {
+		if n := len(out); n == 0 || out[n-1].Target != g.Target {
+			out = append(out, g.HintBacklog)
+			continue
+		}
+		b := &out[len(out)-1]
+		b.Count += g.Count
+		b.Bytes += g.Bytes
+		b.OldestMillis = min(b.OldestMillis, g.OldestMillis)
+	}
+	return out
+}
+
+// HintTotals are sums over all targets: what is kept now, and what became of hints
+// since the process started.
+type HintTotals struct {
+	Count           uint64
+	Bytes           int64
+	Kept, Delivered uint64
+	Lost            [hintLosses]uint64 // by HintLoss
+}
+
+// Totals returns the sums.
+func (h *Hints) Totals() HintTotals {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return HintTotals{Count: h.mu.count, Bytes: h.mu.bytes, Kept: h.mu.kept, Delivered: h.mu.delivered, Lost: h.mu.losses}
+}
+
+// Dropped returns how many hints were not kept.
+func (t HintTotals) Dropped() uint64 {
+	return t.Lost[LossBytes] + t.Lost[LossCount] + t.Lost[LossQueue] + t.Lost[LossDisk]
 }

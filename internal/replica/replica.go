@@ -34,7 +34,7 @@ const (
 // catchUpTimeout bounds how long a request waits for a newer topology.
 const catchUpTimeout = time.Second
 
-// Config holds what a replica is made of. All fields are required.
+// Config holds what a replica is made of. Fields without a remark are required.
 type Config struct {
 	Self   uint64
 	Store  *storage.Store
@@ -46,6 +46,12 @@ type Config struct {
 	CatchUp func(ctx context.Context, epoch uint64, address string) error
 	// Refuse returns why the node must not serve at all, or nil.
 	Refuse func() *rpc.Error
+	// Load returns how much of its bounds the node's own work takes, 0 to 1; the
+	// credits of those who send hints follow it. Default: always 0.
+	Load func() float64
+	// HintBytesPerSecond is how many bytes of hints the node takes when it is idle.
+	// Default 16 MiB.
+	HintBytesPerSecond int
 }
 
 // Replica serves one node's records. It is safe for concurrent use.
@@ -58,15 +64,29 @@ type Replica struct {
 	run uint64
 	// refused counts the calls that were refused for a promise.
 	refused atomic.Uint64
+	intake  *intake
+	// calls is how many are being handled.
+	calls atomic.Int64
 }
 
 // New returns a replica.
-func New(cfg Config) *Replica { return &Replica{cfg: cfg, run: rand.Uint64()} }
+func New(cfg Config) *Replica {
+	if cfg.Load == nil {
+		cfg.Load = func() float64 { return 0 }
+	}
+	return &Replica{cfg: cfg, run: rand.Uint64(), intake: newIntake(cfg.HintBytesPerSecond)}
+}
+
+// HintIntake returns how many bytes of hints the replica has taken, and the credit
+// that it granted last.
+func (r *Replica) HintIntake() (taken, granted uint64) { return r.intake.totals() }
 
 // Handle answers a frame of calls from a peer whose gRPC server is at address. All
 // its writes become one commit.
 func (r *Replica) Handle(ctx context.Context, address string, calls []*replicav1.Call, reply func(*replicav1.Reply)) {
 	arrived := time.Now()
+	r.calls.Add(int64(len(calls)))
+	defer r.calls.Add(-int64(len(calls)))
 	lease, err := r.admit(ctx, address, calls)
 	if err != nil {
 		for _, c := range calls {
@@ -75,7 +95,7 @@ func (r *Replica) Handle(ctx context.Context, address string, calls []*replicav1
 		return
 	}
 	defer lease.leave()
-	f := frame{Replica: r, topology: lease.topology, arrived: arrived, reply: reply}
+	f := frame{Replica: r, topology: lease.topology, sender: address, arrived: arrived, reply: reply}
 	// Reads may wait for a commit that is being synced; writes must not wait for
 	// reads. So each read of a mixed frame goes its own way.
 	var reads sync.WaitGroup
@@ -130,6 +150,7 @@ func (r *Replica) admit(ctx context.Context, address string, calls []*replicav1.
 type frame struct {
 	*Replica
 	topology *topology.Topology
+	sender   string // its address
 	arrived  time.Time
 	applies  []*replicav1.Call
 	reply    func(*replicav1.Reply)
@@ -182,6 +203,7 @@ func (f *frame) apply() {
 	}
 	var writes []storage.Write
 	var hints []storage.Hint
+	var lost []storage.Place
 	var newest hlc.Timestamp
 	// From here until the records are visible no promise takes effect unseen.
 	applying := f.cfg.Store.BeginApply()
@@ -196,7 +218,8 @@ func (f *frame) apply() {
 		newest = max(newest, greatest)
 		writes = append(writes, ws...)
 		for _, target := range op.GetHintTargets() {
-			hints = append(hints, f.cfg.Hints.Reserve(target, ws)...)
+			kept, dirty := f.cfg.Hints.Reserve(target, ws)
+			hints, lost = append(hints, kept...), append(lost, dirty...)
 		}
 		accepted = append(accepted, c)
 	}
@@ -204,8 +227,12 @@ func (f *frame) apply() {
 		applying.End()
 		return
 	}
-	err := f.commit(applying, writes, hints, newest)
+	err := f.commit(applying, writes, hints, lost, newest)
 	f.cfg.Hints.Settle(hints, err == nil)
+	credit := uint64(0)
+	if err == nil {
+		credit = f.credit(accepted)
+	}
 	for _, c := range accepted {
 		if err != nil {
 			e := storeError(err)
@@ -213,8 +240,29 @@ func (f *frame) apply() {
 			f.fail(c, e)
 			continue
 		}
-		f.reply(&replicav1.Reply{Id: c.GetId(), Result: &replicav1.Reply_Apply{Apply: &replicav1.ApplyResult{}}})
+		f.reply(&replicav1.Reply{Id: c.GetId(), Result: &replicav1.Reply_Apply{Apply: &replicav1.ApplyResult{CreditBytes: credit}}})
 	}
+}
+
+// credit returns how many bytes of hints the sender of calls may send in the next
+// second; 0 also where it sent none.
+func (f *frame) credit(calls []*replicav1.Call) uint64 {
+	size := 0
+	for _, c := range calls {
+		if op := c.GetApply(); op.GetSource() == replicav1.Source_SOURCE_HINT {
+			for _, e := range op.GetEntries() {
+				size += len(e.GetKey()) + len(e.GetRecord())
+			}
+		}
+	}
+	if size == 0 {
+		return 0
+	}
+	load := max(f.cfg.Load(), float64(f.calls.Load())/fullCalls)
+	if f.cfg.Store.RefusesRecords() != "" {
+		load = 1
+	}
+	return f.intake.took(f.sender, int64(size), load, time.Now())
 }
 
 // accept checks one write call and returns its records and their greatest
@@ -252,9 +300,15 @@ func (f *frame) accept(c *replicav1.Call, op *replicav1.Apply) ([]storage.Write,
 	return writes, newest, nil
 }
 
-func (r *Replica) commit(applying storage.Applying, writes []storage.Write, hints []storage.Hint, newest hlc.Timestamp) error {
+// commit joins records and keeps hints, and returns when they, and marks for the
+// places whose hints are lost, are on disk.
+func (r *Replica) commit(applying storage.Applying, writes []storage.Write, hints []storage.Hint, lost []storage.Place, newest hlc.Timestamp) error {
 	// A coordinator that restarts must not issue a version below one that it stores.
-	if err := r.cfg.Clock.Join(newest); err != nil {
+	err := r.cfg.Clock.Join(newest)
+	if err == nil && len(lost) > 0 {
+		err = r.cfg.Store.MarkDirty(r.cfg.Clock.Wall(), lost...)
+	}
+	if err != nil {
 		applying.End()
 		return err
 	}

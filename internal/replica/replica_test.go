@@ -12,8 +12,6 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/cockroachdb/pebble/v2/vfs"
-
 	"github.com/kvasirdb/kvasir/internal/hlc"
 	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/storage"
@@ -202,90 +200,6 @@ func TestFenceUnderRaces(t *testing.T) {
 	}
 	close(stop)
 	wg.Wait()
-}
-
-func openHints(t *testing.T, fs vfs.FS) (*storage.Store, *Hints) {
-	t.Helper()
-	logger := slog.New(slog.DiscardHandler)
-	s, err := storage.Open(storage.Config{FS: fs, Dir: "data", Logger: logger, Fatal: func(err error) { panic(err) }})
-	if err != nil {
-		t.Fatal(err)
-	}
-	h, err := LoadHints(s, func() int64 { return 5_000 }, logger)
-	if err != nil {
-		t.Fatal(err)
-	}
-	h.SetMaxBytes(1 << 20)
-	return s, h
-}
-
-// Hints survive a restart with their accounts, and what is delivered is forgotten.
-func TestHintsSurviveARestart(t *testing.T) {
-	fs := vfs.NewMem()
-	s, h := openHints(t, fs)
-	ctx, cancel := context.WithCancel(context.Background())
-	var wg sync.WaitGroup
-	wg.Go(func() { h.Run(ctx) })
-	for i := range 100 {
-		if !h.Keep(uint64(2+i%2), []storage.Write{{Namespace: 1, Vnode: 1, Key: fmt.Append(nil, i), Record: []byte("r")}}) {
-			t.Fatal("the queue is full")
-		}
-	}
-	cancel()
-	wg.Wait() // Run leaves nothing in its queue
-	before := h.Backlog()
-	if len(before) != 2 || before[0].Count != 50 || before[0].OldestMillis != 5_000 {
-		t.Fatalf("backlog %+v", before)
-	}
-	if err := s.Close(); err != nil {
-		t.Fatal(err)
-	}
-	s, h = openHints(t, fs)
-	defer s.Close()
-	after := h.Backlog()
-	if len(after) != 2 || after[0] != before[0] || after[1] != before[1] {
-		t.Fatalf("backlog was %+v, is %+v", before, after)
-	}
-	got, err := h.Take(3, 0, 10, 1<<20)
-	if err != nil || len(got) != 10 || string(got[0].Key) != "1" {
-		t.Fatalf("%d hints, %v", len(got), err)
-	}
-	if few, err := h.Take(3, 0, 10, 1); err != nil || len(few) != 1 {
-		t.Fatalf("%d hints of at most one byte, %v", len(few), err)
-	}
-	if err := h.Forget(got); err != nil {
-		t.Fatal(err)
-	}
-	if b := h.Backlog(); b[1].Count != 40 {
-		t.Errorf("backlog %+v", b)
-	}
-	if h.Expired(got[0], time.Second) || !h.Expired(storage.Hint{CreatedMillis: 1}, time.Second) {
-		t.Error("age is judged wrongly")
-	}
-}
-
-// A bounded queue says no when it is full; nothing blocks.
-func TestHintQueueIsBounded(t *testing.T) {
-	s, h := openHints(t, vfs.NewMem())
-	defer s.Close()
-	w := []storage.Write{{Namespace: 1, Key: []byte("k"), Record: []byte("r")}}
-	kept := 0
-	for range hintQueue + 10 { // nobody runs
-		if h.Keep(2, w) {
-			kept++
-		}
-	}
-	if kept != hintQueue || h.Dropped() != 10 {
-		t.Errorf("%d kept, %d dropped", kept, h.Dropped())
-	}
-	// Bytes are counted from the start, not only when they are written.
-	s, h = openHints(t, vfs.NewMem())
-	defer s.Close()
-	h.SetMaxBytes(10_000)
-	big := []storage.Write{{Namespace: 1, Key: []byte("k"), Record: make([]byte, 6000)}}
-	if !h.Keep(2, big) || h.Keep(2, big) || h.Dropped() != 1 {
-		t.Errorf("backlog %+v, %d dropped", h.Backlog(), h.Dropped())
-	}
 }
 
 func TestStoreErrors(t *testing.T) {

@@ -162,6 +162,10 @@ func (ns *Namespace) Proto() *topologyv1.Namespace {
 
 func settingsFromProto(pb *topologyv1.Settings) Settings {
 	h := pb.GetHealthChecks()
+	maxHints := int64(pb.GetMaxHints())
+	if maxHints == 0 { // made before there was such a bound
+		maxHints = defaultMaxHints
+	}
 	return Settings{
 		HealthChecks: HealthChecks{
 			Interval:           time.Duration(h.GetIntervalMs()) * time.Millisecond,
@@ -172,6 +176,7 @@ func settingsFromProto(pb *topologyv1.Settings) Settings {
 		MaxValueBytes: int(pb.GetMaxValueBytes()),
 		MaxBatchBytes: int(pb.GetMaxBatchBytes()),
 		MaxHintBytes:  int64(pb.GetMaxHintBytes()),
+		MaxHints:      maxHints,
 		MaxHintAge:    time.Duration(pb.GetMaxHintAgeMs()) * time.Millisecond,
 	}
 }
@@ -188,6 +193,7 @@ func (s Settings) Proto() *topologyv1.Settings {
 		MaxValueBytes: uint32(s.MaxValueBytes),
 		MaxBatchBytes: uint32(s.MaxBatchBytes),
 		MaxHintBytes:  uint64(s.MaxHintBytes),
+		MaxHints:      uint64(s.MaxHints),
 		MaxHintAgeMs:  uint64(s.MaxHintAge / time.Millisecond),
 	}
 }

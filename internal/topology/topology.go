@@ -178,9 +178,10 @@ type Settings struct {
 	HealthChecks HealthChecks
 	// MaxValueBytes bounds one value, MaxBatchBytes the keys and values of a batch.
 	MaxValueBytes, MaxBatchBytes int
-	// MaxHintBytes bounds the hints a node keeps for all targets together,
+	// MaxHintBytes and MaxHints bound the hints a node keeps for all targets together,
 	// MaxHintAge how long it keeps one.
 	MaxHintBytes int64
+	MaxHints     int64
 	MaxHintAge   time.Duration
 }
 
@@ -193,6 +194,7 @@ const (
 	generationShift  = 48
 	maxNameBytes     = 63
 	DefaultNamespace = "default"
+	defaultMaxHints  = 1_000_000
 )
 
 // DefaultSettings returns the settings of a new cluster.
@@ -205,6 +207,7 @@ func DefaultSettings() Settings {
 		MaxValueBytes: 1 << 20,
 		MaxBatchBytes: 8 << 20,
 		MaxHintBytes:  1 << 30,
+		MaxHints:      defaultMaxHints,
 		MaxHintAge:    3 * time.Hour,
 	}
 }
@@ -227,6 +230,8 @@ func (s Settings) Validate() error {
 		return fmt.Errorf("max_batch_bytes is %d: want max_value_bytes (%d) to %d", s.MaxBatchBytes, s.MaxValueBytes, HardMaxBatch)
 	case s.MaxHintBytes < 0:
 		return fmt.Errorf("max_hint_bytes is %d: want 0 or more", s.MaxHintBytes)
+	case s.MaxHints < 1:
+		return fmt.Errorf("max_hints is %d: want at least 1", s.MaxHints)
 	case s.MaxHintAge < 0:
 		return fmt.Errorf("max_hint_age is %s: want 0 or more", s.MaxHintAge)
 	}
