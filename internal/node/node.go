@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc/health"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 
+	"github.com/kvasirdb/kvasir/internal/antientropy"
 	"github.com/kvasirdb/kvasir/internal/coordinator"
 	"github.com/kvasirdb/kvasir/internal/gossip"
 	"github.com/kvasirdb/kvasir/internal/handoff"
@@ -49,6 +50,7 @@ type Node struct {
 	replica     *replica.Replica
 	coordinator *coordinator.Coordinator
 	replayer    *handoff.Replayer
+	repairer    *antientropy.Repairer
 	peers       *peers
 	loop        *rpc.Loop[*replicav1.Call, *replicav1.Reply]
 	topologies  *topologies
@@ -243,6 +245,9 @@ func (n *Node) serve(run context.Context) error {
 		Refuse: n.refuseClients, Metrics: n.registry,
 	})
 	n.replayer = handoff.New(handoff.Config{Fence: n.fence, Hints: n.hints, Peers: n.peers, Logger: cfg.Logger})
+	n.repairer = antientropy.New(antientropy.Config{
+		Self: n.id.Incarnation, Fence: n.fence, Store: n.store, Peers: n.peers, Logger: cfg.Logger, Metrics: n.registry,
+	})
 	n.describe(n.registry)
 	n.adopted(n.fence.Topology())
 	if err := n.startGossip(); err != nil {
@@ -366,6 +371,7 @@ func (n *Node) startWorkers(run context.Context) {
 	n.hinting.Go(must(hints, n.hints.Run))
 	n.workers.Go(must(run, n.clock.Run))
 	n.workers.Go(must(run, n.replayer.Run))
+	n.workers.Go(must(run, n.repairer.Run))
 	n.workers.Go(func() { n.topologies.run(run) })
 	n.workers.Go(func() { n.process.run(run, n.everySecond) })
 	n.workers.Go(func() { n.keepRegistered(run) })

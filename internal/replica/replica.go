@@ -116,6 +116,10 @@ func (r *Replica) Handle(ctx context.Context, address string, calls []*replicav1
 		case *replicav1.Call_Collect:
 			// A promise waits for applies, which those of this frame must not wait for.
 			reads.Go(func() { f.collect(ctx, c, op.Collect) })
+		case *replicav1.Call_Digest:
+			reads.Go(func() { f.digest(ctx, c, op.Digest) })
+		case *replicav1.Call_List:
+			reads.Go(func() { f.list(c, op.List) })
 		default:
 			f.fail(c, rpc.Errorf(codes.Unimplemented, "UNKNOWN_OPERATION", "this node does not know the operation: upgrade it"))
 		}
@@ -166,6 +170,8 @@ type access int
 const (
 	toWrite access = iota
 	toRead
+	// toCompare is what repair wants of any endpoint, incoming ones included.
+	toCompare
 )
 
 // check returns why a call must not be served under the frame's topology.
@@ -183,7 +189,8 @@ func (f *frame) check(c *replicav1.Call, namespace uint32, vnode uint32, want ac
 			ns.Name, vnode, topology.EpochString(changed), topology.EpochString(c.GetEpoch()))
 	}
 	for _, s := range t.Slots(vnode, ns.N) {
-		if want == toRead && s.Read == f.cfg.Self || want == toWrite && (s.Write[0] == f.cfg.Self || s.Write[1] == f.cfg.Self) {
+		writes := s.Write[0] == f.cfg.Self || s.Write[1] == f.cfg.Self
+		if reads := s.Read == f.cfg.Self; want != toRead && writes || want != toWrite && reads {
 			return nil
 		}
 	}
