@@ -14,7 +14,7 @@ COMPOSE  ?= $(shell if docker compose version >/dev/null 2>&1; then echo docker 
 COMPOSE_FILE := deploy/compose/docker-compose.yml
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test lint race sim sim-long e2e chaos fuzz proto check-proto image compose-up compose-down test-compose clean
+.PHONY: help build run test lint race sim sim-long sim-mutants e2e chaos fuzz proto check-proto image compose-up compose-down test-compose clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,10 @@ sim: ## Simulate whole clusters under faults: SEEDS seeds from FIRST on, MINUTES
 
 sim-long: ## Simulate 12 cluster hours under faults
 	@$(MAKE) --no-print-directory sim SEEDS=72 MINUTES=10
+
+sim-mutants: ## Check the simulation's checker: it finds every planted bug (MUTANTS=a,b for some)
+	KVASIR_SIM_MINUTES=$(MINUTES) KVASIR_MUTANTS=$(MUTANTS) \
+		$(GO) test -tags $(TAGS),mutants -count=1 -timeout 4h -v -run '^TestMutants$$' ./internal/sim
 
 e2e: build ## Kill, pause and restart real processes under load, in full length
 	KVASIR_E2E=full $(GO) test -tags $(TAGS) -count=1 -timeout 30m -v -run 'TestE2E' ./internal/devcluster

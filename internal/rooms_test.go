@@ -17,7 +17,7 @@ const module = "github.com/kvasirdb/kvasir"
 // levels are the rooms from the bottom up. A room imports rooms of lower levels
 // only, and of its own level only where siblings says so.
 var levels = [][]string{
-	{"hlc", "record", "ring", "topology", "placement", "quorum"},
+	{"hlc", "record", "ring", "topology", "placement", "quorum", "mutant"},
 	{"storage", "rpc", "gossip", "consensus"},
 	{"replica", "coordinator", "handoff", "antientropy"},
 	{"node", "orchestrator"},
@@ -26,8 +26,8 @@ var levels = [][]string{
 
 // siblings are the imports allowed within a level.
 var siblings = map[string][]string{
-	"topology":    {"quorum", "ring"},
-	"record":      {"hlc"},
+	"topology":    {"quorum", "ring", "mutant"},
+	"record":      {"hlc", "mutant"},
 	"coordinator": {"replica"},
 	"handoff":     {"replica"},
 	"antientropy": {"replica"},

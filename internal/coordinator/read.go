@@ -9,6 +9,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/kvasirdb/kvasir/internal/hlc"
+	"github.com/kvasirdb/kvasir/internal/mutant"
 	"github.com/kvasirdb/kvasir/internal/quorum"
 	"github.com/kvasirdb/kvasir/internal/record"
 	"github.com/kvasirdb/kvasir/internal/rpc"
@@ -175,6 +176,9 @@ func (r *result) slotsToHold() int {
 	if usual := r.namespace.R.Need(r.namespace.N); usual > 1 {
 		least = min(least, usual)
 	}
+	if mutant.On("repair-only-stale") {
+		return len(r.replies)
+	}
 	return r.namespace.N - least + 1
 }
 
@@ -183,6 +187,9 @@ func (r *result) slotsToHold() int {
 // what is returned, even if the first R agree; with majorities that is no more.
 func (r *result) slotsToAsk() int {
 	n, need := r.namespace.N, r.job.need
+	if mutant.On("repair-only-stale") {
+		return need
+	}
 	if r.job.repair == topology.RepairBlocking && need > 1 && quorum.StrengthOf(n, r.namespace.LeastWriteAcks, need) != quorum.Eventual {
 		return max(need, r.slotsToHold())
 	}

@@ -6,6 +6,7 @@ import (
 
 	"google.golang.org/grpc/codes"
 
+	"github.com/kvasirdb/kvasir/internal/mutant"
 	"github.com/kvasirdb/kvasir/internal/record"
 	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/topology"
@@ -59,7 +60,7 @@ func (c *Coordinator) mend(ctx context.Context, res *result) (epoch, by uint64, 
 // repairTargets returns the nodes to send the winner to.
 func (c *Coordinator) repairTargets(r *result, holders, stale []uint64, blocking bool) []uint64 {
 	targets := slices.Clone(stale)
-	if !blocking {
+	if !blocking || mutant.On("repair-only-stale") {
 		return targets
 	}
 	add := func(slot int) {
@@ -92,6 +93,14 @@ func (c *Coordinator) repairTargets(r *result, holders, stale []uint64, blocking
 func (r *result) repairJob(holders, targets []uint64) writeJob {
 	for _, n := range targets {
 		r.job.trace.add(kvv1.TraceEvent_KIND_REPAIR, r.topology.NodeName(n), "is sent %s", r.winner.Version)
+	}
+	if mutant.On("repair-writes-older") {
+		for _, a := range r.replies {
+			if a.rec.Kind != 0 && record.CompareHeaders(a.rec, r.winner) < 0 {
+				a.rec.Payload = nil
+				r.raw = record.Encode(a.rec)
+			}
+		}
 	}
 	return writeJob{
 		topology: r.topology, namespace: r.namespace, vnode: r.vnode,

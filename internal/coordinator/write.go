@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/kvasirdb/kvasir/internal/hlc"
+	"github.com/kvasirdb/kvasir/internal/mutant"
 	"github.com/kvasirdb/kvasir/internal/quorum"
 	"github.com/kvasirdb/kvasir/internal/record"
 	"github.com/kvasirdb/kvasir/internal/rpc"
@@ -264,7 +265,10 @@ type write struct {
 func (c *Coordinator) start(job writeJob) (*write, *rpc.Error) {
 	w := &write{writeJob: job, c: c, progress: make(chan struct{}, 1)}
 	w.slots = job.topology.Slots(job.vnode, job.namespace.N)
-	w.mu.counter = quorum.NewCounter(w.slots, job.need)
+	if mutant.On("one-ack-too-few") && job.source == replicav1.Source_SOURCE_FIRST_HAND {
+		w.need = max(1, w.need-1)
+	}
+	w.mu.counter = quorum.NewCounter(w.slots, w.need)
 	for _, h := range job.holders {
 		w.mu.counter.Ack(h)
 	}
@@ -524,6 +528,9 @@ func (w *write) mayHaveHappened() bool {
 // unknownOutcome is the error of a write that may have happened.
 // REQUIRES: w.mu is held.
 func (w *write) unknownOutcome(why string) *rpc.Error {
+	if mutant.On("unknown-called-failed") {
+		return notEnough(w.mu.counter.Acked(), w.need, w.slots, w.topology, w.c.cfg.Peers.Alive)
+	}
 	e := rpc.Errorf(codes.Unavailable, rpc.ReasonOutcomeUnknown,
 		"%d of %d needed replicas acknowledged %s: the outcome is unknown, the write may be seen by reads and survive, or not",
 		w.mu.counter.Acked(), w.need, why)

@@ -74,6 +74,8 @@ type Seams struct {
 	Gossip func(bind string) (memberlist.Transport, error)
 	// WallClock returns milliseconds since 1970.
 	WallClock func() int64
+	// SyncDelay delays the sync of commits in simulations.
+	SyncDelay func() time.Duration
 }
 
 // Defaults returns a configuration with every default filled in.

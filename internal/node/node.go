@@ -159,6 +159,7 @@ func (n *Node) openStore() error {
 	n.store, err = storage.Open(storage.Config{
 		FS: n.cfg.Seams.FS, Dir: n.cfg.DataDir, CacheBytes: n.cfg.CacheBytes, MemTableBytes: uint64(n.cfg.MemTableBytes),
 		MinFreeBytes: uint64(n.cfg.MinFreeDiskBytes), Logger: n.cfg.Logger, Fatal: n.cfg.Fatal,
+		SyncDelay: n.cfg.Seams.SyncDelay,
 	})
 	if err != nil {
 		return err

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/kvasirdb/kvasir/internal/hlc"
+	"github.com/kvasirdb/kvasir/internal/mutant"
 	"github.com/kvasirdb/kvasir/internal/rpc"
 )
 
@@ -122,13 +123,13 @@ func (c *Clock) Join(ts hlc.Timestamp) error {
 // cover returns when ts is reserved.
 func (c *Clock) cover(ts hlc.Timestamp) error {
 	reserved := hlc.Timestamp(c.reserved.Load())
-	if reserved.Millis()-ts.Millis() < reserveAhead/2 {
+	if reserved.Millis()-ts.Millis() < reserveAhead/2 && !mutant.On("clock-not-durable") {
 		select {
 		case c.extend <- struct{}{}:
 		default:
 		}
 	}
-	if ts <= reserved {
+	if ts <= reserved || mutant.On("clock-not-durable") {
 		return nil
 	}
 	return c.extendTo(ts)

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/kvasirdb/kvasir/internal/mutant"
 	"github.com/kvasirdb/kvasir/internal/storage"
 )
 
@@ -102,6 +103,9 @@ func LoadHints(store *storage.Store, wall func() int64, logger *slog.Logger) (*H
 	h := &Hints{store: store, wall: wall, logger: logger, wake: make(chan struct{}, 1)}
 	h.mu.groups = map[hintPlace]*HintGroup{}
 	err := store.AllHints(func(hint storage.Hint) bool {
+		if mutant.On("hint-lost-at-restart") {
+			return false
+		}
 		h.add(hint)
 		return true
 	})

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/kvasirdb/kvasir/client"
+	"github.com/kvasirdb/kvasir/internal/topology"
 )
 
 // floor is the least that an answer may be: a version, with what is known of the
@@ -48,8 +49,10 @@ type register struct {
 	// strong is the greatest write that a majority acknowledged, read the greatest
 	// record that a strong read returned and made sure of.
 	strong, read floor
-	// acked[w] is the greatest write that was acknowledged by at least w slots.
+	// acked[w] is the greatest write that was acknowledged by at least w slots, full
+	// that which all had acknowledged.
 	acked  [6]floor
+	full   floor
 	copied map[uint64]floor
 	writes []*Op
 }
@@ -78,6 +81,8 @@ type Checker struct {
 		issued    map[uint64][]issued
 		latest    map[string]client.Version
 		lost      bool
+		epochs    map[uint64]uint64 // that nodes were seen to serve by
+		topology  *topology.Topology
 	}
 }
 
@@ -96,6 +101,7 @@ func NewChecker(h *History, slack time.Duration) *Checker {
 	c.mu.byVersion = map[client.Version]*Op{}
 	c.mu.issued = map[uint64][]issued{}
 	c.mu.latest = map[string]client.Version{}
+	c.mu.epochs = map[uint64]uint64{}
 	return c
 }
 
@@ -150,6 +156,7 @@ func (c *Checker) Invoke(op *Op) {
 	case OpPut, OpDelete:
 		r := c.register(op.Place)
 		r.writes = append(r.writes, op)
+		op.refusing = c.refusing(op.Place)
 		if op.Kind == OpPut {
 			c.mu.byValue[op.Value] = op
 		}
@@ -200,11 +207,15 @@ func (c *Checker) wrote(op *Op) {
 	}
 	c.mu.byVersion[v] = op
 	c.inOrder(op)
+	c.inEpoch(op)
 	f := floor{version: v, tombstone: op.Kind == OpDelete, expires: expiresAt(op, v), by: op}
 	r, o := c.register(op.Place), c.ownOf(op.Client, op.Place)
 	for w := 1; w <= op.Receipt.Needed && w < len(r.acked); w++ {
 		r.acked[w] = r.acked[w].raise(f)
 		o.acked[w] = o.acked[w].raise(f)
+	}
+	if max(op.Receipt.Needed, op.Receipt.Acknowledged) >= op.Receipt.N {
+		r.full = r.full.raise(f)
 	}
 	if op.Receipt.Needed > op.Receipt.N/2 {
 		r.strong = r.strong.raise(f)
@@ -241,6 +252,45 @@ func (c *Checker) inOrder(op *Op) {
 	if v.Timestamp > c.mu.latest[op.Client].Timestamp {
 		c.mu.latest[op.Client] = v
 	}
+}
+
+// refusing returns which nodes serve a key's namespace and vnode by a topology in
+// which these have changed, and the epoch of the change.
+func (c *Checker) refusing(p Place) (out refusing) {
+	t := c.mu.topology
+	if t == nil || t.Namespace(p.Namespace) == nil {
+		return out
+	}
+	ns, v := t.Namespace(p.Namespace), t.VnodeOf([]byte(p.Key))
+	out.changed = max(ns.ChangedEpoch, t.Ring[v].ChangedEpoch)
+	for _, s := range t.Slots(v, ns.N) {
+		if c.mu.epochs[s.Write[0]] >= out.changed {
+			out.slots++
+		}
+	}
+	return out
+}
+
+// refusing is how many slots would refuse a write of an epoch before changed.
+type refusing struct {
+	changed uint64
+	slots   int
+}
+
+// inEpoch checks invariant 7: nodes that know of a change take no write of before it.
+func (c *Checker) inEpoch(op *Op) {
+	r := op.Receipt
+	if r.Epoch != 0 && r.Epoch < op.refusing.changed && r.Needed > r.N-op.refusing.slots {
+		c.h.violate(7, "%s: before it began %d slots knew of the change in epoch %d", op, op.refusing.slots, op.refusing.changed)
+	}
+}
+
+// Serves notes by which epoch a node serves, and the newest topology.
+func (c *Checker) Serves(incarnation, epoch uint64, newest *topology.Topology) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.mu.epochs[incarnation] = max(c.mu.epochs[incarnation], epoch)
+	c.mu.topology = newest
 }
 
 // batchNote marks the writes of one batch, which have no order among themselves.

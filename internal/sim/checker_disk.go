@@ -28,6 +28,15 @@ func readDisk(fs vfs.FS, t *topology.Topology) (disk, error) {
 	if err != nil {
 		return nil, err
 	}
+	d, err := records(s, t)
+	if cerr := s.Close(); err == nil {
+		err = cerr
+	}
+	return d, err
+}
+
+// records reads all records of the namespaces of a topology.
+func records(s *storage.Store, t *topology.Topology) (disk, error) {
 	d := disk{}
 	var vnodes []uint32
 	for v := range t.Ring {
@@ -43,11 +52,10 @@ func readDisk(fs vfs.FS, t *topology.Topology) (disk, error) {
 			return true
 		})
 		if err != nil {
-			s.Close()
 			return nil, err
 		}
 	}
-	return d, s.Close()
+	return d, nil
 }
 
 // replicasEqual checks invariant 4 on the disks of all nodes, by incarnation, after

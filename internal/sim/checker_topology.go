@@ -20,8 +20,9 @@ import (
 // It checks invariants 8 and 9, that no two data directories share an incarnation
 // (10), and that one epoch is one topology wherever it is seen (12).
 type topologies struct {
-	h  *History
-	mu struct {
+	h       *History
+	checker *Checker
+	mu      struct {
 		sync.Mutex
 		byEpoch map[uint64]*topology.Topology
 		protos  map[uint64]*topologyv1.Topology
@@ -30,8 +31,8 @@ type topologies struct {
 	}
 }
 
-func newTopologies(h *History) *topologies {
-	ts := &topologies{h: h}
+func newTopologies(c *Checker) *topologies {
+	ts := &topologies{h: c.h, checker: c}
 	ts.mu.byEpoch = map[uint64]*topology.Topology{}
 	ts.mu.protos = map[uint64]*topologyv1.Topology{}
 	ts.mu.dataIDs = map[uint64]string{}
@@ -51,8 +52,15 @@ func (ts *topologies) watch(ctx context.Context, controls map[string]adminv1.Con
 		case <-time.After(2 * time.Second):
 		}
 		name := names[rng.IntN(len(names))]
-		if s, err := clusterStatus(ctx, controls[name]); err == nil {
-			ts.see(name, s.GetTopology())
+		s, err := clusterStatus(ctx, controls[name])
+		if err != nil {
+			continue
+		}
+		ts.see(name, s.GetTopology())
+		for _, n := range s.GetNodes() {
+			if st := n.GetStatus(); st != nil {
+				ts.checker.Serves(st.GetIncarnation(), st.GetEpoch(), ts.latest())
+			}
 		}
 	}
 }

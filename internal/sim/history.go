@@ -73,8 +73,9 @@ type Op struct {
 	// seen is the version that readers found it with.
 	seen client.Version
 	// floors are what the checker knew of the key when the operation was invoked.
-	floors floors
-	scan   map[Place]floors
+	floors   floors
+	refusing refusing
+	scan     map[Place]floors
 }
 
 // Violation is a broken invariant, by its number in the design.

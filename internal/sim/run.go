@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc"
+
 	"github.com/kvasirdb/kvasir/client"
 	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
 )
@@ -46,6 +48,8 @@ type run struct {
 	checker    *Checker
 	topologies *topologies
 	controls   map[string]adminv1.ControlServiceClient
+	conns      map[string]*grpc.ClientConn
+	left       map[string]*remains // of processes that start again
 	report     *Report
 }
 
@@ -59,10 +63,13 @@ func Run(t testing.TB, cfg RunConfig) (*Report, *History) {
 		r.report.Nodes, r.report.Orchestrators = 5, 3
 	}
 	began := time.Now()
-	r.w = New(t, Config{Seed: cfg.Seed, Nodes: r.report.Nodes, Orchestrators: r.report.Orchestrators})
+	r.w = New(t, Config{
+		Seed: cfg.Seed, Nodes: r.report.Nodes, Orchestrators: r.report.Orchestrators,
+		SyncDelay: r.syncDelay(rand.New(rand.NewPCG(cfg.Seed, 0x5bc))), Starting: r.starting,
+	})
 	r.history = NewHistory()
 	r.checker = NewChecker(r.history, 500*time.Millisecond)
-	r.topologies = newTopologies(r.history)
+	r.topologies = newTopologies(r.checker)
 	time.Sleep(2 * time.Second) // links and members find each other
 	r.prepare()
 
@@ -86,11 +93,45 @@ func Run(t testing.TB, cfg RunConfig) (*Report, *History) {
 	return r.report, r.history
 }
 
+// syncDelay draws how long syncs take: mostly some ms, seldom much longer.
+func (r *run) syncDelay(rng *rand.Rand) func() time.Duration {
+	var mu sync.Mutex
+	return func() time.Duration {
+		mu.Lock()
+		defer mu.Unlock()
+		if rng.IntN(50) == 0 {
+			return time.Duration(rng.IntN(60)) * time.Millisecond
+		}
+		return time.Duration(rng.IntN(3000)) * time.Microsecond
+	}
+}
+
+// starting looks at the disk of a process that is about to start again.
+func (r *run) starting(name string) {
+	t := r.topologies.latest()
+	p := r.w.processes[name]
+	if t == nil || r.controls[name] == nil || t.Resolve(name) == nil || len(r.history.Violations()) > 0 {
+		return
+	}
+	left, err := readRemains(p.disk, t)
+	if err != nil || left.lostTail != "" {
+		r.history.Note("the disk of %s: %v %v", name, err, left)
+		r.checker.DiskLost()
+		return
+	}
+	r.left[name] = left
+	inc := t.Resolve(name).Incarnation
+	r.checker.Restarts(name, inc, inc <= uint64(r.report.Nodes), left, t)
+}
+
 // prepare makes the namespaces.
 func (r *run) prepare() {
 	r.controls = map[string]adminv1.ControlServiceClient{}
+	r.conns = map[string]*grpc.ClientConn{}
+	r.left = map[string]*remains{}
 	for name := range r.w.processes {
-		r.controls[name] = r.w.Control(name)
+		r.conns[name] = r.w.Conn(name)
+		r.controls[name] = adminv1.NewControlServiceClient(r.conns[name])
 	}
 	for _, s := range Spaces(r.report.Nodes) {
 		if !s.Create {
@@ -115,38 +156,91 @@ func (r *run) prepare() {
 	r.topologies.see("node1", s.GetTopology())
 }
 
-// Faults of a run, until a time; all have ended when it returns.
+// faults happen until a time; all have ended when it returns.
 func (r *run) faults(until time.Time) {
 	rng := rand.New(rand.NewPCG(r.cfg.Seed, 0xfa17))
 	note := func(kind, format string, args ...any) {
 		r.report.Faults[kind]++
 		r.history.Note(format, args...)
 	}
+	seconds := func(n int) time.Duration { return time.Duration(1+rng.IntN(n)) * time.Second }
+	start := func(name string) {
+		r.history.Note("start %s", name)
+		r.w.Start(name)
+		r.hintsKept(name, r.left[name])
+	}
 	for time.Now().Before(until) && len(r.history.Violations()) == 0 {
-		time.Sleep(time.Duration(2+rng.IntN(8)) * time.Second)
-		name := fmt.Sprint("node", 1+rng.IntN(r.report.Nodes))
-		for_ := time.Duration(1+rng.IntN(15)) * time.Second
-		switch rng.IntN(3) {
-		case 0:
-			note("kill", "kill %s", name)
-			r.w.Crash(name, Kill)
-			time.Sleep(for_)
-			r.history.Note("start %s", name)
-			r.w.Start(name)
-		case 1:
-			note("power cut", "power cut of %s", name)
-			r.w.Crash(name, PowerCut)
-			time.Sleep(for_)
-			r.history.Note("start %s", name)
-			r.w.Start(name)
+		time.Sleep(seconds(8))
+		order := rng.Perm(r.report.Nodes)
+		for i := range order {
+			order[i]++
+		}
+		name := fmt.Sprint("node", order[0])
+		other := fmt.Sprint("node", order[1])
+		how := Crash(rng.IntN(2))
+		switch rng.IntN(7) {
+		case 0, 1:
+			note([]string{"kill", "power cut"}[how], "crash %s", name)
+			r.w.Crash(name, how)
+			time.Sleep(seconds(15))
+			start(name)
 		case 2:
 			note("isolate", "isolate %s", name)
 			r.w.Isolate(name)
-			time.Sleep(for_)
+			time.Sleep(seconds(15))
 			r.history.Note("reconnect %s", name)
 			r.w.Reconnect(name)
+		case 3:
+			n := 2 + rng.IntN(r.report.Nodes-1)
+			note("correlated power cut", "power cut of %d nodes", n)
+			for _, i := range order[:n] {
+				r.w.Crash(fmt.Sprint("node", i), PowerCut)
+			}
+			time.Sleep(seconds(5))
+			for _, i := range order[:n] {
+				start(fmt.Sprint("node", i))
+			}
+		case 4:
+			note("restart while another is down", "crash %s, restart %s", name, other)
+			r.w.Crash(name, how)
+			time.Sleep(seconds(10))
+			r.w.Crash(other, how)
+			start(other)
+			time.Sleep(seconds(3))
+			start(name)
+		case 5:
+			note("clock step", "clock of %s goes ahead, and back while it restarts", name)
+			r.w.SetClock(name, 220*time.Millisecond)
+			time.Sleep(seconds(5))
+			r.w.Crash(name, how)
+			r.w.SetClock(name, 0)
+			start(name)
+		case 6:
+			note("cut from orchestrators", "cut %s from the orchestrators", name)
+			cut := func(f func(from, to string)) {
+				for i := range r.report.Orchestrators {
+					o := r.w.Host(fmt.Sprint("orch", i+1))
+					f(r.w.Host(name), o)
+					f(o, r.w.Host(name))
+				}
+			}
+			cut(r.w.Net.Cut)
+			time.Sleep(seconds(3))
+			r.changeNamespace(other, rng.Float64())
+			time.Sleep(seconds(10))
+			cut(r.w.Net.Heal)
 		}
 	}
+}
+
+// changeNamespace changes a setting of the default namespace that no answer depends
+// on: the epoch rises, and requests of older epochs are refused.
+func (r *run) changeNamespace(by string, chance float64) {
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
+	defer cancel()
+	_, err := r.controls[by].UpdateNamespace(ctx, &adminv1.UpdateNamespaceRequest{Name: "default", Settings: &adminv1.NamespaceSettings{RepairChance: &chance}})
+	r.history.Note("repair chance of namespace default set to %.2f by %s: %v", chance, by, err)
+	r.report.Faults["namespace change"]++
 }
 
 // settle waits until the cluster has mended itself and checks what must hold then.

@@ -102,7 +102,7 @@ func writeHistory(t *testing.T, seed uint64, h *sim.History) string {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	path := filepath.Join(dir, fmt.Sprintf("seed-%d.txt", seed))
+	path := filepath.Join(dir, fmt.Sprintf("seed-%d%s.txt", seed, os.Getenv("KVASIR_MUTANT")))
 	f, err := os.Create(path)
 	if err != nil {
 		t.Fatal(err)

@@ -121,8 +121,10 @@ func (u *user) run() {
 			u.delete(s, u.place(s))
 		case n < 92:
 			u.batch(s)
-		case n < 96:
+		case n < 95:
 			u.scan(s)
+		case n < 97:
+			u.duel(u.Spaces[0])
 		default:
 			u.refused(s)
 		}
@@ -189,6 +191,15 @@ func (u *user) put(s Space, p Place) {
 	defer cancel()
 	r, err := u.c.Put(ctx, []byte(p.Key), []byte(op.Value), opts...)
 	u.wrote(op, r, err)
+}
+
+// duel writes a key that others write in the same millisecond: those of the next full
+// five seconds.
+func (u *user) duel(s Space) {
+	now := time.Now()
+	at := now.Truncate(5 * time.Second).Add(5 * time.Second)
+	time.Sleep(at.Sub(now))
+	u.put(s, Place{s.Name, fmt.Sprintf("hot/%d", at.Unix()/5%hotKeys)})
 }
 
 func (u *user) delete(s Space, p Place) {

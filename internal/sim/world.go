@@ -36,7 +36,12 @@ type Config struct {
 	Zones int
 	// Vnodes of the cluster. Default 16: small stores are fast.
 	Vnodes int
-	Logger *slog.Logger
+	// SyncDelay draws how long the records of a commit are visible before their sync
+	// begins. Default: not at all.
+	SyncDelay func() time.Duration
+	// Starting, when set, is called with every process that is about to start again.
+	Starting func(name string)
+	Logger   *slog.Logger
 }
 
 // World is a cluster with what it stands on.
@@ -61,6 +66,8 @@ type process struct {
 	// run starts it; stop ends the instance that runs. Both are nil when it has none.
 	run  func(*instance) (stop func(), err error)
 	live *instance
+	// started is set once it has run.
+	started bool
 }
 
 // instance is one run of a process. What it does after its end goes nowhere.
@@ -152,7 +159,7 @@ func (w *World) AddNode(name, zone string) {
 		}
 		cfg.Logger, cfg.Software, cfg.Fatal = w.logger(name), "sim", in.fatal
 		cfg.Seams = node.Seams{
-			FS: p.disk, Listen: in.listen, Dial: in.dial, WallClock: p.wall,
+			FS: p.disk, Listen: in.listen, Dial: in.dial, WallClock: p.wall, SyncDelay: w.cfg.SyncDelay,
 			Gossip: func(bind string) (memberlist.Transport, error) { return newGossipTransport(in, bind) },
 		}
 		n, err := node.Start(context.Background(), cfg)
@@ -190,6 +197,10 @@ func (in *instance) dial(ctx context.Context, address string) (net.Conn, error) 
 
 // begin starts a process without waiting for it.
 func (w *World) begin(p *process) {
+	if w.cfg.Starting != nil && p.started {
+		w.cfg.Starting(p.name)
+	}
+	p.started = true
 	in := &instance{p: p, ready: make(chan struct{})}
 	p.live = in
 	go func() {

@@ -3,9 +3,11 @@ package storage
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2"
 
+	"github.com/kvasirdb/kvasir/internal/mutant"
 	"github.com/kvasirdb/kvasir/internal/record"
 )
 
@@ -112,7 +114,12 @@ func (s *Store) apply(c *Commit, set *stripeSet, recs []record.Record, writes []
 		return nil
 	}
 	s.begin(c)
-	err := s.commit(func() error { return s.db.ApplyNoSyncWait(c.batch, pebble.Sync) })
+	err := s.commit(func() error {
+		if s.cfg.SyncDelay != nil {
+			return s.db.Apply(c.batch, pebble.NoSync)
+		}
+		return s.db.ApplyNoSyncWait(c.batch, pebble.Sync)
+	})
 	// After the records are visible: a scan that missed them leaves its leaf dirty.
 	for i, w := range writes {
 		if changed[i] {
@@ -156,6 +163,9 @@ func (s *Store) decide(c *Commit, key string, v record.Version, rec []byte) erro
 	}
 	if !e.exact {
 		e.blind++
+		if mutant.On("cache-from-blind-merge") {
+			e = entry{version: v, exact: true}
+		}
 		st.mu.versions.Add(key, e)
 		return c.batch.Merge([]byte(key), rec, nil)
 	}
@@ -268,7 +278,7 @@ func (c *Commit) Wait() error {
 
 func (c *Commit) sync() error {
 	s := c.store
-	err := c.batch.SyncWait()
+	err := s.syncWait(c.batch)
 	if failed := s.failure(); failed != nil {
 		err = failed
 	} else if err != nil {
@@ -285,6 +295,18 @@ func (c *Commit) sync() error {
 		return fmt.Errorf("sync batch: %w", err)
 	}
 	return nil
+}
+
+// syncWait returns when an applied batch is on disk.
+func (s *Store) syncWait(b *pebble.Batch) error {
+	if s.cfg.SyncDelay == nil {
+		return b.SyncWait()
+	}
+	if mutant.On("ack-before-sync") {
+		return nil
+	}
+	time.Sleep(s.cfg.SyncDelay())
+	return s.commit(func() error { return s.db.LogData(nil, pebble.Sync) })
 }
 
 // wait is for others than the one who applied the commit.

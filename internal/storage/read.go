@@ -10,6 +10,7 @@ import (
 
 	"github.com/cockroachdb/pebble/v2"
 
+	"github.com/kvasirdb/kvasir/internal/mutant"
 	"github.com/kvasirdb/kvasir/internal/record"
 )
 
@@ -29,7 +30,7 @@ func (s *Store) Get(namespace, vnode uint32, key []byte) ([]byte, error) {
 	}
 	// A record is visible before it is synced. Its commit was registered before it
 	// became visible, so looking for the commit after the read cannot miss it.
-	if c := st.pending(k); c != nil {
+	if c := st.pending(k); c != nil && !mutant.On("reply-before-sync") {
 		if err := c.wait(); err != nil {
 			return nil, err
 		}

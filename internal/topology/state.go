@@ -6,6 +6,8 @@ import (
 	"slices"
 
 	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
+
+	"github.com/kvasirdb/kvasir/internal/mutant"
 )
 
 // Change is one entry of the cluster's history.
@@ -223,6 +225,10 @@ func (d *draft) admit(n Node, r *topologyv1.Register) error {
 	}
 	n.Incarnation = d.nextIncarnation
 	d.nextIncarnation++
+	if i := slices.IndexFunc(d.Topology.Nodes, func(o Node) bool { return o.Name == n.Name }); i >= 0 && mutant.On("duplicate-incarnation") {
+		n.Incarnation = d.Topology.Nodes[i].Incarnation
+		d.Topology.Nodes = slices.Delete(d.Topology.Nodes, i, i+1)
+	}
 	d.boots[n.Incarnation] = boot{r.GetBoot(), r.GetBootId()}
 	d.Topology.Nodes = append(d.Topology.Nodes, n)
 	d.result.Incarnation = n.Incarnation

@@ -1,0 +1,116 @@
+package sim
+
+import (
+	"context"
+	"log/slog"
+	"math/rand/v2"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"github.com/kvasirdb/kvasir/client"
+	"github.com/kvasirdb/kvasir/internal/record"
+	"github.com/kvasirdb/kvasir/internal/storage"
+	"github.com/kvasirdb/kvasir/internal/topology"
+	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
+)
+
+// remains is what a process that ended left on its disk.
+type remains struct {
+	lostTail string
+	reserved uint64
+	hints    map[uint64]uint64 // by target
+	records  disk
+}
+
+// readRemains reads a copy of a disk.
+func readRemains(d *vfs.MemFS, t *topology.Topology) (*remains, error) {
+	fs := d.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: 100, RNG: rand.New(rand.NewPCG(1, 1))})
+	s, err := storage.Open(storage.Config{FS: fs, Dir: "data", CacheBytes: 1 << 20, MemTableBytes: 1 << 20, Logger: slog.New(slog.DiscardHandler), Fatal: func(error) {}})
+	if err != nil {
+		return nil, err
+	}
+	r := &remains{lostTail: s.LostTail(), reserved: uint64(s.Reserved()), hints: map[uint64]uint64{}}
+	err = s.AllHints(func(h storage.Hint) bool {
+		r.hints[h.Target]++
+		return true
+	})
+	if err == nil {
+		r.records, err = records(s, t)
+	}
+	if cerr := s.Close(); err == nil {
+		err = cerr
+	}
+	return r, err
+}
+
+// Restarts checks what a node that ended has on disk before it starts again: all
+// that it told others of.
+//
+// It checks invariants 1 and 18 (what all replicas acknowledged and what was read in
+// this one is there), 10 (the clock is reserved beyond every version it issued) and
+// 15 (hints are not forgotten).
+func (c *Checker) Restarts(name string, incarnation uint64, founding bool, r *remains, t *topology.Topology) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if list := c.mu.issued[incarnation]; len(list) > 0 && list[len(list)-1].version.Timestamp > r.reserved {
+		c.h.violate(10, "%s issued version %s, but on its disk the clock is reserved up to %d ms only", name, list[len(list)-1].version, r.reserved>>16)
+	}
+	now := time.Now()
+	for p, reg := range c.mu.registers {
+		ns := t.Namespace(p.Namespace)
+		if ns == nil {
+			continue
+		}
+		v := t.VnodeOf([]byte(p.Key))
+		if !t.Owns(incarnation, v, ns.N) {
+			continue
+		}
+		var have client.Version
+		if raw := r.records[copyOf{ns.ID, v}][p.Key]; raw != nil {
+			rec, err := record.Decode(raw)
+			if err != nil {
+				c.h.violate(18, "%s holds %s as %x: %v", name, p, raw, err)
+				continue
+			}
+			have = client.Version{Timestamp: uint64(rec.Version.Time), Incarnation: rec.Version.Incarnation}
+		}
+		check := func(invariant int, f floor, why string) {
+			if have.Compare(f.version) < 0 && !(have.IsZero() && c.collectable(f, now)) {
+				c.h.violate(invariant, "%s ended with %s of %s on its disk, but it had version %s: %s %s", name, have, p, f.version, why, f.by)
+			}
+		}
+		check(18, reg.copied[incarnation], "read by")
+		if founding { // others may be on the way to what was acknowledged before them
+			check(1, reg.full, "acknowledged to")
+		}
+	}
+}
+
+// hintsKept checks that a node that has just started remembers the hints on its disk
+// for nodes that cannot have got them meanwhile.
+func (r *run) hintsKept(name string, left *remains) {
+	if left == nil || len(left.hints) == 0 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	resp, err := adminv1.NewStatusServiceClient(r.conns[name]).GetNodeStatus(ctx, &adminv1.GetNodeStatusRequest{})
+	if err != nil {
+		return
+	}
+	have := map[uint64]uint64{}
+	for _, b := range resp.GetStatus().GetHints() {
+		have[b.GetTarget()] = b.GetCount()
+	}
+	t := r.topologies.latest()
+	for target, n := range left.hints {
+		node := t.Node(target)
+		if node == nil || have[target] >= n {
+			continue
+		}
+		if p := r.w.processes[node.Name]; p != nil && p.live == nil {
+			r.history.violate(15, "%s had %d hints for %s on its disk and remembers %d after its start; %s is down", name, n, node.Name, have[target], node.Name)
+		}
+	}
+}

@@ -1,0 +1,97 @@
+//go:build mutants
+
+package sim_test
+
+import (
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// mutants are the planted bugs, with what they do wrong.
+var mutants = [][2]string{
+	{"ack-before-sync", "a write is acknowledged before it is synced"},
+	{"reply-before-sync", "a read answers with what is not synced yet"},
+	{"one-ack-too-few", "a write waits for W−1 acknowledgements"},
+	{"unknown-called-failed", "a write whose outcome is unknown is said to have failed"},
+	{"hint-lost-at-restart", "hints on disk are forgotten at a restart"},
+	{"reversed-tie", "the store's join prefers the lower incarnation at equal times"},
+	{"cache-from-blind-merge", "a blind merge makes an entry of the version cache exact"},
+	{"repair-writes-older", "read repair sends the older record"},
+	{"repair-only-stale", "read repair mends only the stale among the R"},
+	{"stale-epoch-accepted", "a replica serves requests of epochs before a change"},
+	{"clock-not-durable", "the clock's high-water mark is not written"},
+	{"lost-tail-unnoticed", "a log that lost its tail is served from"},
+	{"duplicate-incarnation", "a new data directory gets the incarnation of the old one"},
+	{"token-ignored", "a client's token does not advance the coordinator's clock"},
+	{"expired-served", "expired values are served"},
+}
+
+const envMutant = "KVASIR_MUTANT"
+
+// maxSeeds is within how many seeds a mutant must be caught.
+const maxSeeds = 20
+
+// TestMutants checks the checker: every planted bug is found by the seeds of make sim,
+// which pass without it.
+func TestMutants(t *testing.T) {
+	minutes := number(t, envMinutes, 8)
+	type row struct {
+		name, what string
+		invariant  int
+		seeds      int
+	}
+	rows := make([]row, len(mutants))
+	var mu sync.Mutex
+	needed := map[uint64]bool{}
+	began := time.Now()
+	only := os.Getenv("KVASIR_MUTANTS") // names, separated by commas
+	forEach(len(mutants), func(i int) {
+		m := mutants[i]
+		rows[i] = row{name: m[0], what: m[1]}
+		if only != "" && !slices.Contains(strings.Split(only, ","), m[0]) {
+			return
+		}
+		for seed := uint64(1); seed <= maxSeeds; seed++ {
+			o := runSeed(seed, minutes, []string{envMutant + "=" + m[0]})
+			mu.Lock()
+			needed[seed] = true
+			mu.Unlock()
+			if o.failed() {
+				rows[i].seeds = int(seed)
+				if o.Report != nil && len(o.Violations) > 0 {
+					rows[i].invariant = o.Violations[0].Invariant
+					t.Logf("%s: seed %d: %s", m[0], seed, o.Violations[0])
+				} else {
+					t.Logf("%s: seed %d: %s", m[0], seed, o.explain())
+				}
+				return
+			}
+		}
+		t.Errorf("%s is not caught within %d seeds", m[0], maxSeeds)
+	})
+	seeds := slices.Sorted(maps.Keys(needed))
+	forEach(len(seeds), func(i int) {
+		if o := runSeed(seeds[i], minutes, nil); o.failed() {
+			t.Errorf("without a mutant: %s", o.explain())
+		}
+	})
+	var b strings.Builder
+	fmt.Fprintf(&b, "| mutant | what it does | invariant | seeds |\n|---|---|---|---|\n")
+	for _, r := range rows {
+		if r.seeds == 0 {
+			continue
+		}
+		caught := "process ends"
+		if r.invariant > 0 {
+			caught = fmt.Sprint(r.invariant)
+		}
+		fmt.Fprintf(&b, "| %s | %s | %s | %d |\n", r.name, r.what, caught, r.seeds)
+	}
+	t.Logf("%d seeds pass without mutants; in %s\n%s", len(seeds), time.Since(began).Round(time.Second), b.String())
+}
