@@ -39,6 +39,7 @@ type fake struct {
 		health   map[uint64]*topologyv1.NodeHealth
 		status   map[uint64]*adminv1.NodeStatus
 		ages     map[uint64]uint64
+		hints    map[uint64]*adminv1.ListHintsResponse
 		// controlled: an orchestrator leads.
 		controlled bool
 		puts       []*kvv1.PutRequest
@@ -60,6 +61,7 @@ type fakeNode struct {
 	topologyv1.UnimplementedTopologyServiceServer
 	adminv1.UnimplementedControlServiceServer
 	adminv1.UnimplementedStatusServiceServer
+	adminv1.UnimplementedRepairServiceServer
 	f           *fake
 	incarnation uint64
 	address     string
@@ -90,6 +92,7 @@ func newFakeWith(t *testing.T, n int, files rpc.TLSFiles) *fake {
 	f.mu.health = map[uint64]*topologyv1.NodeHealth{}
 	f.mu.status = map[uint64]*adminv1.NodeStatus{}
 	f.mu.ages = map[uint64]uint64{}
+	f.mu.hints = map[uint64]*adminv1.ListHintsResponse{}
 	f.mu.controlled = true
 	top := &topologyv1.Topology{
 		ClusterId: "fake", Epoch: 7, Vnodes: fakeVnodes, FoundingNodes: uint32(n), Settings: topology.DefaultSettings().Proto(),
@@ -132,6 +135,7 @@ func (n *fakeNode) start(transport rpc.Transport) {
 	topologyv1.RegisterTopologyServiceServer(n.server, n)
 	adminv1.RegisterControlServiceServer(n.server, n)
 	adminv1.RegisterStatusServiceServer(n.server, n)
+	adminv1.RegisterRepairServiceServer(n.server, n)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)

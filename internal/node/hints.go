@@ -20,7 +20,7 @@ func (n *Node) listHints(target uint64) *adminv1.ListHintsResponse {
 	bounds, totals := n.hints.Bounds(), n.hints.Totals()
 	resp := &adminv1.ListHintsResponse{
 		Bytes: uint64(totals.Bytes), MaxBytes: uint64(bounds.Bytes), MaxCount: bounds.Count, MaxAgeMs: uint64(bounds.Age.Milliseconds()),
-		Dropped: totals.Dropped(), Expired: totals.Lost[replica.LossExpired],
+		Dropped: totals.Dropped(), Expired: totals.Lost[replica.LossExpired], Count: totals.Count, SampledAtMs: uint64(n.clock.Wall()),
 	}
 	for _, g := range n.hints.Groups() {
 		if target != 0 && g.Target != target {

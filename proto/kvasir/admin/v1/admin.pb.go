@@ -2685,14 +2685,18 @@ func (x *ListHintsRequest) GetTarget() uint64 {
 }
 
 type ListHintsResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Groups        []*HintGroup           `protobuf:"bytes,1,rep,name=groups,proto3" json:"groups,omitempty"`
-	Bytes         uint64                 `protobuf:"varint,2,opt,name=bytes,proto3" json:"bytes,omitempty"`
-	MaxBytes      uint64                 `protobuf:"varint,3,opt,name=max_bytes,json=maxBytes,proto3" json:"max_bytes,omitempty"`
-	MaxCount      uint64                 `protobuf:"varint,4,opt,name=max_count,json=maxCount,proto3" json:"max_count,omitempty"`
-	MaxAgeMs      uint64                 `protobuf:"varint,5,opt,name=max_age_ms,json=maxAgeMs,proto3" json:"max_age_ms,omitempty"`
-	Dropped       uint64                 `protobuf:"varint,6,opt,name=dropped,proto3" json:"dropped,omitempty"`
-	Expired       uint64                 `protobuf:"varint,7,opt,name=expired,proto3" json:"expired,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Groups   []*HintGroup           `protobuf:"bytes,1,rep,name=groups,proto3" json:"groups,omitempty"`
+	Bytes    uint64                 `protobuf:"varint,2,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	MaxBytes uint64                 `protobuf:"varint,3,opt,name=max_bytes,json=maxBytes,proto3" json:"max_bytes,omitempty"`
+	MaxCount uint64                 `protobuf:"varint,4,opt,name=max_count,json=maxCount,proto3" json:"max_count,omitempty"`
+	MaxAgeMs uint64                 `protobuf:"varint,5,opt,name=max_age_ms,json=maxAgeMs,proto3" json:"max_age_ms,omitempty"`
+	Dropped  uint64                 `protobuf:"varint,6,opt,name=dropped,proto3" json:"dropped,omitempty"`
+	Expired  uint64                 `protobuf:"varint,7,opt,name=expired,proto3" json:"expired,omitempty"`
+	// Milliseconds since 1970, by the node's clock.
+	SampledAtMs uint64 `protobuf:"varint,8,opt,name=sampled_at_ms,json=sampledAtMs,proto3" json:"sampled_at_ms,omitempty"`
+	// Of all targets.
+	Count         uint64 `protobuf:"varint,9,opt,name=count,proto3" json:"count,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2772,6 +2776,20 @@ func (x *ListHintsResponse) GetDropped() uint64 {
 func (x *ListHintsResponse) GetExpired() uint64 {
 	if x != nil {
 		return x.Expired
+	}
+	return 0
+}
+
+func (x *ListHintsResponse) GetSampledAtMs() uint64 {
+	if x != nil {
+		return x.SampledAtMs
+	}
+	return 0
+}
+
+func (x *ListHintsResponse) GetCount() uint64 {
+	if x != nil {
+		return x.Count
 	}
 	return 0
 }
@@ -3086,7 +3104,7 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\voldest_dead\x18\b \x01(\x06R\n" +
 	"oldestDead\"*\n" +
 	"\x10ListHintsRequest\x12\x16\n" +
-	"\x06target\x18\x01 \x01(\x04R\x06target\"\xe9\x01\n" +
+	"\x06target\x18\x01 \x01(\x04R\x06target\"\xa3\x02\n" +
 	"\x11ListHintsResponse\x122\n" +
 	"\x06groups\x18\x01 \x03(\v2\x1a.kvasir.admin.v1.HintGroupR\x06groups\x12\x14\n" +
 	"\x05bytes\x18\x02 \x01(\x04R\x05bytes\x12\x1b\n" +
@@ -3095,7 +3113,9 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\n" +
 	"max_age_ms\x18\x05 \x01(\x04R\bmaxAgeMs\x12\x18\n" +
 	"\adropped\x18\x06 \x01(\x04R\adropped\x12\x18\n" +
-	"\aexpired\x18\a \x01(\x04R\aexpired\"\xa0\x01\n" +
+	"\aexpired\x18\a \x01(\x04R\aexpired\x12\"\n" +
+	"\rsampled_at_ms\x18\b \x01(\x04R\vsampledAtMs\x12\x14\n" +
+	"\x05count\x18\t \x01(\x04R\x05count\"\xa0\x01\n" +
 	"\tHintGroup\x12\x16\n" +
 	"\x06target\x18\x01 \x01(\x04R\x06target\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x14\n" +
