@@ -448,6 +448,32 @@ func TestRepairPrefersLiveSlots(t *testing.T) {
 	})
 }
 
+// A stale replica that cannot be mended fails no read for which the others vouch.
+func TestRepairGoesRoundAFullDisk(t *testing.T) {
+	for _, tc := range []struct {
+		name  string
+		third string // what the replica beyond R has
+	}{{"the third has it", "new"}, {"the third is stale too", ""}} {
+		t.Run(tc.name, func(t *testing.T) {
+			run(t, 3, nil, func(t *testing.T, c *cluster) {
+				c.place(2, 1, 3)
+				c.publish()
+				now := time.Now().UnixMilli()
+				c.nodes[0].plant("k", recordAt(now, "new"))
+				if tc.third != "" {
+					c.nodes[2].plant("k", recordAt(now, tc.third))
+				}
+				c.nodes[1].fill(true)
+				c.set(slowly, 3) // so that node 2, which serves, asks node 1
+				c.nodes[1].wantValue("k", "new")
+				if c.nodes[2].own("k") == nil {
+					t.Error("the answer left before N−R+1 slots held it")
+				}
+			})
+		})
+	}
+}
+
 // Invariant 3: what a read of all returned is seen by a read of a quorum after it.
 func TestReadAllThenQuorum(t *testing.T) {
 	run(t, 3, nil, func(t *testing.T, c *cluster) {

@@ -34,27 +34,40 @@ func (c *Coordinator) mend(ctx context.Context, res *result) (epoch, by uint64, 
 		return 0, 0, nil
 	}
 	c.metrics.repairs.Inc()
-	w, err := c.start(res.repairJob(holders, targets))
-	if err != nil {
-		if blocking {
-			return 0, 0, err
+	tried := targets
+	for {
+		w, err := c.start(res.repairJob(holders, targets))
+		if err != nil {
+			if blocking {
+				return 0, 0, err
+			}
+			return 0, 0, nil // the next read will find it
 		}
-		return 0, 0, nil // the next read will find it
-	}
-	res.background = true
-	if !blocking {
-		return 0, 0, nil
-	}
-	if epoch, by, err := w.wait(ctx); err != nil {
+		res.background = true
+		if !blocking {
+			return 0, 0, nil
+		}
+		epoch, by, err := w.wait(ctx)
+		if err == nil {
+			res.repaired += len(targets)
+			return 0, 0, nil
+		}
 		if epoch > 0 {
 			return epoch, by, err
 		}
-		return 0, 0, rpc.Errorf(codes.Unavailable, rpc.ReasonRepairFailed,
-			"replicas are stale and too few could be mended: %s; read again, or with read repair off", err.Message).
-			With("needed", w.need).With("n", len(w.slots))
+		// One that cannot take it, as its disk is full, must not fail a read that the
+		// slots beyond R can vouch for.
+		holders = w.holdersNow()
+		rest := slices.DeleteFunc(endpoints(w.slots), func(n uint64) bool {
+			return slices.Contains(holders, n) || slices.Contains(tried, n)
+		})
+		if len(rest) == 0 || ctx.Err() != nil {
+			return 0, 0, rpc.Errorf(codes.Unavailable, rpc.ReasonRepairFailed,
+				"replicas are stale and too few could be mended: %s; read again, or with read repair off", err.Message).
+				With("needed", w.need).With("n", len(w.slots))
+		}
+		targets, tried = rest, append(tried, rest...)
 	}
-	res.repaired = len(targets)
-	return 0, 0, nil
 }
 
 // repairTargets returns the nodes to send the winner to.

@@ -240,6 +240,7 @@ type write struct {
 	mu       struct {
 		sync.Mutex
 		counter quorum.Counter
+		acked   []uint64
 		failed  []uint64
 		waiting int
 		// keeping is how many lots of hints are on their way to the disk.
@@ -371,6 +372,7 @@ func (w *write) answered(node uint64, err error) {
 	w.mu.Lock()
 	if err == nil {
 		w.mu.applied = true
+		w.mu.acked = append(w.mu.acked, node)
 		if reached := w.mu.counter.Ack(node); w.mu.reached && w.trace != nil {
 			w.trace.add(kvv1.TraceEvent_KIND_LATE, w.name(node), "acknowledged after the answer")
 		} else {
@@ -516,6 +518,13 @@ func (w *write) judge() (done bool, stale, by uint64, _ *rpc.Error) {
 		return false, 0, 0, nil // the others decide whether anything was done
 	}
 	return true, 0, 0, w.unknownOutcome("since replicas failed")
+}
+
+// holdersNow returns the nodes that are known to have the records.
+func (w *write) holdersNow() []uint64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return append(slices.Clone(w.holders), w.mu.acked...)
 }
 
 // mayHaveHappened reports whether any node has the records, or may get them yet.
