@@ -220,7 +220,12 @@ func (c *Client) watch(ctx context.Context, address string) error {
 // every 2 s.
 const watchSilence = 6 * time.Second
 
-// learn takes in what a watched server sent.
+// errCutOff: a watched server reaches too few nodes to judge their health.
+var errCutOff = errors.New("the server reaches less than half of the nodes")
+
+// learn takes in what a watched server sent. One that holds half of the nodes or
+// more for unhealthy is likelier cut off from them than right: its opinion is left,
+// since following it would lead every request to that very server.
 func (c *Client) learn(resp *topologyv1.WatchTopologyResponse) error {
 	unhealthy := map[uint64]bool{}
 	for _, h := range resp.GetHealth() {
@@ -234,6 +239,10 @@ func (c *Client) learn(resp *topologyv1.WatchTopologyResponse) error {
 		if t, err = topology.FromProto(resp.GetTopology()); err != nil {
 			return err
 		}
+	}
+	if n := len(resp.GetHealth()); n > 2 && 2*len(unhealthy) >= n {
+		c.advance(t, nil)
+		return errCutOff
 	}
 	c.advance(t, unhealthy)
 	return nil
