@@ -39,7 +39,9 @@ type fake struct {
 		health   map[uint64]*topologyv1.NodeHealth
 		status   map[uint64]*adminv1.NodeStatus
 		ages     map[uint64]uint64
-		hints    map[uint64]*adminv1.ListHintsResponse
+		// repairPaused are the nodes whose repair is.
+		repairPaused map[uint64]bool
+		hints        map[uint64]*adminv1.ListHintsResponse
 		// controlled: an orchestrator leads.
 		controlled bool
 		puts       []*kvv1.PutRequest
@@ -92,6 +94,7 @@ func newFakeWith(t *testing.T, n int, files rpc.TLSFiles) *fake {
 	f.mu.health = map[uint64]*topologyv1.NodeHealth{}
 	f.mu.status = map[uint64]*adminv1.NodeStatus{}
 	f.mu.ages = map[uint64]uint64{}
+	f.mu.repairPaused = map[uint64]bool{}
 	f.mu.hints = map[uint64]*adminv1.ListHintsResponse{}
 	f.mu.controlled = true
 	top := &topologyv1.Topology{

@@ -4,13 +4,11 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
-	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc"
 
-	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/topology"
 	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
 )
@@ -42,83 +40,29 @@ expired grew too old. Both left their vnodes to repair.`,
 	return cmd
 }
 
-// nodeHints is what a node said of the hints it keeps, or why it said nothing.
-type nodeHints struct {
-	*topology.Node
-	*adminv1.ListHintsResponse
-	err error
-}
+// nodeHints is what a node said of the hints it keeps.
+type nodeHints = answered[*adminv1.ListHintsResponse]
 
-func (a *App) listHints(ctx context.Context, args []string, target string) error {
-	s, err := a.status(ctx)
-	if err != nil {
-		return err
-	}
-	asked := make([]nodeHints, 0, len(s.nodes))
-	for i := range s.nodes {
-		asked = append(asked, nodeHints{Node: s.nodes[i].Node})
-	}
-	if len(args) > 0 {
-		n, err := resolveNode(s.topology, args[0])
+func (a *App) listHints(ctx context.Context, name []string, target string) error {
+	request := &adminv1.ListHintsRequest{}
+	if target != "" {
+		t, err := a.topology(ctx)
 		if err != nil {
 			return err
 		}
-		asked = []nodeHints{{Node: n}}
-	}
-	request := &adminv1.ListHintsRequest{}
-	if target != "" {
-		n, err := resolveNode(s.topology, target)
+		n, err := resolveNode(t, target)
 		if err != nil {
 			return err
 		}
 		request.Target = n.Incarnation
 	}
-	if err := a.askHints(ctx, asked, request); err != nil {
-		return err
-	}
-	var answered []nodeHints
-	for _, n := range asked {
-		if n.err == nil {
-			answered = append(answered, n)
-			continue
-		}
-		if len(asked) > 1 {
-			a.warn("%s was not asked: %s", n.Name, n.err)
-		}
-	}
-	if len(answered) == 0 && len(asked) > 0 {
-		return rpc.Errorf(codes.Unavailable, rpc.ReasonNotSent, "%s: %s", asked[0].Name, asked[0].err)
-	}
-	return a.print(hintListDocs(s.topology, answered), func(w io.Writer) { writeHints(w, s.topology, answered) })
-}
-
-// askHints asks nodes, all at once.
-func (a *App) askHints(ctx context.Context, nodes []nodeHints, request *adminv1.ListHintsRequest) error {
-	at, err := a.resolve()
+	t, nodes, err := askEach(ctx, a, name, func(ctx context.Context, cc *grpc.ClientConn) (*adminv1.ListHintsResponse, error) {
+		return adminv1.NewRepairServiceClient(cc).ListHints(ctx, request)
+	})
 	if err != nil {
 		return err
 	}
-	transport, err := at.transport()
-	if err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(ctx, a.flags.timeout)
-	defer cancel()
-	var wg sync.WaitGroup
-	for i := range nodes {
-		n := &nodes[i]
-		wg.Go(func() {
-			cc, err := dial(ctx, transport, n.Address)
-			if err != nil {
-				n.err = err
-				return
-			}
-			defer cc.Close()
-			n.ListHintsResponse, n.err = adminv1.NewRepairServiceClient(cc).ListHints(ctx, request)
-		})
-	}
-	wg.Wait()
-	return nil
+	return a.print(hintListDocs(t, nodes), func(w io.Writer) { writeHints(w, t, nodes) })
 }
 
 // hintListDoc is what a node keeps, as a document.
@@ -148,10 +92,10 @@ func hintListDocs(t *topology.Topology, nodes []nodeHints) []hintListDoc {
 	docs := []hintListDoc{}
 	for _, n := range nodes {
 		d := hintListDoc{
-			Node: n.Name, Records: n.GetCount(), SizeBytes: n.GetBytes(), MaxHints: n.GetMaxCount(), MaxBytes: n.GetMaxBytes(), MaxAgeMs: n.GetMaxAgeMs(),
-			Dropped: n.GetDropped(), Expired: n.GetExpired(), SampledAt: millisDoc(n.GetSampledAtMs()), Hints: []hintGroupDoc{},
+			Node: n.Name, Records: n.answer.GetCount(), SizeBytes: n.answer.GetBytes(), MaxHints: n.answer.GetMaxCount(), MaxBytes: n.answer.GetMaxBytes(), MaxAgeMs: n.answer.GetMaxAgeMs(),
+			Dropped: n.answer.GetDropped(), Expired: n.answer.GetExpired(), SampledAt: millisDoc(n.answer.GetSampledAtMs()), Hints: []hintGroupDoc{},
 		}
-		for _, g := range n.GetGroups() {
+		for _, g := range n.answer.GetGroups() {
 			d.Hints = append(d.Hints, hintGroupDoc{t.NodeName(g.GetTarget()), g.GetNamespace(), g.GetVnode(), g.GetCount(), g.GetBytes(), millisDoc(g.GetOldestMs())})
 		}
 		docs = append(docs, d)
@@ -164,17 +108,17 @@ func writeHints(w io.Writer, t *topology.Topology, nodes []nodeHints) {
 	sums := newTable("NODE", ">RECORDS", ">OF", ">SIZE", ">OF", ">MAX AGE", ">DROPPED", ">EXPIRED")
 	found := false
 	for _, n := range nodes {
-		for _, g := range n.GetGroups() {
+		for _, g := range n.answer.GetGroups() {
 			found = true
-			age := time.Duration(int64(n.GetSampledAtMs())-int64(g.GetOldestMs())) * time.Millisecond
+			age := time.Duration(int64(n.answer.GetSampledAtMs())-int64(g.GetOldestMs())) * time.Millisecond
 			name := g.GetNamespace()
 			if name == "" {
 				name = "(dropped)"
 			}
 			kept.add(n.Name, t.NodeName(g.GetTarget()), name, g.GetVnode(), countText(int64(g.GetCount())), sizeText(g.GetBytes()), durationText(max(age, 0)))
 		}
-		sums.add(n.Name, countText(int64(n.GetCount())), countText(int64(n.GetMaxCount())), sizeText(n.GetBytes()), sizeText(n.GetMaxBytes()),
-			durationText(time.Duration(n.GetMaxAgeMs())*time.Millisecond), countText(int64(n.GetDropped())), countText(int64(n.GetExpired())))
+		sums.add(n.Name, countText(int64(n.answer.GetCount())), countText(int64(n.answer.GetMaxCount())), sizeText(n.answer.GetBytes()), sizeText(n.answer.GetMaxBytes()),
+			durationText(time.Duration(n.answer.GetMaxAgeMs())*time.Millisecond), countText(int64(n.answer.GetDropped())), countText(int64(n.answer.GetExpired())))
 	}
 	if found {
 		kept.write(w)

@@ -40,7 +40,7 @@ func TestHintsLs(t *testing.T) {
 	f.run("hints", "ls", "node1", "node2").want(t, 2, "unexpected argument")
 	// A node that does not answer is named; the others are listed.
 	f.nodes[2].server.Stop()
-	r := f.run("hints", "ls", "-o", "json").want(t, 0, "node3 was not asked")
+	r := f.run("hints", "ls", "-o", "json").want(t, 0, "node3: cannot be reached")
 	var docs []hintListDoc
 	if err := json.Unmarshal([]byte(r.stdout), &docs); err != nil || len(docs) != 2 {
 		t.Errorf("%d nodes are listed, %v", len(docs), err)
