@@ -26,11 +26,16 @@ import (
 //
 // Invariant: a leaf that is not dirty has the hash of its records that were visible
 // when Apply last returned. Apply makes a leaf dirty after its records are visible,
-// so a scan that missed them leaves the leaf dirty.
+// so a scan that missed them leaves the leaf dirty. Whoever asks gets every leaf as it
+// was at some moment since he asked: under a stream of writes there is none at which
+// all are clean.
 
 const (
 	leafBits   = 7 // 128 records a leaf
 	branchBits = 6 // 64 leaves a branch
+	// maxTouched bounds the keys that are remembered while leaves are being read; past
+	// it all of those are dirty afterwards.
+	maxTouched = 1024
 )
 
 // The levels of a tree.
@@ -81,7 +86,8 @@ type leaf struct {
 // tree is the hash tree of a vnode's records in one namespace.
 type tree struct {
 	id vnodeID
-	// refreshing holds a token while somebody reads dirty leaves.
+	// refreshing holds a token while somebody reads dirty leaves, or what he has made
+	// of them. Only he changes the starts of leaves.
 	refreshing chan struct{}
 	used       atomic.Int64 // by the clock of trees
 	mu         struct {
@@ -89,8 +95,9 @@ type tree struct {
 		// leaves is in order of start and never empty; the first starts at "".
 		leaves      []leaf
 		certificate hlc.Timestamp
-		// touched counts the changes since it was made.
-		touched uint64
+		// touched are the first maxTouched keys written while leaves are being read.
+		reading bool
+		touched []string
 		// dropped is set when it is no longer among the store's trees.
 		dropped bool
 	}
@@ -137,9 +144,12 @@ func (ts *trees) get(id vnodeID) *tree {
 // touch notes that a key's record may have changed.
 func (ts *trees) touch(id vnodeID, key []byte) {
 	if t := ts.of(id); t != nil {
+		k := string(key)
 		t.mu.Lock()
-		t.mu.touched++
-		t.mu.leaves[t.find(string(key))].dirty = true
+		t.mu.leaves[t.find(k)].dirty = true
+		if t.mu.reading && len(t.mu.touched) < maxTouched {
+			t.mu.touched = append(t.mu.touched, k)
+		}
 		t.mu.Unlock()
 	}
 }
@@ -150,7 +160,7 @@ func (t *tree) find(key string) int {
 	return sort.Search(len(t.mu.leaves), func(i int) bool { return t.mu.leaves[i].start > key }) - 1
 }
 
-// forget drops the trees of a namespace; those of one vnode of it where one is given.
+// forget drops the trees of some vnodes.
 func (ts *trees) forget(matches func(vnodeID) bool) {
 	ts.mu.Lock()
 	defer ts.mu.Unlock()
@@ -161,15 +171,13 @@ func (ts *trees) forget(matches func(vnodeID) bool) {
 	}
 }
 
-// drop makes a tree be built anew when it is asked for next. Whoever refreshes the
-// old one keeps what it has.
+// drop makes a tree be built anew when it is asked for next. Whoever has asked for
+// the old one goes on with it: it knows of all that was written before he asked.
 // REQUIRES: ts.mu is held.
 func (ts *trees) drop(t *tree) {
 	delete(ts.byVnode, t.id)
 	t.mu.Lock()
 	ts.leaves.Add(-int64(len(t.mu.leaves)))
-	t.mu.leaves = []leaf{{dirty: true}}
-	t.mu.touched++
 	t.mu.dropped = true
 	t.mu.Unlock()
 }
@@ -208,15 +216,15 @@ func startsLeaf(key []byte) (leaf, branch bool) {
 // means no end. Records that certificate lets go are left out; it only grows, and
 // the one that was counted by is returned. All records counted are on disk.
 func (s *Store) Tree(ctx context.Context, namespace, vnode uint32, certificate hlc.Timestamp, level int, start, end []byte, limit int) (nodes []TreeNode, next []byte, by hlc.Timestamp, err error) {
-	t := s.trees.get(vnodeID{namespace, vnode})
 	if level == Root {
 		start, end = nil, nil
 	}
-	if by, err = s.refresh(ctx, t, certificate, start, end); err != nil {
+	t, err := s.view(ctx, vnodeID{namespace, vnode}, certificate, start, end)
+	if err != nil {
 		return nil, nil, 0, err
 	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
+	defer t.release()
+	by = t.mu.certificate
 	b := nodeBuilder{level: level, limit: limit}
 	for i := t.find(string(start)); i < len(t.mu.leaves); i++ {
 		l := &t.mu.leaves[i]
@@ -288,12 +296,11 @@ type Dead struct {
 // Dead returns what of a vnode's records may be removed, by the certificate given
 // or a greater one that was given before.
 func (s *Store) Dead(ctx context.Context, namespace, vnode uint32, certificate hlc.Timestamp) (d Dead, err error) {
-	t := s.trees.get(vnodeID{namespace, vnode})
-	if _, err := s.refresh(ctx, t, certificate, nil, nil); err != nil {
+	t, err := s.view(ctx, vnodeID{namespace, vnode}, certificate, nil, nil)
+	if err != nil {
 		return d, err
 	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
+	defer t.release()
 	for i := range t.mu.leaves {
 		l := &t.mu.leaves[i]
 		d.Records += uint64(l.dead)
@@ -308,12 +315,11 @@ func (s *Store) Dead(ctx context.Context, namespace, vnode uint32, certificate h
 // GoneRanges returns the stretches of keys in which a vnode has records that the
 // certificate lets go, as pairs of start and end; an empty end means no end.
 func (s *Store) GoneRanges(ctx context.Context, namespace, vnode uint32, certificate hlc.Timestamp) (ranges [][2][]byte, err error) {
-	t := s.trees.get(vnodeID{namespace, vnode})
-	if _, err := s.refresh(ctx, t, certificate, nil, nil); err != nil {
+	t, err := s.view(ctx, vnodeID{namespace, vnode}, certificate, nil, nil)
+	if err != nil {
 		return nil, err
 	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
+	defer t.release()
 	for i := range t.mu.leaves {
 		if t.mu.leaves[i].gone > 0 {
 			ranges = append(ranges, [2][]byte{[]byte(t.mu.leaves[i].start), []byte(t.endOf(i))})
@@ -334,15 +340,36 @@ func (t *tree) endOf(i int) string {
 // TreeBytesRead returns how many bytes of records have been read for hash trees.
 func (s *Store) TreeBytesRead() uint64 { return s.trees.read.Load() }
 
-// refresh reads the dirty leaves that hold keys in [start, end), and returns the
-// certificate by which the tree counts.
-func (s *Store) refresh(ctx context.Context, t *tree, certificate hlc.Timestamp, start, end []byte) (hlc.Timestamp, error) {
+// view returns a vnode's tree after reading those leaves again that hold keys in
+// [start, end) and were dirty. It counts by the certificate, or by a greater one. The
+// caller holds the tree, and must release it.
+func (s *Store) view(ctx context.Context, id vnodeID, certificate hlc.Timestamp, start, end []byte) (*tree, error) {
+	t := s.trees.get(id)
 	select {
 	case t.refreshing <- struct{}{}:
-		defer func() { <-t.refreshing }()
 	case <-ctx.Done():
-		return 0, ctx.Err()
+		return nil, ctx.Err()
 	}
+	err := s.refresh(ctx, t, certificate, string(start), string(end))
+	s.trees.evict(t)
+	if err != nil {
+		<-t.refreshing
+		return nil, err
+	}
+	t.mu.Lock()
+	return t, nil
+}
+
+// release ends a view.
+func (t *tree) release() {
+	t.mu.Unlock()
+	<-t.refreshing
+}
+
+// refresh reads the dirty leaves that hold keys in [start, end), from the first to
+// the last, each once.
+// REQUIRES: the caller holds t's token.
+func (s *Store) refresh(ctx context.Context, t *tree, certificate hlc.Timestamp, start, end string) error {
 	t.mu.Lock()
 	if certificate > t.mu.certificate {
 		t.mu.certificate = certificate
@@ -353,20 +380,21 @@ func (s *Store) refresh(ctx context.Context, t *tree, certificate hlc.Timestamp,
 	}
 	certificate = t.mu.certificate
 	t.mu.Unlock()
-	for ctx.Err() == nil {
-		done, err := s.refreshOne(t, certificate, string(start), string(end))
-		if done || err != nil {
-			s.trees.evict(t)
-			return certificate, err
+	for more := true; more; {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		var err error
+		if start, more, err = s.refreshOne(ctx, t, certificate, start, end); err != nil {
+			return err
 		}
 	}
-	return 0, ctx.Err()
+	return nil
 }
 
-// refreshOne reads the first dirty leaf of a range, and reports whether there was
-// none.
+// refreshOne reads the first dirty leaf of a range. It returns where to go on.
 // REQUIRES: the caller holds t's token.
-func (s *Store) refreshOne(t *tree, certificate hlc.Timestamp, start, end string) (done bool, err error) {
+func (s *Store) refreshOne(ctx context.Context, t *tree, certificate hlc.Timestamp, start, end string) (next string, more bool, err error) {
 	t.mu.Lock()
 	i := t.find(start)
 	for i < len(t.mu.leaves) && !t.mu.leaves[i].dirty {
@@ -374,55 +402,56 @@ func (s *Store) refreshOne(t *tree, certificate hlc.Timestamp, start, end string
 	}
 	if i == len(t.mu.leaves) || end != "" && t.mu.leaves[i].start >= end {
 		t.mu.Unlock()
-		return true, nil
+		return "", false, nil
 	}
 	from, to := t.mu.leaves[i].start, t.endOf(i)
-	touched := t.mu.touched
+	t.mu.reading = true
 	t.mu.Unlock()
 
-	fresh, err := s.hashLeaves(t.id, certificate, from, to)
-	if err != nil {
-		return false, err
-	}
+	fresh, err := s.hashLeaves(ctx, t.id, certificate, from, to)
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.replace(fresh, from, to, touched, &s.trees.leaves)
-	return false, nil
+	touched := t.mu.touched
+	t.mu.reading, t.mu.touched = false, nil
+	if err != nil {
+		return "", false, err
+	}
+	next, more = t.replace(i, fresh, touched, &s.trees.leaves)
+	return next, more, nil
 }
 
-// replace puts fresh leaves in the place of those in [from, to). Where something was
-// touched meanwhile they stay dirty. When the key that began the first of them is
-// gone, the leaf before is to be read with them.
-// REQUIRES: t.mu is held.
-func (t *tree) replace(fresh []leaf, from, to string, touched uint64, count *atomic.Int64) {
-	lo := t.find(from)
-	if t.mu.leaves[lo].start != from {
-		return // dropped meanwhile
-	}
-	hi := lo + 1
-	for hi < len(t.mu.leaves) && (to == "" || t.mu.leaves[hi].start < to) {
-		hi++
-	}
-	if t.mu.touched != touched {
-		for i := range fresh {
-			fresh[i].dirty = true
-		}
-	}
-	if from != "" && fresh[0].start != from {
-		// Joined to the leaf before, and read again with it.
+// replace puts fresh leaves in the place of the i-th. Those that were touched
+// meanwhile stay dirty. When the key that began the first of them is gone, the leaf
+// before is to be read with them. It returns where to go on, if there is more.
+// REQUIRES: t.mu and the token are held.
+func (t *tree) replace(i int, fresh []leaf, touched []string, count *atomic.Int64) (next string, more bool) {
+	next = t.endOf(i)
+	more = next != ""
+	lo, hi := i, i+1
+	if from := t.mu.leaves[i].start; from != "" && fresh[0].start != from {
 		lo--
-		fresh = append([]leaf{{start: t.mu.leaves[lo].start, dirty: true}}, fresh[1:]...)
+		next, more = t.mu.leaves[lo].start, true
+		fresh[0] = leaf{start: next, dirty: true}
 	}
 	if !t.mu.dropped {
 		count.Add(int64(len(fresh) - (hi - lo)))
 	}
 	t.mu.leaves = slices.Replace(t.mu.leaves, lo, hi, fresh...)
+	for _, k := range touched {
+		t.mu.leaves[t.find(k)].dirty = true
+	}
+	if len(touched) == maxTouched {
+		for j := range fresh {
+			t.mu.leaves[lo+j].dirty = true
+		}
+	}
+	return next, more
 }
 
 // hashLeaves reads the records with keys in [from, to) and returns their leaves. The
 // first begins at from where that is a key that is there, or the first of all; else
 // its start is empty.
-func (s *Store) hashLeaves(id vnodeID, certificate hlc.Timestamp, from, to string) ([]leaf, error) {
+func (s *Store) hashLeaves(ctx context.Context, id vnodeID, certificate hlc.Timestamp, from, to string) ([]leaf, error) {
 	lower, upper := vnodeRange(id.namespace, id.vnode, []byte(from), []byte(to))
 	it, err := s.db.NewIter(&pebble.IterOptions{LowerBound: lower, UpperBound: upper})
 	if err != nil {
@@ -430,7 +459,10 @@ func (s *Store) hashLeaves(id vnodeID, certificate hlc.Timestamp, from, to strin
 	}
 	defer it.Close()
 	h := leafHasher{certificate: certificate, from: from, leaves: []leaf{{}}, sum: sha256.New()}
-	for valid := it.First(); valid; valid = it.Next() {
+	for n, valid := 0, it.First(); valid; n, valid = n+1, it.Next() {
+		if n%1024 == 1023 && ctx.Err() != nil {
+			return nil, ctx.Err()
+		}
 		value, err := it.ValueAndErr()
 		if err != nil {
 			return nil, readError(err)

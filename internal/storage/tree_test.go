@@ -230,6 +230,119 @@ func TestTreeUnderRaces(t *testing.T) {
 	}
 }
 
+// A tree that is dropped while somebody asks for it does not look empty: he would
+// take it for equal to an empty replica's.
+func TestDroppedTreeKeepsItsRecords(t *testing.T) {
+	s := open(t, vfs.NewMem())
+	defer s.Close()
+	const keys = 500
+	for i := range keys {
+		applyAll(t, s, treeWrite(fmt.Sprint("key", i), 1, record.Value))
+	}
+	treeLevels(t, s, 0)
+	asked := s.trees.get(vnodeID{1, 2})
+	s.trees.forget(func(vnodeID) bool { return true })
+	records := uint32(0)
+	for _, l := range asked.mu.leaves {
+		records += l.records
+	}
+	if records != keys || s.trees.get(vnodeID{1, 2}) == asked {
+		t.Errorf("the dropped tree has %d records of %d", records, keys)
+	}
+	if leaves, _ := s.TreeStats(); leaves != 1 {
+		t.Errorf("%d leaves are counted, want that of the new tree", leaves)
+	}
+}
+
+// meddling writes to a store whenever it is asked whether it has ended, a hundred
+// times at most.
+type meddling struct {
+	context.Context
+	write func(i int)
+	times int
+}
+
+func (m *meddling) Err() error {
+	if m.times++; m.times > 100 {
+		return context.Canceled
+	}
+	m.write(m.times)
+	return nil
+}
+
+// However fast others write, whoever asks for a tree gets an answer, after each
+// record has been read once at most.
+func TestTreeComesToAnEndUnderWrites(t *testing.T) {
+	s := open(t, vfs.NewMem())
+	defer s.Close()
+	const keys = 2000
+	write := func(i, version int) {
+		applyAll(t, s, treeWrite(fmt.Sprintf("key%04d", i), uint64(version), record.Value))
+	}
+	for i := range keys {
+		write(i, 1)
+	}
+	treeLevels(t, s, 0)
+	full := s.TreeBytesRead()
+	ctx := &meddling{Context: context.Background(), write: func(i int) { write(i%3*700, i+1) }}
+	if _, _, _, err := s.Tree(ctx, 1, 2, 0, Root, nil, nil, 0); err != nil {
+		t.Fatalf("no tree between writes: %v", err)
+	}
+	if read := s.TreeBytesRead() - full; read == 0 || read > full {
+		t.Errorf("%d bytes are read for a tree over %d", read, full)
+	}
+	kept := treeLevels(t, s, 0)
+	s.trees.forget(func(vnodeID) bool { return true })
+	if d := cmp.Diff(treeLevels(t, s, 0), kept); d != "" {
+		t.Error(d)
+	}
+}
+
+// A key written while leaves are read leaves its own leaf dirty and no other, unless
+// there are too many to tell.
+func TestOnlyTouchedLeavesStayDirty(t *testing.T) {
+	for _, touched := range []int{1, maxTouched + 1} {
+		s := open(t, vfs.NewMem())
+		for i := range 3000 {
+			applyAll(t, s, treeWrite(fmt.Sprint("key", i), 1, record.Value))
+		}
+		tr := s.trees.get(vnodeID{1, 2})
+		tr.mu.Lock()
+		tr.mu.reading = true
+		tr.mu.Unlock()
+		fresh, err := s.hashLeaves(context.Background(), tr.id, 0, "", "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range touched {
+			applyAll(t, s, treeWrite("key7", uint64(2+i), record.Value))
+		}
+		tr.mu.Lock()
+		tr.replace(0, fresh, tr.mu.touched, &s.trees.leaves)
+		dirty := 0
+		for _, l := range tr.mu.leaves {
+			if l.dirty {
+				dirty++
+			}
+		}
+		want := 1
+		if touched > maxTouched {
+			want = len(tr.mu.leaves)
+		}
+		if !tr.mu.leaves[tr.find("key7")].dirty || dirty != want || len(fresh) < 10 {
+			t.Errorf("%d of %d leaves are dirty after %d writes of one key", dirty, len(fresh), touched)
+		}
+		tr.mu.reading, tr.mu.touched = false, nil
+		tr.mu.Unlock()
+		kept := treeLevels(t, s, 0)
+		s.trees.forget(func(vnodeID) bool { return true })
+		if d := cmp.Diff(treeLevels(t, s, 0), kept); d != "" {
+			t.Error(d)
+		}
+		s.Close()
+	}
+}
+
 // The trees of many vnodes keep to their bound.
 func TestTreesAreBounded(t *testing.T) {
 	s := open(t, vfs.NewMem())
