@@ -61,6 +61,8 @@ type process struct {
 	name string
 	host string
 	disk *vfs.MemFS
+	// trouble is what is wrong with it.
+	trouble trouble
 	// offset is how many milliseconds its wall clock is ahead.
 	offset atomic.Int64
 	// run starts it; stop ends the instance that runs. Both are nil when it has none.
@@ -74,6 +76,9 @@ type process struct {
 type instance struct {
 	p     *process
 	ended atomic.Bool
+	// died is closed when its disk has ended it.
+	dead  atomic.Bool
+	died  chan struct{}
 	stop  func()
 	err   error
 	ready chan struct{} // closed when run has returned
@@ -132,7 +137,7 @@ func (w *World) addOrchestrator(name, host string, peers []orchestrator.Peer) {
 		cfg.ElectionTimeout = 500 * time.Millisecond
 		cfg.Logger, cfg.Software, cfg.Fatal = w.logger(name), "sim", in.fatal
 		cfg.Seams = orchestrator.Seams{
-			FS: p.disk, Listen: in.listen, Dial: in.dial, WallClock: p.wall,
+			FS: newFaultyDisk(p.disk, &p.trouble), Listen: in.listen, Dial: in.dial, WallClock: p.wall,
 			Gossip: func(bind string) (memberlist.Transport, error) { return newGossipTransport(in, bind) },
 			Raft:   func(bind, _ string) (raft.StreamLayer, error) { return newRaftStreams(in, bind) },
 		}
@@ -159,7 +164,7 @@ func (w *World) AddNode(name, zone string) {
 		}
 		cfg.Logger, cfg.Software, cfg.Fatal = w.logger(name), "sim", in.fatal
 		cfg.Seams = node.Seams{
-			FS: p.disk, Listen: in.listen, Dial: in.dial, WallClock: p.wall, SyncDelay: w.cfg.SyncDelay,
+			FS: newFaultyDisk(p.disk, &p.trouble), Listen: in.listen, Dial: in.dial, WallClock: p.wall, SyncDelay: w.cfg.SyncDelay,
 			Gossip: func(bind string) (memberlist.Transport, error) { return newGossipTransport(in, bind) },
 		}
 		n, err := node.Start(context.Background(), cfg)
@@ -174,12 +179,6 @@ func (w *World) AddNode(name, zone string) {
 func (w *World) logger(name string) *slog.Logger { return w.cfg.Logger.With("process", name) }
 
 func (p *process) wall() int64 { return time.Now().UnixMilli() + p.offset.Load() }
-
-func (in *instance) fatal(err error) {
-	if !in.ended.Load() {
-		in.p.w.t.Errorf("%s cannot go on: %v", in.p.name, err)
-	}
-}
 
 func (in *instance) listen(address string) (net.Listener, error) {
 	if in.ended.Load() {
@@ -201,7 +200,7 @@ func (w *World) begin(p *process) {
 		w.cfg.Starting(p.name)
 	}
 	p.started = true
-	in := &instance{p: p, ready: make(chan struct{})}
+	in := &instance{p: p, ready: make(chan struct{}), died: make(chan struct{})}
 	p.live = in
 	go func() {
 		defer close(in.ready)

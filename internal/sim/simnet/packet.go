@@ -52,6 +52,9 @@ func (p *PacketConn) Send(to string, data []byte) error {
 	p.sent++
 	sent := p.sent
 	p.mu.Unlock()
+	if p.net.lost(from, hostOf(to), sent) {
+		return nil
+	}
 	packet := Packet{From: p.address, Data: append([]byte(nil), data...)}
 	time.AfterFunc(p.net.delay(from, hostOf(to), 1<<40, sent), func() {
 		p.net.mu.Lock()

@@ -34,6 +34,7 @@ type Network struct {
 		conns     map[*conn]struct{}
 		cut       map[[2]string]bool // from, to
 		latency   func(from, to string) (base, jitter time.Duration)
+		loss      float64
 		dials     uint64
 	}
 }
@@ -83,6 +84,37 @@ func (n *Network) isCut(from, to string) bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return n.mu.cut[[2]string{from, to}]
+}
+
+// SetLoss sets the share of datagrams that are lost, 0 to 1.
+func (n *Network) SetLoss(share float64) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.mu.loss = share
+}
+
+// lost decides whether the i-th datagram between two hosts is; the same seed loses
+// the same ones.
+func (n *Network) lost(from, to string, i uint64) bool {
+	n.mu.Lock()
+	share := n.mu.loss
+	n.mu.Unlock()
+	return share > 0 && n.stream(from, to, 1<<41, i).Float64() < share
+}
+
+// Reset breaks the connections between two hosts, as a middlebox that forgets them.
+func (n *Network) Reset(a, b string) {
+	n.mu.Lock()
+	var conns []*conn
+	for c := range n.mu.conns {
+		if o := hostOf(string(c.remote)); c.host == a && o == b || c.host == b && o == a {
+			conns = append(conns, c)
+		}
+	}
+	n.mu.Unlock()
+	for _, c := range conns {
+		c.reset()
+	}
 }
 
 // Crash closes all listeners and resets all connections of a host, as the end of
@@ -275,8 +307,12 @@ func (n *Network) delay(from, to string, stream, i uint64) time.Duration {
 	if jitter <= 0 {
 		return base
 	}
+	return base + time.Duration(n.stream(from, to, stream, i).Int64N(int64(jitter)))
+}
+
+// stream returns the random numbers of the i-th chunk of a stream between two hosts.
+func (n *Network) stream(from, to string, stream, i uint64) *rand.Rand {
 	h := fnv.New64a()
 	fmt.Fprint(h, from, ">", to)
-	r := rand.New(rand.NewPCG(n.seed^h.Sum64(), stream<<32^i))
-	return base + time.Duration(r.Int64N(int64(jitter)))
+	return rand.New(rand.NewPCG(n.seed^h.Sum64(), stream<<32^i))
 }
