@@ -15,6 +15,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/time/rate"
 
+	"github.com/kvasirdb/kvasir/internal/hlc"
 	"github.com/kvasirdb/kvasir/internal/replica"
 	"github.com/kvasirdb/kvasir/internal/storage"
 	"github.com/kvasirdb/kvasir/internal/topology"
@@ -36,6 +37,8 @@ type Config struct {
 	Peers   Peers
 	Logger  *slog.Logger
 	Metrics prometheus.Registerer
+	// Clock is this node's hybrid clock.
+	Clock func() hlc.Timestamp
 	// Cycle is how long a round over all vnodes takes when nothing differs. Default
 	// 60 s; at least 20 ms a vnode.
 	Cycle time.Duration
@@ -103,6 +106,13 @@ func (r *Repairer) set(paused, hurried bool) {
 	r.mu.paused, r.mu.hurried = paused, hurried
 	r.mu.Unlock()
 	r.Wake()
+}
+
+// Paused reports whether comparing is paused.
+func (r *Repairer) Paused() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.mu.paused
 }
 
 // Wake has dirty vnodes looked for at once.

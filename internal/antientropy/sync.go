@@ -42,6 +42,7 @@ type comparison struct {
 	place       storage.Place
 	peer        uint64
 	certificate hlc.Timestamp
+	readAt      hlc.Timestamp
 	out         Outcome
 }
 
@@ -49,7 +50,7 @@ type comparison struct {
 // hold the join of the two, on disk, for all records that were there when it began.
 // Errors are those of the replicas; what was mended before one stays so.
 func (r *Repairer) Sync(ctx context.Context, t *topology.Topology, place storage.Place, peer uint64) (Outcome, error) {
-	c := comparison{r: r, topology: t, place: place, peer: peer}
+	c := comparison{r: r, topology: t, place: place, peer: peer, readAt: r.cfg.Clock()}
 	spans, err := c.narrow(ctx)
 	if err != nil {
 		return c.out, err
@@ -266,6 +267,7 @@ func (c *comparison) join(ctx context.Context, node uint64, entries []*replicav1
 	}
 	_, err := c.r.call(ctx, c.topology, node, &replicav1.Call{Operation: &replicav1.Call_Apply{Apply: &replicav1.Apply{
 		Namespace: c.place.Namespace, Vnode: c.place.Vnode, Source: replicav1.Source_SOURCE_REPAIR, Entries: entries,
+		ReadAt: uint64(c.readAt),
 	}}})
 	return err
 }

@@ -89,7 +89,9 @@ type result struct {
 	namespace *topology.Namespace
 	vnode     uint32
 	slots     []quorum.Slot
-	replies   []answer
+	// readAt is this node's clock before any slot was asked.
+	readAt  hlc.Timestamp
+	replies []answer
 	// winner is the greatest record found; its kind is 0 when none was.
 	winner   record.Record
 	raw      []byte // winner's encoding; nil until its payload is here
@@ -117,7 +119,7 @@ func (c *Coordinator) read(ctx context.Context, namespace string, job readJob) (
 			return 0, 0, err
 		}
 		v := t.VnodeOf(job.key)
-		res = &result{job: job, topology: t, namespace: ns, vnode: v, slots: t.Slots(v, ns.N)}
+		res = &result{job: job, topology: t, namespace: ns, vnode: v, slots: t.Slots(v, ns.N), readAt: hlc.At(c.cfg.Clock.Now())}
 		return c.readOnce(ctx, res)
 	})
 	if err == nil {

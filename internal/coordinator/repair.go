@@ -118,8 +118,8 @@ func (r *result) repairJob(holders, targets []uint64) writeJob {
 	return writeJob{
 		topology: r.topology, namespace: r.namespace, vnode: r.vnode,
 		entries: []*replicav1.Entry{{Key: r.job.key, Record: r.raw}},
-		source:  replicav1.Source_SOURCE_REPAIR,
-		need:    r.slotsToHold(), holders: holders, targets: targets, trace: r.job.trace,
+		source:  replicav1.Source_SOURCE_REPAIR, readAt: r.readAt,
+		need: r.slotsToHold(), holders: holders, targets: targets, trace: r.job.trace,
 	}
 }
 

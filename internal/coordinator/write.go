@@ -214,6 +214,8 @@ type writeJob struct {
 	vnode     uint32
 	entries   []*replicav1.Entry
 	source    replicav1.Source
+	// readAt is when a repair's records were read.
+	readAt hlc.Timestamp
 	// need is how many slots must have the records, holders the nodes that are known
 	// to have them already, and targets, when not nil, the nodes to send them to
 	// (otherwise: every endpoint).
@@ -351,7 +353,7 @@ func (w *write) send() {
 	deadline := time.Now().Add(w.c.cfg.WriteTimeout)
 	for _, n := range live {
 		w.trace.add(kvv1.TraceEvent_KIND_SENT, w.name(n), "")
-		apply := &replicav1.Apply{Namespace: w.namespace.ID, Vnode: w.vnode, Source: w.source, Entries: w.entries}
+		apply := &replicav1.Apply{Namespace: w.namespace.ID, Vnode: w.vnode, Source: w.source, Entries: w.entries, ReadAt: uint64(w.readAt)}
 		if n == w.carrier {
 			apply.HintTargets = w.hinted
 		}

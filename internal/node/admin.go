@@ -30,6 +30,9 @@ func (n *Node) describe(reg prometheus.Registerer) {
 	gauge("clock", "offset_seconds", "This clock against the median of its peers.", func() float64 { d, _ := n.clock.Offset(); return d.Seconds() })
 	gauge("clock", "lead_seconds", "How far the hybrid clock leads the wall clock.", func() float64 { return float64(n.clock.Lead()) / 1000 })
 	n.describeHints(reg)
+	reg.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
+		Namespace: "kvasir", Subsystem: "collect", Name: "refused_calls_total", Help: "Writes and hints that were at or below a promise of this node.",
+	}, func() float64 { return float64(n.replica.RefusedBelowPromise()) }))
 	gauge("storage", "disk_used_bytes", "Bytes the store takes on disk.", func() float64 { return float64(n.store.Metrics().DiskSpaceUsage()) })
 	gauge("storage", "disk_available_bytes", "Free bytes of the store's file system.", func() float64 {
 		available, _, err := n.store.DiskUsage()

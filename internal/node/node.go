@@ -25,6 +25,7 @@ import (
 	"github.com/kvasirdb/kvasir/internal/coordinator"
 	"github.com/kvasirdb/kvasir/internal/gossip"
 	"github.com/kvasirdb/kvasir/internal/handoff"
+	"github.com/kvasirdb/kvasir/internal/hlc"
 	"github.com/kvasirdb/kvasir/internal/replica"
 	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/storage"
@@ -51,6 +52,7 @@ type Node struct {
 	coordinator *coordinator.Coordinator
 	replayer    *handoff.Replayer
 	repairer    *antientropy.Repairer
+	collector   *antientropy.Collector
 	peers       *peers
 	loop        *rpc.Loop[*replicav1.Call, *replicav1.Reply]
 	topologies  *topologies
@@ -248,6 +250,11 @@ func (n *Node) serve(run context.Context) error {
 	n.replayer = handoff.New(handoff.Config{Fence: n.fence, Hints: n.hints, Peers: n.peers, Logger: cfg.Logger})
 	n.repairer = antientropy.New(antientropy.Config{
 		Self: n.id.Incarnation, Fence: n.fence, Store: n.store, Peers: n.peers, Logger: cfg.Logger, Metrics: n.registry,
+		Clock: func() hlc.Timestamp { return hlc.At(n.clock.Now()) },
+	})
+	n.collector = antientropy.NewCollector(antientropy.CollectorConfig{
+		Self: n.id.Incarnation, Fence: n.fence, Store: n.store, Peers: n.peers, Logger: cfg.Logger, Metrics: n.registry,
+		Sync: n.repairer.Sync, Paused: n.repairer.Paused,
 	})
 	n.describe(n.registry)
 	n.adopted(n.fence.Topology())
@@ -373,6 +380,7 @@ func (n *Node) startWorkers(run context.Context) {
 	n.workers.Go(must(run, n.clock.Run))
 	n.workers.Go(must(run, n.replayer.Run))
 	n.workers.Go(must(run, n.repairer.Run))
+	n.workers.Go(must(run, n.collector.Run))
 	n.workers.Go(func() { n.topologies.run(run) })
 	n.workers.Go(func() { n.process.run(run, n.everySecond) })
 	n.workers.Go(func() { n.keepRegistered(run) })

@@ -19,6 +19,10 @@ func (s repairService) ListHints(_ context.Context, r *adminv1.ListHintsRequest)
 	return s.node.listHints(r.GetTarget()), nil
 }
 
+func (s repairService) ExplainCollection(ctx context.Context, r *adminv1.ExplainCollectionRequest) (*adminv1.ExplainCollectionResponse, error) {
+	return s.node.collector.Explain(ctx, r, s.node.hints.Groups())
+}
+
 func (s repairService) StartRepair(context.Context, *adminv1.StartRepairRequest) (*adminv1.StartRepairResponse, error) {
 	s.node.repairer.Start()
 	return &adminv1.StartRepairResponse{}, nil

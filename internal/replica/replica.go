@@ -291,7 +291,8 @@ func (f *frame) accept(c *replicav1.Call, op *replicav1.Apply) ([]storage.Write,
 			return nil, 0, rpc.Errorf(codes.InvalidArgument, rpc.ReasonBadRequest, "key %q is not in vnode %d", e.GetKey(), op.GetVnode())
 		}
 		newest, oldest = max(newest, rec.Version.Time), min(oldest, rec.Version.Time)
-		writes = append(writes, storage.Write{Namespace: op.GetNamespace(), Vnode: op.GetVnode(), Key: e.GetKey(), Record: e.GetRecord(), Repair: repair})
+		writes = append(writes, storage.Write{Namespace: op.GetNamespace(), Vnode: op.GetVnode(), Key: e.GetKey(), Record: e.GetRecord(), Repair: repair,
+			ReadAt: hlc.Timestamp(op.GetReadAt())})
 	}
 	if !repair {
 		if err := f.promised(op, oldest); err != nil {

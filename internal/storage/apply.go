@@ -7,6 +7,7 @@ import (
 
 	"github.com/cockroachdb/pebble/v2"
 
+	"github.com/kvasirdb/kvasir/internal/hlc"
 	"github.com/kvasirdb/kvasir/internal/mutant"
 	"github.com/kvasirdb/kvasir/internal/record"
 )
@@ -20,6 +21,8 @@ type Write struct {
 	// Repair says that another replica holds the record, and the collection of dead
 	// records has a word in it: see Store.Apply.
 	Repair bool
+	// ReadAt is when a repair's record was read, by the reader's clock; 0 is now.
+	ReadAt hlc.Timestamp
 }
 
 // Commit is a batch that has been applied. Whoever applied it must call Wait.
@@ -38,8 +41,8 @@ type Commit struct {
 // Apply joins records into the store and adds hints, as one commit. On return the
 // records are visible; what a caller tells others about them must wait for
 // Commit.Wait. Records that the store knows to be superseded are not written
-// again, nor are records marked Repair that are dead at or below the vnode's
-// certificate and whose key is absent. Errors are ErrDiskFull, ErrCorrupt for a record that does not decode (then
+// again, nor are records marked Repair whose key is absent because they, or what
+// followed them, were removed under the vnode's certificate. Errors are ErrDiskFull, ErrCorrupt for a record that does not decode (then
 // nothing is applied), what Config.Fatal was called with, or Pebble's.
 func (s *Store) Apply(writes []Write, hints []Hint) (*Commit, error) {
 	if err := s.failure(); err != nil {

@@ -3,6 +3,7 @@ package storage
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2"
 
@@ -29,11 +30,19 @@ func deadAt(rec record.Record, certificate hlc.Timestamp) bool {
 	return ok && from <= certificate
 }
 
-// collected reports whether a repair must not be joined: it is dead at or below the
-// certificate and its key is absent, so it has been removed here already.
+// RepairHorizon is how long after its timestamp a certificate has been issued at the
+// latest, by any clock that may issue versions.
+const RepairHorizon = 2 * time.Minute
+
+// collected reports whether a repair must not be joined. Its key is absent, and either
+// it is dead at or below the certificate, so it has been removed here already; or it
+// was read before all endpoints were found equal up to the certificate, so it brings
+// nothing that this one lacks, but perhaps what has been deleted since.
 // REQUIRES: the latch of key is held.
 func (s *Store) collected(b *pebble.Batch, key string, rec record.Record, w Write) bool {
-	if !deadAt(rec, s.Collection(w.Namespace, w.Vnode).Certificate) {
+	certificate := s.Collection(w.Namespace, w.Vnode).Certificate
+	old := w.ReadAt != 0 && rec.Version.Time <= certificate && w.ReadAt <= hlc.At(certificate.Millis()+RepairHorizon.Milliseconds())
+	if !old && !deadAt(rec, certificate) {
 		return false
 	}
 	if e, ok := s.latches.of([]byte(key)).mu.versions.Peek(key); ok && (e.exact || e.blind > 0) {

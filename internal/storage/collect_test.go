@@ -198,6 +198,35 @@ func TestLateRepairsAreSkipped(t *testing.T) {
 	wantRecord(t, s, "removed", tombstone(5))
 }
 
+// A repair that was read before the endpoints were found equal brings nothing that one
+// of them lacks: without this a value that a paused node has read and sends later
+// would be back after its tombstone went.
+func TestRepairsReadBeforeACertificateAreSkipped(t *testing.T) {
+	s := open(t, vfs.NewMem())
+	defer closeStore(t, s)
+	c := hlc.At(1_000_000)
+	put(t, s, write("k", tombstone(uint64(c)-1)), write("present", value(1, "x")))
+	certify(t, s, c)
+	collect(t, s, "k")
+	horizon := hlc.At(c.Millis() + RepairHorizon.Milliseconds())
+	dated := func(key string, rec []byte, readAt hlc.Timestamp) Write {
+		w := repair(key, rec)
+		w.ReadAt = readAt
+		return w
+	}
+	put(t, s, dated("k", value(5, "old"), horizon))
+	wantAbsent(t, s, "k")
+	put(t, s, dated("present", value(5, "newer"), horizon))
+	wantRecord(t, s, "present", value(5, "newer"))
+	put(t, s, dated("young", value(uint64(c)+1, "young"), horizon))
+	wantRecord(t, s, "young", value(uint64(c)+1, "young"))
+	// What is read later is joined: a replica that lost its disk has to have it.
+	put(t, s, dated("k", value(5, "old"), horizon+1))
+	wantRecord(t, s, "k", value(5, "old"))
+	put(t, s, repair("undated", value(5, "old")))
+	wantRecord(t, s, "undated", value(5, "old"))
+}
+
 // The cache knows nothing of a removed record: a write that thought an older one
 // superseded, or a Set over it, would go by what is not there any more.
 func TestRuleNoEntryAcrossARemoval(t *testing.T) {

@@ -196,7 +196,10 @@ type Apply struct {
 	Entries   []*Entry               `protobuf:"bytes,4,rep,name=entries,proto3" json:"entries,omitempty"`
 	// Incarnations known to be down, for which the receiver keeps hints in the same
 	// commit.
-	HintTargets   []uint64 `protobuf:"varint,5,rep,packed,name=hint_targets,json=hintTargets,proto3" json:"hint_targets,omitempty"`
+	HintTargets []uint64 `protobuf:"varint,5,rep,packed,name=hint_targets,json=hintTargets,proto3" json:"hint_targets,omitempty"`
+	// For repairs: the sender's hybrid clock before it read the records that it brings;
+	// 0 when they may be taken to be of now.
+	ReadAt        uint64 `protobuf:"fixed64,6,opt,name=read_at,json=readAt,proto3" json:"read_at,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -264,6 +267,13 @@ func (x *Apply) GetHintTargets() []uint64 {
 		return x.HintTargets
 	}
 	return nil
+}
+
+func (x *Apply) GetReadAt() uint64 {
+	if x != nil {
+		return x.ReadAt
+	}
+	return 0
 }
 
 type ApplyResult struct {
@@ -1688,13 +1698,14 @@ const file_kvasir_replica_v1_replica_proto_rawDesc = "" +
 	"\x1fkvasir/replica/v1/replica.proto\x12\x11kvasir.replica.v1\x1a\x18kvasir/kv/v1/error.proto\"1\n" +
 	"\x05Entry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\fR\x03key\x12\x16\n" +
-	"\x06record\x18\x02 \x01(\fR\x06record\"\xc5\x01\n" +
+	"\x06record\x18\x02 \x01(\fR\x06record\"\xde\x01\n" +
 	"\x05Apply\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\rR\tnamespace\x12\x14\n" +
 	"\x05vnode\x18\x02 \x01(\rR\x05vnode\x121\n" +
 	"\x06source\x18\x03 \x01(\x0e2\x19.kvasir.replica.v1.SourceR\x06source\x122\n" +
 	"\aentries\x18\x04 \x03(\v2\x18.kvasir.replica.v1.EntryR\aentries\x12!\n" +
-	"\fhint_targets\x18\x05 \x03(\x04R\vhintTargets\"0\n" +
+	"\fhint_targets\x18\x05 \x03(\x04R\vhintTargets\x12\x17\n" +
+	"\aread_at\x18\x06 \x01(\x06R\x06readAt\"0\n" +
 	"\vApplyResult\x12!\n" +
 	"\fcredit_bytes\x18\x01 \x01(\x04R\vcreditBytes\"m\n" +
 	"\x04Read\x12\x1c\n" +
