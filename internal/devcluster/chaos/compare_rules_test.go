@@ -21,17 +21,20 @@ func TestCompareFindsEveryDifference(t *testing.T) {
 	for _, c := range []struct {
 		name              string
 		held              [2][]record.Record // of one key, in the order they came
+		certificate       hlc.Timestamp      // of the second
 		differ, collected int
 	}{
-		{"equal", [2][]record.Record{{value(1, "a")}, {value(1, "a")}}, 0, 0},
-		{"equal in the end", [2][]record.Record{{value(1, "a"), value(2, "b")}, {value(2, "b"), value(1, "a")}}, 0, 0},
-		{"equal tombstones", [2][]record.Record{{tombstone(3)}, {value(1, "a"), tombstone(3)}}, 0, 0},
-		{"one lacks it", [2][]record.Record{{value(1, "a")}, nil}, 1, 0},
-		{"one is behind", [2][]record.Record{{value(1, "a")}, {value(2, "a")}}, 1, 0},
-		{"other bytes", [2][]record.Record{{value(1, "a")}, {value(1, "b")}}, 1, 0},
-		{"deleted on one", [2][]record.Record{{value(1, "a")}, {tombstone(2)}}, 1, 0},
-		{"other tombstones", [2][]record.Record{{tombstone(1)}, {tombstone(2)}}, 1, 0},
-		{"one has removed a tombstone", [2][]record.Record{{tombstone(1)}, nil}, 0, 1},
+		{"equal", [2][]record.Record{{value(1, "a")}, {value(1, "a")}}, 0, 0, 0},
+		{"equal in the end", [2][]record.Record{{value(1, "a"), value(2, "b")}, {value(2, "b"), value(1, "a")}}, 0, 0, 0},
+		{"equal tombstones", [2][]record.Record{{tombstone(3)}, {value(1, "a"), tombstone(3)}}, 0, 0, 0},
+		{"one lacks it", [2][]record.Record{{value(1, "a")}, nil}, 0, 1, 0},
+		{"one is behind", [2][]record.Record{{value(1, "a")}, {value(2, "a")}}, 0, 1, 0},
+		{"other bytes", [2][]record.Record{{value(1, "a")}, {value(1, "b")}}, 0, 1, 0},
+		{"deleted on one", [2][]record.Record{{value(1, "a")}, {tombstone(2)}}, 0, 1, 0},
+		{"other tombstones", [2][]record.Record{{tombstone(1)}, {tombstone(2)}}, 0, 1, 0},
+		{"one lacks a tombstone", [2][]record.Record{{tombstone(2)}, nil}, 1, 1, 0},
+		{"one has removed a tombstone", [2][]record.Record{{tombstone(2)}, nil}, 2, 0, 1},
+		{"one lacks a value below its certificate", [2][]record.Record{{value(1, "a")}, nil}, 2, 1, 0},
 	} {
 		stores := map[uint64]*storage.Store{}
 		for i, records := range c.held {
@@ -50,6 +53,11 @@ func TestCompareFindsEveryDifference(t *testing.T) {
 				if err := commit.Wait(); err != nil {
 					t.Fatal(err)
 				}
+			}
+		}
+		if c.certificate > 0 {
+			if err := stores[2].Certify(1, 2, c.certificate, []uint64{1, 2}); err != nil {
+				t.Fatal(err)
 			}
 		}
 		held, err := readCopies(stores, 1, 2, []uint64{1, 2})

@@ -10,13 +10,20 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs"
 
 	"github.com/kvasirdb/kvasir/client"
+	"github.com/kvasirdb/kvasir/internal/hlc"
 	"github.com/kvasirdb/kvasir/internal/record"
 	"github.com/kvasirdb/kvasir/internal/storage"
 	"github.com/kvasirdb/kvasir/internal/topology"
 )
 
-// copies are the records of a vnode in one namespace, by node and key.
-type copies map[uint64]map[string]record.Record
+// copies are what nodes hold of a vnode in one namespace.
+type copies map[uint64]held
+
+type held struct {
+	records map[string]record.Record
+	// certificate is up to where the node may have removed tombstones.
+	certificate hlc.Timestamp
+}
 
 // openStore opens a data directory whose node has been stopped.
 func openStore(fs vfs.FS, dir string) (*storage.Store, error) {
@@ -56,7 +63,7 @@ func readCopies(stores map[uint64]*storage.Store, namespace, vnode uint32, endpo
 		if err != nil {
 			return nil, err
 		}
-		out[node] = records
+		out[node] = held{records, stores[node].Collection(namespace, vnode).Certificate}
 	}
 	return out, nil
 }
@@ -68,24 +75,25 @@ type difference struct {
 }
 
 // compare returns the keys of which replicas hold different records. collected counts
-// tombstones that some hold and others do not, which is no difference: they are
-// removed replica by replica.
+// tombstones that some have removed and others not yet, which is no difference where
+// a certificate allows it.
 func (c copies) compare() (differ []difference, collected int) {
 	keys := map[string]bool{}
-	for _, records := range c {
-		for k := range records {
+	for _, h := range c {
+		for k := range h.records {
 			keys[k] = true
 		}
 	}
 	nodes := slices.Sorted(maps.Keys(c))
 	for _, key := range slices.Sorted(maps.Keys(keys)) {
 		var first *record.Record
-		missing, equal := 0, true
+		var missing []uint64
+		equal := true
 		text := ""
 		for _, n := range nodes {
-			r, ok := c[n][key]
+			r, ok := c[n].records[key]
 			if !ok {
-				missing++
+				missing = append(missing, n)
 				text += fmt.Sprintf(" #%d nothing;", n)
 				continue
 			}
@@ -97,14 +105,19 @@ func (c copies) compare() (differ []difference, collected int) {
 			}
 		}
 		switch {
-		case equal && missing == 0:
-		case equal && first.Kind == record.Tombstone:
+		case equal && len(missing) == 0:
+		case equal && first.Kind == record.Tombstone && c.mayLack(missing, first.Version.Time):
 			collected++
 		default:
 			differ = append(differ, difference{key, text})
 		}
 	}
 	return differ, collected
+}
+
+// mayLack reports whether nodes may have removed a tombstone.
+func (c copies) mayLack(nodes []uint64, at hlc.Timestamp) bool {
+	return !slices.ContainsFunc(nodes, func(n uint64) bool { return c[n].certificate < at })
 }
 
 // compareAll compares all replicas, and judges each copy by the ledger.
@@ -146,9 +159,9 @@ func (r *run) compareAll(t *topology.Topology) error {
 			for _, d := range differences {
 				r.log.wrong("replicas differ: vnode %d, %s:%s", v, d.key, d.text)
 			}
-			for node, held := range c {
-				records += len(held)
-				r.judgeCopy(t, node, uint32(v), held)
+			for node, h := range c {
+				records += len(h.records)
+				r.judgeCopy(t, node, uint32(v), h.records)
 			}
 		}
 	}
