@@ -19,21 +19,23 @@ type kind struct {
 	minority bool
 	// hits picks what is hit and does it. It returns a description and how it ends.
 	hits func(w *world, rng *rand.Rand) (what string, heal func() error, err error)
+	// heals bounds how long the cluster may take to be whole again.
+	heals time.Duration
 }
 
 // kinds are all faults.
 var kinds = []kind{
-	{name: "kill", minority: true, hits: killOne},
-	{name: "kill-orch", minority: true, hits: killOrchestrator},
-	{name: "kill-all", hits: killAll},
-	{name: "pause", minority: true, hits: pause},
-	{name: "full-disk", minority: true, hits: fullDisk},
-	{name: "cut", minority: true, hits: cutOff(true, true)},
-	{name: "cut-in", minority: true, hits: cutOff(true, false)},
-	{name: "cut-out", minority: true, hits: cutOff(false, true)},
-	{name: "cut-pair", minority: true, hits: cutPair},
-	{name: "cut-zone", minority: true, hits: cutZone},
-	{name: "cut-orch", minority: true, hits: cutOrchestrator},
+	{name: "kill", minority: true, hits: killOne, heals: healPatience},
+	{name: "kill-orch", minority: true, hits: killOrchestrator, heals: healPatience},
+	{name: "kill-all", hits: killAll, heals: healPatience},
+	{name: "pause", minority: true, hits: pause, heals: healPatience},
+	{name: "full-disk", minority: true, hits: fullDisk, heals: healPatience},
+	{name: "cut", minority: true, hits: cutOff(true, true), heals: healPatience},
+	{name: "cut-in", minority: true, hits: cutOff(true, false), heals: healPatience},
+	{name: "cut-out", minority: true, hits: cutOff(false, true), heals: healPatience},
+	{name: "cut-pair", minority: true, hits: cutPair, heals: healPatience},
+	{name: "cut-zone", minority: true, hits: cutZone, heals: healPatience},
+	{name: "cut-orch", minority: true, hits: cutOrchestrator, heals: healPatience},
 }
 
 // kindsNamed returns the faults of a comma-separated list; all when it is empty.

@@ -117,7 +117,7 @@ func (r *run) fault(ctx context.Context, k kind, lasts time.Duration, rng *rand.
 	healed := time.Now()
 	time.Sleep(afterFault)
 	r.log.enter("healing")
-	why := until(ctx, healPatience, r.world.whole)
+	why := until(ctx, k.heals, r.world.whole)
 	r.log.say("%-9s %s, %.1f s, whole again after %.1f s: %s", k.name, what, lasts.Seconds(), time.Since(healed).Seconds(), w.line())
 	if k.minority {
 		for _, s := range w.sample() {
@@ -125,7 +125,7 @@ func (r *run) fault(ctx context.Context, k kind, lasts time.Duration, rng *rand.
 		}
 	}
 	if why != "" {
-		r.log.wrong("%s: not whole again within %s: %s", k.name, healPatience, why)
+		r.log.wrong("%s: not whole again within %s: %s", k.name, k.heals, why)
 		// What has ended by itself starts again, so that the run can go on.
 		for _, m := range r.world.machines() {
 			if !m.isRunning() {
@@ -249,10 +249,10 @@ func (r *run) noHints(ctx context.Context) string {
 // repaired waits until every node has been through two rounds of repair that began
 // when there were no hints any more. It returns false when nodes have none.
 func (r *run) repaired(ctx context.Context) (bool, error) {
-	before := map[*machine]uint64{}
+	before, mended := map[*machine]uint64{}, uint64(0)
 	for _, m := range r.world.nodes {
 		s, err := m.repair.GetRepairStatus(ctx, &adminv1.GetRepairStatusRequest{})
-		if rpc.AsError(err).Code == codes.Unimplemented {
+		if err != nil && rpc.AsError(err).Code == codes.Unimplemented {
 			return false, nil
 		}
 		if err != nil {
@@ -265,11 +265,13 @@ func (r *run) repaired(ctx context.Context) (bool, error) {
 	}
 	began := time.Now()
 	why := until(ctx, settlePatience, func(ctx context.Context) string {
+		mended = 0
 		for _, m := range r.world.nodes {
 			s, err := m.repair.GetRepairStatus(ctx, &adminv1.GetRepairStatusRequest{})
 			if err != nil {
 				return m.name + ": " + rpc.AsError(err).Message
 			}
+			mended += s.GetRecordsReceived() + s.GetRecordsSent()
 			if s.GetRounds() < before[m]+2 {
 				return fmt.Sprintf("%s has made %d rounds since", m.name, s.GetRounds()-before[m])
 			}
@@ -279,6 +281,6 @@ func (r *run) repaired(ctx context.Context) (bool, error) {
 	if why != "" {
 		return true, fmt.Errorf("repair has not been through: %s", why)
 	}
-	r.log.say("all nodes have been through two rounds of repair in %.1f s", time.Since(began).Seconds())
+	r.log.say("all nodes have been through two rounds of repair in %.1f s; since they started, repair moved %d records", time.Since(began).Seconds(), mended)
 	return true, nil
 }
