@@ -182,12 +182,15 @@ func (s *clusterStatus) nodeTable() *table {
 	return tab
 }
 
-// writeReasons says why nodes are down, below a table of nodes.
+// writeReasons says why nodes are down, and whose clock is off, below a table of
+// nodes.
 func (s *clusterStatus) writeReasons(w io.Writer) {
 	for i := range s.nodes {
 		n := &s.nodes[i]
 		if why := n.down(); why != "" {
 			fmt.Fprintf(w, "%s is down: %s\n", n.Name, strings.TrimSuffix(why, ": "))
+		} else if problem := clockProblem(n.status); problem != "" {
+			fmt.Fprintf(w, "%s %s\n", n.Name, problem)
 		}
 	}
 }

@@ -88,6 +88,7 @@ func (f *fake) busy() {
 	f.mu.status[2].Hints = []*adminv1.HintBacklog{{Target: 3, Count: 1500, Bytes: 5 << 20, OldestMs: 1772366400000 - 90_000}}
 	f.mu.status[2].WriteBacklog, f.mu.status[2].Unreachable = 1500, []uint64{3}
 	f.mu.status[1].ClockOk, f.mu.status[1].ClockOffsetMs = false, -312
+	f.mu.status[1].ClockProblem = "its clock is off by -312ms"
 }
 
 func TestStatus(t *testing.T) {
@@ -212,6 +213,29 @@ func TestHealth(t *testing.T) {
 	f.mu.status[2].State, f.mu.status[2].Reason = adminv1.NodeStatus_STATE_LOST_TAIL, "its log lost its tail"
 	f.mu.Unlock()
 	f.run("health").want(t, 4, "node node2 is down: lost tail: its log lost its tail")
+}
+
+// TestHealthNamesWrongClocks: a node that has stopped for its clock is named, and one
+// that only may be wrong.
+func TestHealthNamesWrongClocks(t *testing.T) {
+	f := newFake(t, 5)
+	f.mu.Lock()
+	for _, s := range f.mu.status {
+		s.ClockOk = true
+	}
+	f.mu.status[2].ClockProblem = "its clock is off by 10m0s against 2 of its peers"
+	f.mu.Unlock()
+	f.run("health").want(t, 0, "ok\nnode node2 warns: its clock is off by 10m0s")
+	f.mu.Lock()
+	f.mu.status[2].ClockOk = false
+	f.mu.Unlock()
+	f.run("health").want(t, 0, "degraded\nnode node2 has stopped coordinating: its clock is off by 10m0s")
+	f.run("cluster", "status").want(t, 0, "\nnode2 has stopped coordinating: its clock is off by 10m0s")
+	f.run("node", "status", "node2").want(t, 0, "\nnode2 has stopped coordinating: its clock is off by 10m0s")
+	d := decode(t, f.run("health", "-o", "json").want(t, 0).stdout)
+	if off := d["clocks_off"].([]any); len(off) != 1 || off[0].(map[string]any)["coordinates"] != false || off[0].(map[string]any)["node"] != "node2" {
+		t.Errorf("document %v", d)
+	}
 }
 
 func TestRing(t *testing.T) {

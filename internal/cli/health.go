@@ -26,12 +26,22 @@ type healthDoc struct {
 	Status                string               `json:"status"`
 	ControlPlaneAvailable bool                 `json:"control_plane_available"`
 	NodesDown             []downDoc            `json:"nodes_down"`
+	ClocksOff             []clockOffDoc        `json:"clocks_off"`
 	Namespaces            []namespaceHealthDoc `json:"namespaces"`
 }
 
 type downDoc struct {
 	Node   string `json:"node"`
 	Reason string `json:"reason"`
+}
+
+// clockOffDoc is a node that is up and whose clock is off.
+type clockOffDoc struct {
+	Node string `json:"node"`
+	// Coordinates is false for a node that has stopped serving requests for it.
+	Coordinates bool   `json:"coordinates"`
+	Reason      string `json:"reason"`
+	text        string
 }
 
 // namespaceHealthDoc counts the vnodes that miss a namespace's default quorums.
@@ -50,8 +60,8 @@ func (a *App) healthCommand() *cobra.Command {
 		Short: "Say whether every key can be read and written",
 		Long: `Says whether every vnode of every namespace meets the namespace's default quorums with
 the nodes that are up: exit code 0 if so, else 4. Prints ok; or degraded, when a node is
-down and the quorums are met all the same; or unavailable. It works when every
-orchestrator is dead.`,
+down or has stopped coordinating because its clock is off, and the quorums are met all
+the same; or unavailable. It works when every orchestrator is dead.`,
 		Example: `  kvctl health
   kvctl health && kvctl put greeting hello
   kvctl health -o json`,
@@ -87,7 +97,7 @@ func (a *App) health(ctx context.Context) error {
 
 // assess judges what can be served with the nodes that are up.
 func (s *clusterStatus) assess() healthDoc {
-	d := healthDoc{Status: healthOK, ControlPlaneAvailable: s.controlled, NodesDown: []downDoc{}, Namespaces: []namespaceHealthDoc{}}
+	d := healthDoc{Status: healthOK, ControlPlaneAvailable: s.controlled, NodesDown: []downDoc{}, ClocksOff: []clockOffDoc{}, Namespaces: []namespaceHealthDoc{}}
 	up := map[uint64]bool{}
 	for i := range s.nodes {
 		n := &s.nodes[i]
@@ -95,6 +105,11 @@ func (s *clusterStatus) assess() healthDoc {
 		if up[n.Incarnation] = why == ""; why != "" {
 			d.NodesDown = append(d.NodesDown, downDoc{n.Name, strings.TrimSuffix(why, ": ")})
 			d.Status = healthDegraded
+		} else if text := clockProblem(n.status); text != "" {
+			d.ClocksOff = append(d.ClocksOff, clockOffDoc{n.Name, n.status.GetClockOk(), n.status.GetClockProblem(), text})
+			if !n.status.GetClockOk() {
+				d.Status = healthDegraded
+			}
 		}
 	}
 	if !s.topology.Formed() {
@@ -153,6 +168,9 @@ func (d healthDoc) write(w io.Writer) {
 	fmt.Fprintln(w, d.Status)
 	for _, n := range d.NodesDown {
 		fmt.Fprintf(w, "node %s is down: %s\n", n.Node, n.Reason)
+	}
+	for _, n := range d.ClocksOff {
+		fmt.Fprintf(w, "node %s %s\n", n.Node, n.text)
 	}
 	for _, ns := range d.Namespaces {
 		if ns.NotReadable+ns.NotWritable == 0 {

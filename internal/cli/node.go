@@ -110,6 +110,19 @@ func clockText(st *adminv1.NodeStatus) string {
 	return text
 }
 
+// clockProblem is what a wrong clock keeps a node from, and what is wrong with it, or
+// "".
+func clockProblem(st *adminv1.NodeStatus) string {
+	switch problem := st.GetClockProblem(); {
+	case problem == "":
+		return ""
+	case st.GetClockOk():
+		return "warns: " + problem
+	default:
+		return "has stopped coordinating: " + problem
+	}
+}
+
 func clockLine(st *adminv1.NodeStatus) string {
 	against := "no peer's clock is known"
 	if n := st.GetClockOpinions(); n > 0 {
@@ -194,6 +207,9 @@ func (s *clusterStatus) writeNode(w io.Writer, n *observedNode) {
 		"unreachable", s.names(st.GetUnreachable()),
 		"figures are", durationText(n.age)+" old",
 	)...)
+	if problem := clockProblem(st); problem != "" {
+		fmt.Fprintf(w, "\n%s %s\n", n.Name, problem)
+	}
 	writeNodeTables(w, s.topology, st)
 }
 

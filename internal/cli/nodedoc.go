@@ -79,6 +79,7 @@ type clockDoc struct {
 	OffsetMs int64  `json:"offset_ms"`
 	Opinions uint32 `json:"opinions"`
 	LeadMs   int64  `json:"lead_ms"`
+	Problem  string `json:"problem"`
 }
 
 type hintsDoc struct {
@@ -113,7 +114,7 @@ func (s *clusterStatus) statusDoc(n *observedNode) *statusDoc {
 		CPUUtilization: number(st.GetCpuUtilization()), MemoryBytes: st.GetMemoryBytes(), DiskUsedBytes: st.GetDiskUsedBytes(), DiskAvailableBytes: st.GetDiskAvailableBytes(),
 		OpsPerSecond: number(operations(st)), Get: operationsDocOf(st.GetGet()), Put: operationsDocOf(st.GetPut()), Scan: operationsDocOf(st.GetScan()),
 		RequestsInFlight: st.GetRequestsInFlight(), WriteBacklog: st.GetWriteBacklog(),
-		Clock:  clockDoc{st.GetClockOk(), st.GetClockOffsetMs(), st.GetClockOpinions(), st.GetClockLeadMs()},
+		Clock:  clockDoc{st.GetClockOk(), st.GetClockOffsetMs(), st.GetClockOpinions(), st.GetClockLeadMs(), st.GetClockProblem()},
 		Queues: []queueDoc{}, Hints: []hintsDoc{}, Unreachable: []string{},
 	}
 	for _, q := range st.GetQueues() {

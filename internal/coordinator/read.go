@@ -35,6 +35,9 @@ func (c *Coordinator) Get(ctx context.Context, r *kvv1.GetRequest) (_ *kvv1.GetR
 	if r.GetReplica() != "" {
 		return c.getOwnCopy(ctx, r, t, ns)
 	}
+	if err := c.cfg.Clock.MayJudge(); err != nil {
+		return nil, err
+	}
 	need, qerr := needed("read_quorum", r.GetReadQuorum(), ns.R, ns)
 	if qerr != nil {
 		return nil, qerr

@@ -40,6 +40,9 @@ func (c *Coordinator) Scan(ctx context.Context, r *kvv1.ScanRequest) (_ *kvv1.Sc
 	if qerr != nil {
 		return nil, qerr
 	}
+	if err := c.cfg.Clock.MayJudge(); err != nil {
+		return nil, err
+	}
 	s, serr := c.newScan(r, ns, need)
 	if serr != nil {
 		return nil, serr

@@ -431,6 +431,14 @@ func TestClockSkewStopsCoordination(t *testing.T) {
 		if e := wantError(t, err, codes.Unavailable, rpc.ReasonClockSkew); !e.NothingDone() || e.Details["offset_ms"] != "600000" {
 			t.Errorf("error %+v", e)
 		}
+		// It would take for expired what is not; what it holds itself may be looked at.
+		_, err = n.get("k", nil)
+		wantError(t, err, codes.Unavailable, rpc.ReasonClockSkew)
+		_, err = n.coord.Scan(context.Background(), &kvv1.ScanRequest{})
+		wantError(t, err, codes.Unavailable, rpc.ReasonClockSkew)
+		if _, err := n.get("k", func(r *kvv1.GetRequest) { r.Replica = "n1" }); err != nil {
+			t.Error(err)
+		}
 		// Others refuse its first-hand writes even if it does not notice.
 		n.clock.Observe(2, 0)
 		n.clock.Observe(3, 0)
@@ -442,6 +450,9 @@ func TestClockSkewStopsCoordination(t *testing.T) {
 		}
 		// Back in time: it waits until its clock has caught up with what it issued.
 		n.offset.Store(0)
+		for _, peer := range []uint64{2, 3, 4} {
+			n.clock.Observe(peer, 0)
+		}
 		c.token = 0
 		_, err = n.put("k", "back", "")
 		wantError(t, err, codes.Unavailable, rpc.ReasonClockSkew)

@@ -71,8 +71,8 @@ func (n *Node) status() *adminv1.NodeStatus {
 		CpuUtilization: n.process.cpu(), MemoryBytes: memory(), DiskUsedBytes: m.DiskSpaceUsage(),
 		Get: operationStats(stats.Gets()), Put: operationStats(stats.Puts()), Scan: operationStats(stats.Scans()),
 		ClockOffsetMs: offset.Milliseconds(), ClockOpinions: uint32(opinions), ClockOk: n.clock.MayCoordinate() == nil,
-		ClockLeadMs: n.clock.Lead(),
-		UptimeMs:    uint64(n.uptime().Milliseconds()), Software: n.cfg.Software,
+		ClockLeadMs: n.clock.Lead(), ClockProblem: n.clock.Problem(),
+		UptimeMs: uint64(n.uptime().Milliseconds()), Software: n.cfg.Software,
 		Unreachable: n.peers.unreachable(), SampledAtMs: uint64(n.clock.Wall()),
 		Queues: n.queues(),
 	}

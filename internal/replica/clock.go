@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -31,8 +32,11 @@ const (
 	MaxOffset = 250
 	// minOpinions is how many peers it takes to stop a node; fewer only make it warn.
 	minOpinions = 3
-	// opinionAge is after how many milliseconds a peer's opinion counts no more.
-	opinionAge = 30_000
+	// minWitnesses is how many peers it takes to judge what this node's own replica may
+	// take; see CheckAhead.
+	minWitnesses = 2
+	// opinionAge is after how long a peer's opinion counts no more.
+	opinionAge = 30 * time.Second
 )
 
 // Clock issues the versions' timestamps of one node.
@@ -43,6 +47,10 @@ type Clock struct {
 	wall    func() int64
 	reserve func(hlc.Timestamp) error
 	logger  *slog.Logger
+	// began and wallBegan are the times at which the clock was made, by the clock that
+	// nobody sets and by the wall clock.
+	began     time.Time
+	wallBegan int64
 
 	hlc      hlc.Clock
 	reserved atomic.Uint64
@@ -55,29 +63,30 @@ type Clock struct {
 		opinions map[uint64]opinion
 		warned   bool
 	}
-	// refusal is why the node does not coordinate, or nil.
-	offset atomic.Pointer[offsetState]
+	median atomic.Pointer[median]
 }
 
-// opinion is how far a peer's clock was ahead when it was last heard.
+// opinion is a peer's drift when it was last heard: what drift is for this node's own
+// wall clock. Both are against a clock that nobody sets, so that a jump of the wall
+// clock shows at once, and not when the peers are heard the next time.
 type opinion struct {
-	ahead    time.Duration
-	atMillis int64
+	drift time.Duration
+	at    time.Time
 }
 
-type offsetState struct {
-	// offset is how far this clock is ahead of the median of the peers.
-	offset   time.Duration
-	opinions int
+// median is the middle of the peers' drifts; the middle pair, of an even number.
+type median struct {
+	low, high time.Duration
+	opinions  int
 }
 
 // NewClock returns a clock that continues above what has been reserved. wall
 // returns milliseconds since 1970; reserve returns when a timestamp is durable.
 // Run must be called.
 func NewClock(wall func() int64, reserved hlc.Timestamp, reserve func(hlc.Timestamp) error, logger *slog.Logger) *Clock {
-	c := &Clock{wall: wall, reserve: reserve, logger: logger, extend: make(chan struct{}, 1)}
+	c := &Clock{wall: wall, reserve: reserve, logger: logger, extend: make(chan struct{}, 1), began: time.Now(), wallBegan: wall()}
 	c.peers.opinions = map[uint64]opinion{}
-	c.offset.Store(&offsetState{})
+	c.median.Store(&median{})
 	c.hlc.Join(reserved)
 	c.reserved.Store(uint64(reserved))
 	return c
@@ -150,9 +159,16 @@ func (c *Clock) extendTo(ts hlc.Timestamp) error {
 	return nil
 }
 
-// CheckAhead refuses a timestamp that is too far ahead of the wall clock.
+// CheckAhead refuses a timestamp that is too far ahead of the wall clock; or of the
+// peers' clocks, where they agree that this one is ahead. They refuse what this node
+// coordinates then. Were its own replica to take it, it would spread from there, and
+// stop every node whose clock is right.
 func (c *Clock) CheckAhead(ts hlc.Timestamp) *rpc.Error {
-	ahead := ts.Millis() - c.wall()
+	now := c.wall()
+	if offset, opinions := c.Offset(); opinions >= minWitnesses && beyond(offset) {
+		now -= max(0, offset.Milliseconds())
+	}
+	ahead := ts.Millis() - now
 	if ahead <= MaxFirstHandAhead {
 		return nil
 	}
@@ -168,50 +184,80 @@ func (c *Clock) MayCoordinate() *rpc.Error {
 			"this node's clock is %d ms behind versions it has seen, the limit is %d ms: check its time synchronisation", lead, MaxLead).
 			With("lead_ms", lead).With("limit_ms", MaxLead)
 	}
-	if o := c.offset.Load(); o.opinions >= minOpinions && o.beyond() {
+	return c.MayJudge()
+}
+
+// MayJudge returns why this node must not judge by its wall clock what has expired, or
+// nil. What versions it has seen does not matter to that.
+func (c *Clock) MayJudge() *rpc.Error {
+	if offset, opinions := c.Offset(); opinions >= minOpinions && beyond(offset) {
 		return rpc.Errorf(codes.Unavailable, rpc.ReasonClockSkew,
-			"this node's clock is off by %s against the median of %d peers, the limit is %d ms: check its time synchronisation", o.offset, o.opinions, MaxOffset).
-			With("offset_ms", o.offset.Milliseconds()).With("limit_ms", MaxOffset)
+			"this node's clock is off by %s against the median of %d peers, the limit is %d ms: check its time synchronisation", offset.Round(time.Millisecond), opinions, MaxOffset).
+			With("offset_ms", offset.Milliseconds()).With("limit_ms", MaxOffset)
 	}
 	return nil
 }
 
-func (o *offsetState) beyond() bool { return o.offset.Abs() > MaxOffset*time.Millisecond }
+// Problem returns in words what is wrong with the clock, also where the peers are too
+// few to stop the node, or "".
+func (c *Clock) Problem() string {
+	offset, opinions := c.Offset()
+	if err := c.MayCoordinate(); err != nil {
+		return strings.Replace(err.Message, "this node's", "its", 1)
+	}
+	if opinions > 0 && beyond(offset) {
+		return fmt.Sprintf("its clock is off by %s against %d of its peers, too few to be sure whose is wrong (it takes %d): check their time synchronisation",
+			offset.Round(time.Millisecond), opinions, minOpinions)
+	}
+	return ""
+}
+
+func beyond(offset time.Duration) bool { return offset.Abs() > MaxOffset*time.Millisecond }
+
+// drift returns how far the wall clock has moved away from a clock that nobody sets,
+// since it was made.
+func (c *Clock) drift() time.Duration {
+	return time.Duration(c.wall()-c.wallBegan)*time.Millisecond - time.Since(c.began)
+}
 
 // Observe notes how far a peer's wall clock is ahead of this node's.
 func (c *Clock) Observe(peer uint64, ahead time.Duration) {
-	now := c.wall()
 	c.peers.Lock()
 	defer c.peers.Unlock()
-	c.peers.opinions[peer] = opinion{ahead, now}
+	now := time.Now()
+	c.peers.opinions[peer] = opinion{c.drift() + ahead, now}
 	var all []time.Duration
 	for p, o := range c.peers.opinions {
-		if age := now - o.atMillis; age > opinionAge || age < -opinionAge {
+		if now.Sub(o.at) > opinionAge {
 			delete(c.peers.opinions, p)
 			continue
 		}
-		all = append(all, o.ahead)
+		all = append(all, o.drift)
 	}
 	slices.Sort(all)
-	// With an even number the middle pair's mean.
-	median := (all[(len(all)-1)/2] + all[len(all)/2]) / 2
-	next := &offsetState{offset: -median, opinions: len(all)}
-	c.offset.Store(next)
-	if bad := next.beyond(); bad != c.peers.warned {
+	c.median.Store(&median{low: all[(len(all)-1)/2], high: all[len(all)/2], opinions: len(all)})
+	offset, opinions := c.Offset()
+	if bad := beyond(offset); bad != c.peers.warned {
 		c.peers.warned = bad
 		if bad {
-			c.logger.Warn("clock is off against its peers", "offset", next.offset, "opinions", next.opinions,
-				"stops_coordinating", next.opinions >= minOpinions)
+			c.logger.Warn("clock is off against its peers", "offset", offset, "opinions", opinions,
+				"stops_coordinating", opinions >= minOpinions)
 		} else {
-			c.logger.Info("clock agrees with its peers again", "offset", next.offset)
+			c.logger.Info("clock agrees with its peers again", "offset", offset)
 		}
 	}
 }
 
-// Offset returns how far this clock is ahead of the median of so many peers.
+// Offset returns how far this clock is ahead of the median of so many peers. Of an even
+// number the nearer one of the middle pair counts, or none when this clock lies between
+// the two: so of three nodes the one that is off is found, and not the other two.
 func (c *Clock) Offset() (ahead time.Duration, opinions int) {
-	o := c.offset.Load()
-	return o.offset, o.opinions
+	m := c.median.Load()
+	if m.opinions == 0 {
+		return 0, 0
+	}
+	own := c.drift()
+	return own - min(max(own, m.low), m.high), m.opinions
 }
 
 // Lead returns how many milliseconds the hybrid clock leads the wall clock.

@@ -124,28 +124,107 @@ func TestClockSkewLimits(t *testing.T) {
 		t.Error(err)
 	}
 	c.Join(hlc.At(wall + 251))
-	if err := c.MayCoordinate(); err == nil || err.Details["lead_ms"] != "251" {
+	if err := c.MayCoordinate(); err == nil || err.Details["lead_ms"] != "251" || c.Problem() == "" {
 		t.Errorf("a lead of 251 ms: %v", err)
 	}
-	wall += 1000
-	for i, tc := range []struct {
-		ahead time.Duration // of a peer
-		ok    bool
-	}{
-		{2 * time.Second, true}, {2 * time.Second, true}, {2 * time.Second, false}, // three opinions
-		{0, false}, {0, false}, {0, false}, // 3 against 3: the mean of the middle pair
-		{0, true},
-	} {
-		c.Observe(uint64(i), tc.ahead)
-		if err := c.MayCoordinate(); (err == nil) != tc.ok {
-			t.Errorf("after %d opinions: %v", i+1, err)
+	if err := c.MayJudge(); err != nil {
+		t.Errorf("a lead says that the wall clock is off: %v", err)
+	}
+}
+
+// testClock returns a clock whose wall clock is ahead by what set sets. It is for
+// synctest bubbles.
+func testClock() (c *Clock, set func(ahead time.Duration)) {
+	var ahead time.Duration
+	c = NewClock(func() int64 { return time.Now().Add(ahead).UnixMilli() }, 0, func(hlc.Timestamp) error { return nil }, slog.New(slog.DiscardHandler))
+	return c, func(d time.Duration) { ahead = d }
+}
+
+func TestClockAgainstItsPeers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c, _ := testClock()
+		for i, tc := range []struct {
+			ahead time.Duration // of a peer
+			ok    bool
+		}{
+			{2 * time.Second, true}, {2 * time.Second, true}, {2 * time.Second, false}, // three opinions
+			{0, false}, {0, false},
+			{0, true}, // 3 against 3: this clock's own word counts
+			{0, true},
+		} {
+			c.Observe(uint64(i), tc.ahead)
+			if err := c.MayCoordinate(); (err == nil) != tc.ok || (c.MayJudge() == nil) != tc.ok {
+				t.Errorf("after %d opinions: %v", i+1, err)
+			}
 		}
-	}
-	wall += opinionAge + 1
-	c.Observe(99, time.Hour)
-	if _, opinions := c.Offset(); opinions != 1 || c.MayCoordinate() != nil {
-		t.Errorf("%d opinions: old ones count", opinions)
-	}
+		time.Sleep(opinionAge + time.Second)
+		c.Observe(99, time.Hour)
+		if _, opinions := c.Offset(); opinions != 1 || c.MayCoordinate() != nil {
+			t.Errorf("%d opinions: old ones count", opinions)
+		}
+		if p := c.Problem(); !strings.Contains(p, "too few to be sure") {
+			t.Errorf("one opinion is told of as %q", p)
+		}
+	})
+}
+
+// A jump shows at once, in both directions, though no peer was heard since.
+func TestClockJumpShowsAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, jump := range []time.Duration{10 * time.Minute, -10 * time.Minute, 251 * time.Millisecond, -251 * time.Millisecond} {
+			c, set := testClock()
+			for p := range uint64(3) {
+				c.Observe(p, 0)
+			}
+			time.Sleep(time.Second)
+			if err := c.MayCoordinate(); err != nil {
+				t.Fatal(err)
+			}
+			set(jump)
+			if offset, _ := c.Offset(); offset != jump || c.MayJudge() == nil {
+				t.Errorf("after a jump of %s the offset is %s: %v", jump, offset, c.MayJudge())
+			}
+			set(0)
+			if err := c.MayJudge(); err != nil {
+				t.Errorf("after a jump of %s and back: %v", jump, err)
+			}
+		}
+	})
+}
+
+// Of three nodes the one that is off is found by the other two, and finds it itself.
+// Its own replica takes no more than theirs do, and so nothing that would stop them.
+func TestOneOfThreeClocksIsOff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		good, _ := testClock()
+		good.Observe(2, 0)
+		good.Observe(3, 10*time.Minute)
+		if p := good.Problem(); p != "" {
+			t.Errorf("a good clock's problem: %s", p)
+		}
+		bad, set := testClock()
+		set(10 * time.Minute)
+		bad.Observe(1, -10*time.Minute)
+		now := hlc.At(bad.Wall())
+		if err := bad.CheckAhead(now); err != nil {
+			t.Errorf("one peer makes a replica refuse: %v", err)
+		}
+		bad.Observe(2, -10*time.Minute)
+		if offset, _ := bad.Offset(); offset != 10*time.Minute || bad.MayCoordinate() != nil || bad.Problem() == "" {
+			t.Errorf("offset %s, %v, problem %q", offset, bad.MayCoordinate(), bad.Problem())
+		}
+		if bad.CheckAhead(now) == nil {
+			t.Error("it takes what both peers refuse")
+		}
+		if err := bad.CheckAhead(hlc.At(time.Now().UnixMilli() + 500)); err != nil {
+			t.Errorf("it refuses what its peers take: %v", err)
+		}
+		// One that is behind goes by its own clock: its peers take what it takes.
+		set(-10 * time.Minute)
+		if bad.CheckAhead(hlc.At(time.Now().UnixMilli())) == nil {
+			t.Error("a timestamp 10 minutes ahead of a clock that is behind passes")
+		}
+	})
 }
 
 func TestFence(t *testing.T) {

@@ -1063,7 +1063,10 @@ type NodeStatus struct {
 	// them.
 	Fillings []*Filling `protobuf:"bytes,25,rep,name=fillings,proto3" json:"fillings,omitempty"`
 	// Dead or damaged records found by scrubbing, since the process started.
-	Corruptions   uint64 `protobuf:"varint,26,opt,name=corruptions,proto3" json:"corruptions,omitempty"`
+	Corruptions uint64 `protobuf:"varint,26,opt,name=corruptions,proto3" json:"corruptions,omitempty"`
+	// What is wrong with the node's clock, in words; empty when nothing is. clock_ok
+	// tells whether the node coordinates all the same.
+	ClockProblem  string `protobuf:"bytes,30,opt,name=clock_problem,json=clockProblem,proto3" json:"clock_problem,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1278,6 +1281,13 @@ func (x *NodeStatus) GetCorruptions() uint64 {
 		return x.Corruptions
 	}
 	return 0
+}
+
+func (x *NodeStatus) GetClockProblem() string {
+	if x != nil {
+		return x.ClockProblem
+	}
+	return ""
 }
 
 // Filling is how far a vnode's records have come to the node that is to hold them.
@@ -2955,7 +2965,7 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\x06target\x18\x01 \x01(\x04R\x06target\x12\x14\n" +
 	"\x05count\x18\x02 \x01(\x04R\x05count\x12\x14\n" +
 	"\x05bytes\x18\x03 \x01(\x04R\x05bytes\x12\x1b\n" +
-	"\toldest_ms\x18\x04 \x01(\x04R\boldestMs\"\x8f\t\n" +
+	"\toldest_ms\x18\x04 \x01(\x04R\boldestMs\"\xb4\t\n" +
 	"\n" +
 	"NodeStatus\x12 \n" +
 	"\vincarnation\x18\x01 \x01(\x04R\vincarnation\x12\x12\n" +
@@ -2984,7 +2994,8 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\rsampled_at_ms\x18\x17 \x01(\x04R\vsampledAtMs\x123\n" +
 	"\x06queues\x18\x18 \x03(\v2\x1b.kvasir.admin.v1.QueueDepthR\x06queues\x124\n" +
 	"\bfillings\x18\x19 \x03(\v2\x18.kvasir.admin.v1.FillingR\bfillings\x12 \n" +
-	"\vcorruptions\x18\x1a \x01(\x04R\vcorruptions\"\x81\x01\n" +
+	"\vcorruptions\x18\x1a \x01(\x04R\vcorruptions\x12#\n" +
+	"\rclock_problem\x18\x1e \x01(\tR\fclockProblem\"\x81\x01\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eSTATE_STARTING\x10\x01\x12\x11\n" +
