@@ -26,6 +26,9 @@ func (v Version) Compare(o Version) int {
 	if c := cmp.Compare(v.Time, o.Time); c != 0 {
 		return c
 	}
+	if mutant.On("reversed-tie") {
+		return cmp.Compare(o.Incarnation, v.Incarnation)
+	}
 	return cmp.Compare(v.Incarnation, o.Incarnation)
 }
 

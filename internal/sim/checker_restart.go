@@ -89,7 +89,10 @@ func (c *Checker) Restarts(name string, incarnation uint64, founding bool, r *re
 
 // hintsKept checks that a node that has just started remembers the hints on its disk
 // for nodes that cannot have got them meanwhile.
-func (r *run) hintsKept(name string, left *remains) {
+func (r *run) hintsKept(name string, ended func(name string) bool) {
+	r.mu.Lock()
+	left := r.mu.left[name]
+	r.mu.Unlock()
 	if left == nil || len(left.hints) == 0 {
 		return
 	}
@@ -109,7 +112,7 @@ func (r *run) hintsKept(name string, left *remains) {
 		if node == nil || have[target] >= n {
 			continue
 		}
-		if p := r.w.processes[node.Name]; p != nil && p.live == nil {
+		if ended(node.Name) {
 			r.history.violate(15, "%s had %d hints for %s on its disk and remembers %d after its start; %s is down", name, n, node.Name, have[target], node.Name)
 		}
 	}

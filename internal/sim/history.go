@@ -140,13 +140,16 @@ func (h *History) Violations() []Violation {
 	return append([]Violation(nil), h.mu.violations...)
 }
 
-// Outcomes counts the operations that have returned by kind and outcome, and all of
-// them that completed: those whose clients know what became of them.
+// Outcomes counts the operations under load by kind and outcome, and those of them
+// that completed: that did what they were asked to.
 func (h *History) Outcomes() (counts map[string]int, completed int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	counts = map[string]int{}
 	for _, op := range h.mu.ops {
+		if op.Client == finalClient {
+			continue
+		}
 		counts[string(op.Kind)+" "+string(op.Outcome)]++
 		if op.Outcome == OK || op.Outcome == NotFound {
 			completed++

@@ -2,6 +2,7 @@ package sim
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"sync"
@@ -49,8 +50,11 @@ type run struct {
 	topologies *topologies
 	controls   map[string]adminv1.ControlServiceClient
 	conns      map[string]*grpc.ClientConn
-	left       map[string]*remains // of processes that start again
 	report     *Report
+	mu         struct {
+		sync.Mutex
+		left map[string]*remains // of processes that started again
+	}
 }
 
 // Run runs a workload under faults, lets the cluster settle, and checks the
@@ -63,12 +67,13 @@ func Run(t testing.TB, cfg RunConfig) (*Report, *History) {
 		r.report.Nodes, r.report.Orchestrators = 5, 3
 	}
 	began := time.Now()
+	f := newFaults(r)
 	r.w = New(t, Config{
 		Seed: cfg.Seed, Nodes: r.report.Nodes, Orchestrators: r.report.Orchestrators,
-		SyncDelay: r.syncDelay(rand.New(rand.NewPCG(cfg.Seed, 0x5bc))), Starting: r.starting,
+		SyncDelay: f.syncDelay, Starting: r.starting,
 	})
 	r.history = NewHistory()
-	r.checker = NewChecker(r.history, 500*time.Millisecond)
+	r.checker = NewChecker(r.history, f.clockError())
 	r.topologies = newTopologies(r.checker)
 	time.Sleep(2 * time.Second) // links and members find each other
 	r.prepare()
@@ -81,7 +86,7 @@ func Run(t testing.TB, cfg RunConfig) (*Report, *History) {
 		Incarnations: r.topologies.incarnations,
 	}
 	load.Start()
-	r.faults(time.Now().Add(time.Duration(cfg.Minutes * float64(time.Minute))))
+	f.run(time.Now().Add(time.Duration(cfg.Minutes * float64(time.Minute))))
 	load.Stop()
 	cancel()
 	watching.Wait()
@@ -91,19 +96,6 @@ func Run(t testing.TB, cfg RunConfig) (*Report, *History) {
 	r.report.Outcomes, r.report.Completed = r.history.Outcomes()
 	r.report.Violations = r.history.Violations()
 	return r.report, r.history
-}
-
-// syncDelay draws how long syncs take: mostly some ms, seldom much longer.
-func (r *run) syncDelay(rng *rand.Rand) func() time.Duration {
-	var mu sync.Mutex
-	return func() time.Duration {
-		mu.Lock()
-		defer mu.Unlock()
-		if rng.IntN(50) == 0 {
-			return time.Duration(rng.IntN(60)) * time.Millisecond
-		}
-		return time.Duration(rng.IntN(3000)) * time.Microsecond
-	}
 }
 
 // starting looks at the disk of a process that is about to start again.
@@ -119,7 +111,9 @@ func (r *run) starting(name string) {
 		r.checker.DiskLost()
 		return
 	}
-	r.left[name] = left
+	r.mu.Lock()
+	r.mu.left[name] = left
+	r.mu.Unlock()
 	inc := t.Resolve(name).Incarnation
 	r.checker.Restarts(name, inc, inc <= uint64(r.report.Nodes), left, t)
 }
@@ -128,7 +122,7 @@ func (r *run) starting(name string) {
 func (r *run) prepare() {
 	r.controls = map[string]adminv1.ControlServiceClient{}
 	r.conns = map[string]*grpc.ClientConn{}
-	r.left = map[string]*remains{}
+	r.mu.left = map[string]*remains{}
 	for name := range r.w.processes {
 		r.conns[name] = r.w.Conn(name)
 		r.controls[name] = adminv1.NewControlServiceClient(r.conns[name])
@@ -156,111 +150,74 @@ func (r *run) prepare() {
 	r.topologies.see("node1", s.GetTopology())
 }
 
-// faults happen until a time; all have ended when it returns.
-func (r *run) faults(until time.Time) {
-	rng := rand.New(rand.NewPCG(r.cfg.Seed, 0xfa17))
-	note := func(kind, format string, args ...any) {
-		r.report.Faults[kind]++
-		r.history.Note(format, args...)
-	}
-	seconds := func(n int) time.Duration { return time.Duration(1+rng.IntN(n)) * time.Second }
-	start := func(name string) {
-		r.history.Note("start %s", name)
-		r.w.Start(name)
-		r.hintsKept(name, r.left[name])
-	}
-	for time.Now().Before(until) && len(r.history.Violations()) == 0 {
-		time.Sleep(seconds(8))
-		order := rng.Perm(r.report.Nodes)
-		for i := range order {
-			order[i]++
-		}
-		name := fmt.Sprint("node", order[0])
-		other := fmt.Sprint("node", order[1])
-		how := Crash(rng.IntN(2))
-		switch rng.IntN(7) {
-		case 0, 1:
-			note([]string{"kill", "power cut"}[how], "crash %s", name)
-			r.w.Crash(name, how)
-			time.Sleep(seconds(15))
-			start(name)
-		case 2:
-			note("isolate", "isolate %s", name)
-			r.w.Isolate(name)
-			time.Sleep(seconds(15))
-			r.history.Note("reconnect %s", name)
-			r.w.Reconnect(name)
-		case 3:
-			n := 2 + rng.IntN(r.report.Nodes-1)
-			note("correlated power cut", "power cut of %d nodes", n)
-			for _, i := range order[:n] {
-				r.w.Crash(fmt.Sprint("node", i), PowerCut)
-			}
-			time.Sleep(seconds(5))
-			for _, i := range order[:n] {
-				start(fmt.Sprint("node", i))
-			}
-		case 4:
-			note("restart while another is down", "crash %s, restart %s", name, other)
-			r.w.Crash(name, how)
-			time.Sleep(seconds(10))
-			r.w.Crash(other, how)
-			start(other)
-			time.Sleep(seconds(3))
-			start(name)
-		case 5:
-			note("clock step", "clock of %s goes ahead, and back while it restarts", name)
-			r.w.SetClock(name, 220*time.Millisecond)
-			time.Sleep(seconds(5))
-			r.w.Crash(name, how)
-			r.w.SetClock(name, 0)
-			start(name)
-		case 6:
-			note("cut from orchestrators", "cut %s from the orchestrators", name)
-			cut := func(f func(from, to string)) {
-				for i := range r.report.Orchestrators {
-					o := r.w.Host(fmt.Sprint("orch", i+1))
-					f(r.w.Host(name), o)
-					f(o, r.w.Host(name))
-				}
-			}
-			cut(r.w.Net.Cut)
-			time.Sleep(seconds(3))
-			r.changeNamespace(other, rng.Float64())
-			time.Sleep(seconds(10))
-			cut(r.w.Net.Heal)
-		}
-	}
-}
-
-// changeNamespace changes a setting of the default namespace that no answer depends
-// on: the epoch rises, and requests of older epochs are refused.
-func (r *run) changeNamespace(by string, chance float64) {
-	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
-	defer cancel()
-	_, err := r.controls[by].UpdateNamespace(ctx, &adminv1.UpdateNamespaceRequest{Name: "default", Settings: &adminv1.NamespaceSettings{RepairChance: &chance}})
-	r.history.Note("repair chance of namespace default set to %.2f by %s: %v", chance, by, err)
-	r.report.Faults["namespace change"]++
-}
+// settleFor is how long the replicas may take to become equal.
+const settleFor = 10 * time.Minute
 
 // settle waits until the cluster has mended itself and checks what must hold then.
 func (r *run) settle() {
 	r.history.Note("all faults have ended")
-	time.Sleep(20 * time.Second)
+	if len(r.history.Violations()) > 0 {
+		return // what follows from them says nothing new
+	}
 	c := r.w.Client(client.WithTimeout(opTimeout))
-	places := r.checker.Places()
-	for _, p := range places {
+	defer c.Close()
+	if !r.converge(c) {
+		return
+	}
+	for _, p := range r.checker.Places() {
 		if r.final(c, p) {
 			r.report.Decided++
 		} else {
 			r.report.Undecided++
 		}
 	}
-	c.Close()
-	if len(r.history.Violations()) > 0 {
-		return // what follows from them says nothing new
+	if len(r.history.Violations()) == 0 {
+		r.compare()
 	}
-	r.compare()
+}
+
+// converge waits until every replica's own copy of every key is the same.
+func (r *run) converge(c *client.Client) bool {
+	difference := ""
+	for waited := time.Duration(0); waited < settleFor; waited += 15 * time.Second {
+		time.Sleep(15 * time.Second)
+		if difference = r.difference(c); difference == "" {
+			r.history.Note("replicas are equal")
+			return true
+		}
+	}
+	r.history.violate(4, "%s after the last fault: %s", settleFor, difference)
+	return false
+}
+
+// difference describes one key whose replicas differ, or returns "".
+func (r *run) difference(c *client.Client) string {
+	s, err := clusterStatus(context.Background(), r.controls["node1"])
+	if err != nil {
+		return "no topology: " + err.Error()
+	}
+	r.topologies.see("node1", s.GetTopology())
+	t := r.topologies.latest()
+	for _, p := range r.checker.Places() {
+		var first client.Value
+		var from uint64
+		for i, slot := range t.Slots(t.VnodeOf([]byte(p.Key)), t.Namespace(p.Namespace).N) {
+			ctx, cancel := context.WithTimeout(context.Background(), opTimeout)
+			v, err := c.Get(ctx, []byte(p.Key), client.Namespace(p.Namespace), client.FromReplica(fmt.Sprint("#", slot.Write[0])))
+			cancel()
+			if err != nil && !errors.Is(err, client.ErrNotFound) {
+				return fmt.Sprintf("%s does not show %s: %v", t.NodeName(slot.Write[0]), p, err)
+			}
+			if i == 0 {
+				first, from = v, slot.Write[0]
+			} else if a, b := first.Receipt.Version, v.Receipt.Version; a != b && !(a.IsZero() || b.IsZero()) {
+				return fmt.Sprintf("%s has version %s of %s, %s has %s", t.NodeName(from), a, p, t.NodeName(slot.Write[0]), b)
+			} else if a != b && (first.Value != nil || v.Value != nil) {
+				return fmt.Sprintf("%s or %s has nothing of %s, the other has version %s%s", t.NodeName(from), t.NodeName(slot.Write[0]), p, a, b)
+			}
+		}
+	}
+	return ""
 }
 
 // final reads a key from all replicas and reports whether they answered.

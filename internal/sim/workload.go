@@ -112,11 +112,16 @@ func (u *user) run() {
 		s := u.Spaces[u.rng.IntN(len(u.Spaces))]
 		switch n := u.rng.IntN(100); {
 		case n < 38:
-			u.get(s, u.place(s))
+			p := u.place(s)
+			u.get(s, p)
+			for u.rng.IntN(3) == 0 { // reads of one client do not go back
+				u.get(s, p)
+			}
 		case n < 46:
 			u.copy(s, u.place(s))
 		case n < 78:
-			u.put(s, u.place(s))
+			p := u.place(s)
+			u.look(s, p, u.put(s, p))
 		case n < 86:
 			u.delete(s, u.place(s))
 		case n < 92:
@@ -179,7 +184,19 @@ func (u *user) write(op *Op) []client.CallOption {
 	return opts
 }
 
-func (u *user) put(s Space, p Place) {
+// look reads what was just written: it may be somewhere only, or not on disk yet.
+func (u *user) look(s Space, p Place, wrote Outcome) {
+	if u.rng.IntN(5) == 0 {
+		u.copy(s, p)
+	}
+	for range u.rng.IntN(4) {
+		if wrote == Unknown {
+			u.get(s, p)
+		}
+	}
+}
+
+func (u *user) put(s Space, p Place) Outcome {
 	op := &Op{Client: u.name, Kind: OpPut, Place: p, Value: u.value(), TTL: s.TTL}
 	opts := u.write(op)
 	if u.rng.IntN(6) == 0 {
@@ -191,6 +208,7 @@ func (u *user) put(s Space, p Place) {
 	defer cancel()
 	r, err := u.c.Put(ctx, []byte(p.Key), []byte(op.Value), opts...)
 	u.wrote(op, r, err)
+	return op.Outcome
 }
 
 // duel writes a key that others write in the same millisecond: those of the next full

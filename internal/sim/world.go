@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"log/slog"
 	"math/rand/v2"
 	"net"
@@ -36,9 +37,9 @@ type Config struct {
 	Zones int
 	// Vnodes of the cluster. Default 16: small stores are fast.
 	Vnodes int
-	// SyncDelay draws how long the records of a commit are visible before their sync
-	// begins. Default: not at all.
-	SyncDelay func() time.Duration
+	// SyncDelay draws how long the records of a commit of a process are visible before
+	// their sync begins. Default: not at all.
+	SyncDelay func(name string) time.Duration
 	// Starting, when set, is called with every process that is about to start again.
 	Starting func(name string)
 	Logger   *slog.Logger
@@ -68,6 +69,8 @@ type process struct {
 	// run starts it; stop ends the instance that runs. Both are nil when it has none.
 	run  func(*instance) (stop func(), err error)
 	live *instance
+	// rng draws what a crash leaves of its disk.
+	rng *rand.Rand
 	// started is set once it has run.
 	started bool
 }
@@ -127,7 +130,7 @@ func New(t testing.TB, cfg Config) *World {
 }
 
 func (w *World) addOrchestrator(name, host string, peers []orchestrator.Peer) {
-	p := &process{w: w, name: name, host: host, disk: vfs.NewCrashableMem()}
+	p := &process{w: w, name: name, host: host, disk: vfs.NewCrashableMem(), rng: w.stream("crash of " + name)}
 	p.run = func(in *instance) (func(), error) {
 		cfg := orchestrator.Defaults()
 		cfg.Name, cfg.DataDir, cfg.Peers = name, "data", peers
@@ -153,7 +156,7 @@ func (w *World) addOrchestrator(name, host string, peers []orchestrator.Peer) {
 // AddNode adds a node that does not run yet.
 func (w *World) AddNode(name, zone string) {
 	host := fmt.Sprintf("10.0.0.%d", len(w.processes)+1)
-	p := &process{w: w, name: name, host: host, disk: vfs.NewCrashableMem()}
+	p := &process{w: w, name: name, host: host, disk: vfs.NewCrashableMem(), rng: w.stream("crash of " + name)}
 	p.run = func(in *instance) (func(), error) {
 		cfg := node.Defaults()
 		cfg.Name, cfg.Zone, cfg.DataDir = name, zone, "data"
@@ -164,7 +167,7 @@ func (w *World) AddNode(name, zone string) {
 		}
 		cfg.Logger, cfg.Software, cfg.Fatal = w.logger(name), "sim", in.fatal
 		cfg.Seams = node.Seams{
-			FS: newFaultyDisk(p.disk, &p.trouble), Listen: in.listen, Dial: in.dial, WallClock: p.wall, SyncDelay: w.cfg.SyncDelay,
+			FS: newFaultyDisk(p.disk, &p.trouble), Listen: in.listen, Dial: in.dial, WallClock: p.wall, SyncDelay: func() time.Duration { return w.syncDelay(name) },
 			Gossip: func(bind string) (memberlist.Transport, error) { return newGossipTransport(in, bind) },
 		}
 		n, err := node.Start(context.Background(), cfg)
@@ -174,6 +177,20 @@ func (w *World) AddNode(name, zone string) {
 		return n.Stop, nil
 	}
 	w.processes[name] = p
+}
+
+// stream returns the numbers drawn for one purpose, whatever else is drawn.
+func (w *World) stream(purpose string) *rand.Rand {
+	h := fnv.New64a()
+	h.Write([]byte(purpose))
+	return rand.New(rand.NewPCG(w.cfg.Seed, h.Sum64()))
+}
+
+func (w *World) syncDelay(name string) time.Duration {
+	if w.cfg.SyncDelay == nil {
+		return 0
+	}
+	return w.cfg.SyncDelay(name)
 }
 
 func (w *World) logger(name string) *slog.Logger { return w.cfg.Logger.With("process", name) }
@@ -259,7 +276,7 @@ func (w *World) Crash(name string, how Crash) {
 		unsynced = 50
 	}
 	// What the old instance still does happens on a disk and a network of the past.
-	p.disk = p.disk.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: unsynced, RNG: w.rng})
+	p.disk = p.disk.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: unsynced, RNG: p.rng})
 	p.live = nil
 	w.end(in)
 }

@@ -7,7 +7,6 @@ import (
 
 	"github.com/cockroachdb/pebble/v2"
 
-	"github.com/kvasirdb/kvasir/internal/mutant"
 	"github.com/kvasirdb/kvasir/internal/record"
 )
 
@@ -38,11 +37,7 @@ func (m *joiner) join(value []byte) error {
 	if err != nil {
 		return err
 	}
-	greater := m.winner == nil || record.Compare(rec, m.rec) > 0
-	if mutant.On("reversed-tie") && m.winner != nil && rec.Version.Time == m.rec.Version.Time {
-		greater = rec.Version.Incarnation < m.rec.Version.Incarnation
-	}
-	if greater {
+	if m.winner == nil || record.Compare(rec, m.rec) > 0 {
 		// The caller keeps value; the winner's memory is reused when it suffices.
 		m.winner = append(slices.Grow(m.winner[:0], len(value)), value...)
 		m.rec, err = record.Decode(m.winner)
