@@ -124,11 +124,34 @@ func (c *comparison) nodes(ctx context.Context, node uint64, level int, s span) 
 
 // mend makes both copies of a stretch the join of the two.
 func (c *comparison) mend(ctx context.Context, s span) error {
-	found := 0
+	if _, err := c.mendHeaders(ctx, s); err != nil {
+		return err
+	}
+	// Mostly they are equal now. If not, somebody writes, or records with equal headers
+	// differ in their bytes.
+	differ, err := c.differ(ctx, storage.Leaves, s)
+	if err != nil {
+		return err
+	}
+	for _, d := range differ {
+		found, err := c.mendHeaders(ctx, d)
+		if err == nil && found == 0 {
+			err = c.exchangeAll(ctx, d)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// mendHeaders finds out by headers who has the newer record of which key of a stretch,
+// and brings it to the other. It returns how many keys that were.
+func (c *comparison) mendHeaders(ctx context.Context, s span) (found int, err error) {
 	for start := s.start; ; {
 		mine, next, err := c.headers(ctx, c.r.cfg.Self, start, s.end)
 		if err != nil {
-			return err
+			return found, err
 		}
 		upto := s.end
 		if next != nil {
@@ -138,7 +161,7 @@ func (c *comparison) mend(ctx context.Context, s span) error {
 		for from := start; ; {
 			page, more, err := c.headers(ctx, c.peer, from, upto)
 			if err != nil {
-				return err
+				return found, err
 			}
 			theirs, from = append(theirs, page...), more
 			if more == nil {
@@ -155,46 +178,35 @@ func (c *comparison) mend(ctx context.Context, s span) error {
 		}
 		d, err := compare(mine, theirs, c.certificate)
 		if err != nil {
-			return rpc.Errorf(codes.DataLoss, rpc.ReasonCorrupt, "record header of vnode %d: %s", c.place.Vnode, err)
+			return found, rpc.Errorf(codes.DataLoss, rpc.ReasonCorrupt, "record header of vnode %d: %s", c.place.Vnode, err)
 		}
 		found += len(d.pull) + len(d.push)
 		if err := c.exchange(ctx, d); err != nil {
-			return err
+			return found, err
 		}
 		if next == nil {
-			break
+			return found, nil
 		}
 		start = next
 	}
-	if found > 0 {
-		return nil
-	}
-	return c.exchangeAll(ctx, s)
 }
 
-// exchangeAll is for stretches whose hashes differ although their headers do not: it
-// joins all their records both ways. Mostly a write was on its way, and a second
-// look finds them equal.
+// exchangeAll joins all records of a stretch both ways: those whose bytes differ have
+// equal headers.
 func (c *comparison) exchangeAll(ctx context.Context, s span) error {
-	differ, err := c.differ(ctx, storage.Leaves, s)
-	if err != nil || len(differ) == 0 {
-		return err
-	}
-	for _, d := range differ {
-		for _, way := range [][2]uint64{{c.peer, c.r.cfg.Self}, {c.r.cfg.Self, c.peer}} {
-			for start := d.start; ; {
-				entries, next, err := c.list(ctx, way[0], &replicav1.List{Start: start, End: d.end, Limit: lotKeys, LimitBytes: lotBytes})
-				if err != nil {
-					return err
-				}
-				if err := c.join(ctx, way[1], entries); err != nil {
-					return err
-				}
-				if next == nil {
-					break
-				}
-				start = next
+	for _, way := range [][2]uint64{{c.peer, c.r.cfg.Self}, {c.r.cfg.Self, c.peer}} {
+		for start := s.start; ; {
+			entries, next, err := c.list(ctx, way[0], &replicav1.List{Start: start, End: s.end, Limit: lotKeys, LimitBytes: lotBytes})
+			if err != nil {
+				return err
 			}
+			if err := c.join(ctx, way[1], entries); err != nil {
+				return err
+			}
+			if next == nil {
+				break
+			}
+			start = next
 		}
 	}
 	return nil
