@@ -42,7 +42,8 @@ type Config struct {
 	// Cycle is how long a round over all vnodes takes when nothing differs. Default
 	// 60 s; at least 20 ms a vnode.
 	Cycle time.Duration
-	// BytesPerSecond bounds what is listed and mended. Default 32 MiB.
+	// BytesPerSecond bounds what is read for hash trees, listed and mended. Default
+	// 32 MiB.
 	BytesPerSecond int
 }
 
@@ -55,6 +56,9 @@ type Repairer struct {
 	cfg     Config
 	limiter *rate.Limiter
 	metrics *metrics
+	// paid is how many of the bytes read for hash trees, for others too, have been
+	// waited for. Run's.
+	paid uint64
 	// wake holds a token when there is a reason not to wait.
 	wake chan struct{}
 	mu   struct {
@@ -91,7 +95,21 @@ func New(cfg Config) *Repairer {
 
 // pace returns when so many bytes may travel.
 func (r *Repairer) pace(ctx context.Context, bytes int) error {
-	return r.limiter.WaitN(ctx, min(bytes, r.limiter.Burst()))
+	for ; bytes > 0; bytes -= r.limiter.Burst() {
+		if err := r.limiter.WaitN(ctx, min(bytes, r.limiter.Burst())); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// payReads waits for what has been read for hash trees since it did so last: after a
+// start that is all that is stored.
+func (r *Repairer) payReads(ctx context.Context) {
+	read := r.cfg.Store.TreeBytesRead()
+	due := read - r.paid
+	r.paid = read
+	r.pace(ctx, int(due)) // fails when ctx ends, which Run sees
 }
 
 // Start ends a pause and begins a round at once, without waiting between vnodes.
@@ -250,8 +268,9 @@ func (r *Repairer) due(p storage.Place) bool {
 }
 
 // pass compares a place with every other endpoint, and reports whether all of them
-// were compared.
+// were compared. It returns when the next may be begun.
 func (r *Repairer) pass(ctx context.Context, p storage.Place) (complete bool) {
+	defer r.payReads(ctx)
 	t := r.cfg.Fence.Topology()
 	ns := t.NamespaceByID(p.Namespace)
 	if ns == nil || int(p.Vnode) >= len(t.Ring) || !t.Owns(r.cfg.Self, p.Vnode, ns.N) {
