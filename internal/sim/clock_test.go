@@ -2,7 +2,6 @@ package sim_test
 
 import (
 	"fmt"
-	"log/slog"
 	"testing"
 	"time"
 
@@ -10,7 +9,6 @@ import (
 
 	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/sim"
-	"github.com/kvasirdb/kvasir/internal/storage"
 	kvv1 "github.com/kvasirdb/kvasir/proto/kvasir/kv/v1"
 )
 
@@ -222,34 +220,4 @@ func TestRestartWithTheClockSetBack(t *testing.T) {
 			c.wantAll()
 		})
 	}
-}
-
-// A node that is told to stop keeps, on disk, the hints of writes that were still on
-// their way to a replica that does not answer: their writing ends after the last of
-// those has been given up.
-func TestStopKeepsHintsOnTheirWay(t *testing.T) {
-	world(t, sim.Config{Seed: 30, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
-		w.Isolate("node3") // which nobody has noticed yet
-		kv := kvv1.NewKVServiceClient(w.Conn("node1"))
-		for i := range 20 {
-			if _, err := kv.Put(timeout(t, time.Second), &kvv1.PutRequest{Key: fmt.Append(nil, i), Value: []byte("v")}); err != nil {
-				t.Fatal(err)
-			}
-		}
-		w.Stop("node1")
-		s, err := storage.Open(storage.Config{FS: w.Disk("node1"), Dir: "data", Logger: slog.New(slog.DiscardHandler), Fatal: func(err error) { panic(err) }})
-		if err != nil {
-			t.Fatal(err)
-		}
-		kept := map[string]bool{}
-		if err := s.AllHints(func(h storage.Hint) bool { kept[string(h.Key)] = h.Target == 3; return true }); err != nil {
-			t.Fatal(err)
-		}
-		if err := s.Close(); err != nil {
-			t.Fatal(err)
-		}
-		if len(kept) != 20 {
-			t.Errorf("%d of 20 hints are on disk", len(kept))
-		}
-	})
 }

@@ -37,6 +37,8 @@ type Config struct {
 	Zones int
 	// Vnodes of the cluster. Default 16: small stores are fast.
 	Vnodes int
+	// MaxHints is how many hints a node keeps. Default: as many as in any cluster.
+	MaxHints int64
 	// SyncDelay draws how long the records of a commit of a process are visible before
 	// their sync begins. Default: not at all.
 	SyncDelay func(name string) time.Duration
@@ -137,6 +139,9 @@ func (w *World) addOrchestrator(name, host string, peers []orchestrator.Peer) {
 		cfg.Listen, cfg.AdminListen, cfg.GossipListen, cfg.RaftListen = host+":7390", host+":7391", host+":7392", host+":7393"
 		cfg.Bootstrap.FoundingNodes, cfg.Bootstrap.Vnodes = w.cfg.Nodes, w.cfg.Vnodes
 		cfg.Bootstrap.HealthChecks = orchestrator.HealthChecks{Interval: time.Second, Timeout: 500 * time.Millisecond, HealthyThreshold: 2, UnhealthyThreshold: 3}
+		if w.cfg.MaxHints > 0 {
+			cfg.Bootstrap.MaxHints = w.cfg.MaxHints
+		}
 		cfg.ElectionTimeout = 500 * time.Millisecond
 		cfg.Logger, cfg.Software, cfg.Fatal = w.logger(name), "sim", in.fatal
 		cfg.Seams = orchestrator.Seams{
