@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"slices"
 	"sync"
 
 	"google.golang.org/grpc"
@@ -37,6 +38,7 @@ func askEach[T any](ctx context.Context, a *App, name []string, ask func(context
 		for i := range t.Nodes {
 			nodes = append(nodes, answered[T]{Node: &t.Nodes[i]})
 		}
+		slices.SortStableFunc(nodes, func(a, b answered[T]) int { return compareNames(a.Name, b.Name) })
 	}
 	at, err := a.resolve()
 	if err != nil {
