@@ -7,8 +7,8 @@ BIN      := bin
 BUF      := $(GO) tool -modfile=proto/buf.mod buf
 FUZZTIME ?= 20s
 FIRST    ?= 1
-SEEDS    ?= 16
-MINUTES  ?= 8
+SEEDS    ?= 32
+MINUTES  ?= 4
 IMAGE    ?= kvasir:dev
 COMPOSE  ?= $(shell if docker compose version >/dev/null 2>&1; then echo docker compose; else echo docker-compose; fi)
 COMPOSE_FILE := deploy/compose/docker-compose.yml
@@ -42,7 +42,7 @@ sim: ## Simulate whole clusters under faults: SEEDS seeds from FIRST on, MINUTES
 		$(GO) test -tags $(TAGS) -count=1 -timeout 4h -v -run '^TestSim$$' ./internal/sim
 
 sim-long: ## Simulate 12 cluster hours under faults
-	@$(MAKE) --no-print-directory sim SEEDS=72 MINUTES=10
+	@$(MAKE) --no-print-directory sim SEEDS=180
 
 sim-mutants: ## Check the simulation's checker: it finds every planted bug (MUTANTS=a,b for some)
 	KVASIR_SIM_MINUTES=$(MINUTES) KVASIR_MUTANTS=$(MUTANTS) \

@@ -8,6 +8,8 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/kvasirdb/kvasir/internal/hlc"
+	"github.com/kvasirdb/kvasir/internal/mutant"
+	"github.com/kvasirdb/kvasir/internal/record"
 	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/storage"
 	"github.com/kvasirdb/kvasir/internal/topology"
@@ -274,6 +276,9 @@ func (c *comparison) move(ctx context.Context, from, to uint64, keys [][]byte) (
 
 // join has a replica join records, and returns when they are on its disk.
 func (c *comparison) join(ctx context.Context, node uint64, entries []*replicav1.Entry) error {
+	if mutant.On("expired-revived-by-repair") || mutant.On("repair-skips-tombstones") {
+		entries = mutated(entries)
+	}
 	if len(entries) == 0 {
 		return nil
 	}
@@ -307,4 +312,20 @@ func (r *Repairer) call(ctx context.Context, t *topology.Topology, node uint64, 
 	case <-ctx.Done():
 		return nil, fmt.Errorf("%s: %w", t.NodeName(node), ctx.Err())
 	}
+}
+
+// mutated is what a planted bug makes of records.
+func mutated(entries []*replicav1.Entry) (out []*replicav1.Entry) {
+	for _, e := range entries {
+		rec, err := record.Decode(e.GetRecord())
+		if err == nil && rec.Kind == record.Tombstone && mutant.On("repair-skips-tombstones") {
+			continue
+		}
+		if err == nil && rec.ExpiresAt != 0 && mutant.On("expired-revived-by-repair") {
+			rec.ExpiresAt = 0
+			e = &replicav1.Entry{Key: e.GetKey(), Record: record.Encode(rec)}
+		}
+		out = append(out, e)
+	}
+	return out
 }

@@ -5,6 +5,7 @@ import (
 
 	"google.golang.org/grpc/codes"
 
+	"github.com/kvasirdb/kvasir/internal/mutant"
 	"github.com/kvasirdb/kvasir/internal/record"
 	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/topology"
@@ -35,11 +36,18 @@ func (c *Coordinator) Batch(ctx context.Context, r *kvv1.BatchRequest) (_ *kvv1.
 		return nil, qerr
 	}
 	groups := map[uint32]*group{}
+	var first record.Version
 	for i, op := range r.GetOperations() {
 		entry, version, err := c.entry(op, ns)
 		if err != nil {
 			return nil, err
 		}
+		if i > 0 && mutant.On("one-version-for-a-batch") {
+			rec, _ := record.Decode(entry.GetRecord())
+			rec.Version = first
+			entry.Record, version = record.Encode(rec), first
+		}
+		first = version
 		v := t.VnodeOf(op.GetKey())
 		g := groups[v]
 		if g == nil {

@@ -38,7 +38,7 @@ const failures = "sim-failures"
 
 // TestSim runs the simulation: SEEDS seeds of MINUTES minutes of cluster time each.
 func TestSim(t *testing.T) {
-	seeds, first, minutes := number(t, envSeeds, 16), number(t, envFirst, 1), number(t, envMinutes, 8)
+	seeds, first, minutes := number(t, envSeeds, 32), number(t, envFirst, 1), number(t, envMinutes, 4)
 	if testing.Short() {
 		seeds = 2
 	}
@@ -63,7 +63,7 @@ func TestSimSeed(t *testing.T) {
 	var report *sim.Report
 	var history *sim.History
 	synctest.Test(t, func(t *testing.T) {
-		report, history = sim.Run(t, sim.RunConfig{Seed: uint64(number(t, envSeed, 1)), Minutes: float64(number(t, envMinutes, 8))})
+		report, history = sim.Run(t, sim.RunConfig{Seed: uint64(number(t, envSeed, 1)), Minutes: float64(number(t, envMinutes, 4))})
 	})
 	out := outcome{Report: report}
 	if len(report.Violations) > 0 || os.Getenv(envResult) == "" {
