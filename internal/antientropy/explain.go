@@ -49,7 +49,7 @@ func (c *Collector) Explain(ctx context.Context, r *adminv1.ExplainCollectionReq
 		c.look(ctx, &e, r.GetKey())
 	}
 	e.describe(c.cfg.Peers.Alive)
-	e.pins(slices.DeleteFunc(slices.Clone(hints), func(h replica.HintGroup) bool { return h.Namespace != ns.ID || h.Vnode != vnode }), c.Void(ns.ID, vnode))
+	e.pins(slices.DeleteFunc(slices.Clone(hints), func(h replica.HintGroup) bool { return h.Namespace != ns.ID || h.Vnode != vnode }), c.cfg.Self, c.Void(ns.ID, vnode))
 	return e.response, nil
 }
 
@@ -124,7 +124,7 @@ func (e *explanation) describe(alive func(uint64) bool) {
 }
 
 // pins says what is in the way, most important first.
-func (e *explanation) pins(hints []replica.HintGroup, lastVoid string) {
+func (e *explanation) pins(hints []replica.HintGroup, self uint64, lastVoid string) {
 	res := e.response
 	pin := func(format string, args ...any) { res.PinnedBy = append(res.PinnedBy, fmt.Sprintf(format, args...)) }
 	dead := uint64(0)
@@ -146,7 +146,7 @@ func (e *explanation) pins(hints []replica.HintGroup, lastVoid string) {
 	}
 	for _, h := range hints {
 		if slices.Contains(e.endpoints, h.Target) {
-			pin("the node asked keeps %d hints of this vnode for %s", h.Count, e.t.NodeName(h.Target))
+			pin("%s keeps %d hints of this vnode for %s", e.t.NodeName(self), h.Count, e.t.NodeName(h.Target))
 		}
 	}
 	if missing {
@@ -154,7 +154,7 @@ func (e *explanation) pins(hints []replica.HintGroup, lastVoid string) {
 	}
 	e.pinnedByProgress(pin)
 	if lastVoid != "" {
-		pin("the last round that this node led came to nothing: %s", lastVoid)
+		pin("the last round that %s led came to nothing: %s", e.t.NodeName(self), lastVoid)
 	}
 }
 

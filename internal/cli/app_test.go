@@ -52,7 +52,7 @@ func TestHelp(t *testing.T) {
 		runKvctl(t, func(*App) {}, strings.Fields(args)...).want(t, 0, "Usage:")
 	}
 	runKvctl(t, func(*App) {}, "clustr").want(t, 2, `did you mean "cluster"?`)
-	runKvctl(t, func(*App) {}, "pt").want(t, 2, `did you mean "get" or "put"?`)
+	runKvctl(t, func(*App) {}, "pt").want(t, 2, `did you mean "gc", "get" or "put"?`)
 	if got := alternatives([]string{"a", "b", "c"}); got != `"a", "b" or "c"` {
 		t.Errorf("alternatives are written %s", got)
 	}
