@@ -169,6 +169,10 @@ func (d *draft) mutate(m *topologyv1.Mutation) error {
 	case *topologyv1.Mutation_SetOrchestrators:
 		d.setOrchestrators(m.SetOrchestrators)
 		return nil
+	case *topologyv1.Mutation_SetVnodes:
+		return d.setVnodes(m.SetVnodes)
+	case *topologyv1.Mutation_RemoveNodes:
+		return d.removeNodes(m.RemoveNodes)
 	}
 	return refuse(Invalid, "UNKNOWN_MUTATION", "the change is of a kind this software does not know: upgrade every orchestrator first")
 }

@@ -1,0 +1,121 @@
+package topology
+
+import (
+	"fmt"
+	"slices"
+
+	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
+)
+
+// Moving returns the index of the slot that is in transition, or -1.
+func (v *Vnode) Moving() int {
+	return slices.IndexFunc(v.Slots, func(s Slot) bool { return s.Phase != Stable })
+}
+
+// Incoming returns the vnodes that a node is being filled with, in ring order, each
+// with the index of its slot.
+func (t *Topology) Incoming(incarnation uint64) map[uint32]int {
+	out := map[uint32]int{}
+	for i := range t.Ring {
+		for j, s := range t.Ring[i].Slots {
+			if s.Incoming == incarnation && incarnation != 0 {
+				out[uint32(i)] = j
+			}
+		}
+	}
+	return out
+}
+
+// Names reports whether a slot names a node, as its node or as the incoming one.
+func (t *Topology) Names(incarnation uint64) bool {
+	for i := range t.Ring {
+		for _, s := range t.Ring[i].Slots {
+			if s.Node == incarnation || s.Incoming == incarnation {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// setVnodes replaces the slots of some vnodes, each by one step of a transition.
+func (d *draft) setVnodes(m *topologyv1.SetVnodes) error {
+	seen := map[uint32]bool{}
+	for _, pb := range m.GetVnodes() {
+		i := pb.GetVnode()
+		if int(i) >= len(d.Topology.Ring) {
+			return refuse(Invalid, "UNKNOWN_VNODE", fmt.Sprintf("there is no vnode %d: the ring has %d", i, len(d.Topology.Ring)), "vnode", i)
+		}
+		if seen[i] {
+			return refuse(Invalid, "VNODE_TWICE", fmt.Sprintf("vnode %d is given twice", i), "vnode", i)
+		}
+		seen[i] = true
+		next := vnodeFromProto(&topologyv1.Vnode{Slots: pb.GetSlots()})
+		old := &d.Topology.Ring[i]
+		if slices.Equal(old.Slots, next.Slots) {
+			continue
+		}
+		if err := checkStep(old, &next); err != nil {
+			return refuse(Precondition, "BAD_STEP", fmt.Sprintf("vnode %d: %s", i, err), "vnode", i)
+		}
+		next.ChangedEpoch = d.Topology.Epoch
+		d.Topology.Ring[i] = next
+		d.changed = true
+	}
+	return nil
+}
+
+// checkStep returns why one vnode must not follow the other.
+//
+// Invariant 8: with the barrier between its steps, each of these keeps every write
+// quorum of one epoch in touch with every read quorum of the next.
+func checkStep(old, next *Vnode) error {
+	if len(old.Slots) != len(next.Slots) {
+		return fmt.Errorf("it has %d slots, not %d", len(old.Slots), len(next.Slots))
+	}
+	moving := 0
+	for j := range next.Slots {
+		a, b := old.Slots[j], next.Slots[j]
+		if b.Phase != Stable {
+			moving++
+		}
+		if a != b && !stepAllowed(a, b) {
+			return fmt.Errorf("slot %d cannot go from %q, #%d to #%d, to %q, #%d to #%d", j, a.Phase, a.Node, a.Incoming, b.Phase, b.Node, b.Incoming)
+		}
+	}
+	if moving > 1 {
+		return fmt.Errorf("%d of its slots would be in transition, one may be", moving)
+	}
+	return nil
+}
+
+// stepAllowed reports whether a slot may change so: a dead node gets a successor,
+// the successor is itself succeeded before it is complete, or it is complete.
+func stepAllowed(a, b Slot) bool {
+	switch {
+	case a.Phase == Stable && b.Phase == WriteNewReadNone, a.Phase == WriteNewReadNone && b.Phase == WriteNewReadNone:
+		return a.Node == b.Node && b.Incoming != a.Incoming
+	case a.Phase == WriteNewReadNone && b.Phase == Stable:
+		return b.Node == a.Incoming
+	}
+	return false
+}
+
+// removeNodes takes data directories out of the cluster. Their incarnations are
+// never given out again (invariant 10).
+func (d *draft) removeNodes(m *topologyv1.RemoveNodes) error {
+	for _, inc := range m.GetIncarnations() {
+		i := slices.IndexFunc(d.Topology.Nodes, func(n Node) bool { return n.Incarnation == inc })
+		if i < 0 {
+			return refuse(NotFound, "NODE_NOT_FOUND", fmt.Sprintf("there is no node #%d", inc), "incarnation", inc)
+		}
+		if d.Topology.Names(inc) {
+			return refuse(Precondition, "NODE_HAS_SLOTS",
+				fmt.Sprintf("node %s, #%d, has slots: they must go elsewhere first", d.Topology.Nodes[i].Name, inc), "incarnation", inc)
+		}
+		d.Topology.Nodes = slices.Delete(d.Topology.Nodes, i, i+1)
+		delete(d.boots, inc)
+		d.changed = true
+	}
+	return nil
+}
