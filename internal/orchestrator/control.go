@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strconv"
 	"sync"
 	"time"
 
@@ -156,7 +158,10 @@ func (s controlService) registerNode(ctx context.Context, r *adminv1.RegisterNod
 		Address: r.GetAddress(), AdminAddress: r.GetAdminAddress(), GossipAddress: r.GetGossipAddress(), DataId: r.GetDataId(),
 	}
 	a, err := s.o.change(ctx, func(t *topology.Topology) (*topologyv1.Command, error) {
-		if err := nameFree(t, r.GetName(), r.GetDataId(), s.o.health.state); err != nil {
+		if err := nameFree(t, n, s.o.health.state); err != nil {
+			if inc, perr := strconv.ParseUint(err.Details["incarnation"], 10, 64); perr == nil {
+				s.o.health.hurryOne(inc) // what is known of it may be old
+			}
 			return nil, err
 		}
 		return &topologyv1.Command{
@@ -176,23 +181,36 @@ func (s controlService) registerNode(ctx context.Context, r *adminv1.RegisterNod
 // nameFree returns nil when a data directory may carry a name: it is the newest of
 // that name, or every other one is known to be dead. What it returns holds for the
 // epoch of t only, so that of two that start together one sees the other.
-func nameFree(t *topology.Topology, name, dataID string, state func(uint64) topologyv1.NodeHealth_State) error {
-	if newest := t.Resolve(name); newest != nil && newest.DataID == dataID {
+//
+// A node that was wiped and started again comes before its end has been noticed. It
+// has the address of the one before, where only one of the two can answer, so it is
+// asked to wait for the probes' word. A node at another address is another machine.
+func nameFree(t *topology.Topology, n *topologyv1.Node, state func(uint64) topologyv1.NodeHealth_State) *rpc.Error {
+	newest := t.Resolve(n.GetName())
+	if newest == nil || newest.DataID == n.GetDataId() {
 		return nil
 	}
-	for _, n := range t.Nodes {
-		if n.Name != name || n.DataID == dataID {
+	known := slices.ContainsFunc(t.Nodes, func(o topology.Node) bool { return o.DataID == n.GetDataId() })
+	if known && t.Names(newest.Incarnation) {
+		return rpc.Errorf(codes.FailedPrecondition, "NODE_REMOVED",
+			"#%d has taken the place of this data directory of node %s: start the node with an empty data directory to join again", newest.Incarnation, n.GetName())
+	}
+	for _, o := range t.Nodes {
+		if o.Name != n.GetName() || o.DataID == n.GetDataId() {
 			continue
 		}
-		switch state(n.Incarnation) {
-		case topologyv1.NodeHealth_STATE_HEALTHY:
-			return rpc.Errorf(codes.AlreadyExists, "NAME_IN_USE", "there is a healthy node named %s, #%d at %s: give this one another name", n.Name, n.Incarnation, n.Address).
-				With("incarnation", n.Incarnation)
-		case topologyv1.NodeHealth_STATE_UNSPECIFIED:
-			e := rpc.Errorf(codes.Unavailable, rpc.ReasonNotReady, "there is another node named %s, #%d at %s, and it is not known yet whether it lives", n.Name, n.Incarnation, n.Address)
+		s := state(o.Incarnation)
+		var e *rpc.Error
+		switch {
+		case s == topologyv1.NodeHealth_STATE_UNHEALTHY:
+			continue
+		case s == topologyv1.NodeHealth_STATE_HEALTHY && (known || o.Address != n.GetAddress()):
+			e = rpc.Errorf(codes.AlreadyExists, "NAME_IN_USE", "there is a healthy node named %s, #%d at %s: give this one another name", o.Name, o.Incarnation, o.Address)
+		default:
+			e = rpc.Errorf(codes.Unavailable, rpc.ReasonNotReady, "there is another node named %s, #%d at %s, and it is not known yet whether it lives", o.Name, o.Incarnation, o.Address)
 			e.RetryAfter = 200 * time.Millisecond
-			return e
 		}
+		return e.With("incarnation", o.Incarnation)
 	}
 	return nil
 }

@@ -4,7 +4,10 @@ import (
 	"fmt"
 	"slices"
 
+	"google.golang.org/grpc/codes"
+
 	"github.com/kvasirdb/kvasir/internal/placement"
+	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/topology"
 	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
 )
@@ -12,18 +15,19 @@ import (
 // decide returns the next command that brings the agreed state closer to what it
 // should be, or nil. It is a function of its arguments; newID is drawn by the
 // caller and used only to found the cluster.
-func decide(s *topology.State, cfg *Config, healthy func(incarnation uint64) bool, newID string) (*topologyv1.Command, error) {
+func decide(s *topology.State, cfg *Config, v view, newID string) (*topologyv1.Command, error) {
 	switch {
 	case s == nil:
 		return found(cfg, newID), nil
 	case !slices.Equal(s.Topology.Orchestrators, orchestrators(cfg)):
 		return setOrchestrators(s.Topology, cfg), nil
 	case !s.Topology.Formed():
-		if nodes := founders(s.Topology, healthy); len(nodes) >= s.Topology.FoundingNodes {
+		if nodes := founders(s.Topology, v.healthy); len(nodes) >= s.Topology.FoundingNodes {
 			return formRing(s.Topology, nodes)
 		}
+		return nil, nil
 	}
-	return nil, nil
+	return replace(s.Topology, v), nil
 }
 
 func found(cfg *Config, id string) *topologyv1.Command {
@@ -133,6 +137,9 @@ func createNamespace(t *topology.Topology, name string, set topology.NamespaceSe
 		Change:      &topologyv1.Change{Subject: "namespace", Name: name, What: "created: " + ns.Describe()},
 	}
 	if len(t.Ring[0].Slots) < ns.N {
+		if replacing(t) {
+			return nil, nil, rpc.Errorf(codes.FailedPrecondition, "RING_CHANGING", "N=%d needs more slots than the vnodes have, and a node is being replaced: wait until that is done, then try again", ns.N)
+		}
 		ring, err := widen(t, t.Members(), ns.N)
 		if err != nil {
 			return nil, nil, err

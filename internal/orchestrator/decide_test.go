@@ -3,7 +3,6 @@ package orchestrator
 import (
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -39,7 +38,7 @@ func registerNode(t *testing.T, s *topology.State, name, zone string) *topology.
 func settle(t *testing.T, s *topology.State, cfg *Config, dead ...uint64) (_ *topology.State, steps []string) {
 	t.Helper()
 	for range 10 {
-		cmd, err := decide(s, cfg, func(incarnation uint64) bool { return !slices.Contains(dead, incarnation) }, "c1")
+		cmd, err := decide(s, cfg, alive(s, dead...), "c1")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -95,11 +94,15 @@ func TestNameFree(t *testing.T) {
 		{"n1", "x", unhealthy, healthy, "NAME_IN_USE"},
 		{"n1", "x", unhealthy, unknown, rpc.ReasonNotReady},
 		{"n1", "x", unhealthy, unhealthy, ""},
+		// At the address of the one before, whose end may not have been noticed.
+		{"n1", "at n1:1", unhealthy, healthy, rpc.ReasonNotReady},
+		{"n1", "at n1:1", unhealthy, unhealthy, ""},
 	} {
-		err := nameFree(s.Topology, tc.name, tc.dataID, func(incarnation uint64) topologyv1.NodeHealth_State {
+		address, _ := strings.CutPrefix(tc.dataID, "at ")
+		err := nameFree(s.Topology, &topologyv1.Node{Name: tc.name, DataId: tc.dataID, Address: address}, func(incarnation uint64) topologyv1.NodeHealth_State {
 			return []topologyv1.NodeHealth_State{tc.first, tc.second}[incarnation-1]
 		})
-		if e := rpc.AsError(err); e == nil && tc.want != "" || e != nil && e.Reason != tc.want {
+		if err == nil && tc.want != "" || err != nil && err.Reason != tc.want {
 			t.Errorf("%+v: %v", tc, err)
 		}
 	}

@@ -133,11 +133,33 @@ func (h *probes) hurry() {
 	for inc, obs := range h.mu.nodes {
 		healthy := obs.verdict.state == topologyv1.NodeHealth_STATE_HEALTHY
 		if alive, known := h.o.gossip.Alive(gossipName(inc)); known && alive != healthy {
-			select {
-			case h.mu.hurry[inc] <- struct{}{}:
-			default:
-			}
+			h.probeNow(inc)
 		}
+	}
+}
+
+// hurryAll has every node probed.
+func (h *probes) hurryAll() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for inc := range h.mu.hurry {
+		h.probeNow(inc)
+	}
+}
+
+// hurryOne has one node probed.
+func (h *probes) hurryOne(incarnation uint64) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.probeNow(incarnation)
+}
+
+// probeNow asks a node's prober for a probe, unless one is asked for already.
+// REQUIRES: h.mu is held.
+func (h *probes) probeNow(incarnation uint64) {
+	select {
+	case h.mu.hurry[incarnation] <- struct{}{}:
+	default:
 	}
 }
 
@@ -237,6 +259,9 @@ func (h *probes) of(incarnation uint64) observation {
 func (h *probes) state(incarnation uint64) topologyv1.NodeHealth_State {
 	return h.of(incarnation).verdict.state
 }
+
+// status returns what a node last said of itself, or nil.
+func (h *probes) status(incarnation uint64) *adminv1.NodeStatus { return h.of(incarnation).status }
 
 // healthy reports whether a node passed its last probes.
 func (h *probes) healthy(incarnation uint64) bool {

@@ -53,10 +53,12 @@ type Orchestrator struct {
 	seen atomic.Uint64
 	// saidBehind is the control loop's: the log tells of an older copy once.
 	saidBehind bool
-	stopping   chan struct{}
-	stopOnce   sync.Once
-	cancel     context.CancelFunc
-	workers    sync.WaitGroup
+	// hurried, too, is the control loop's: when it last had the nodes probed early.
+	hurried  time.Time
+	stopping chan struct{}
+	stopOnce sync.Once
+	cancel   context.CancelFunc
+	workers  sync.WaitGroup
 }
 
 // Start starts an orchestrator and returns once it takes part in Raft. Errors name
@@ -240,6 +242,10 @@ func (o *Orchestrator) leaderAddress() (string, bool) {
 // told.
 const leadInterval = 200 * time.Millisecond
 
+// hurryInterval is how often the leader has nodes probed while it waits for what they
+// say.
+const hurryInterval = time.Second
+
 // lead runs the leader's control loop whenever this orchestrator leads: observe,
 // decide, propose.
 func (o *Orchestrator) lead(run context.Context) {
@@ -321,7 +327,11 @@ func (o *Orchestrator) step(run context.Context) {
 		}
 		return
 	}
-	cmd, err := decide(o.machine.state.Load(), &o.cfg, o.health.healthy, rand.Text())
+	if replacing(o.machine.topology()) && time.Since(o.hurried) >= hurryInterval {
+		o.hurried = time.Now()
+		o.health.hurryAll()
+	}
+	cmd, err := decide(o.machine.state.Load(), &o.cfg, view{o.health.state, o.health.status}, rand.Text())
 	if err != nil {
 		o.cfg.Logger.Error("cannot decide", "err", err)
 		return

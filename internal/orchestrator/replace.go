@@ -1,0 +1,228 @@
+package orchestrator
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/kvasirdb/kvasir/internal/topology"
+	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
+	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
+)
+
+// view is what the leader knows of the nodes when it decides.
+type view struct {
+	// state is a node's health, unspecified until it was probed.
+	state func(incarnation uint64) topologyv1.NodeHealth_State
+	// status is what a node last said of itself, nil if nothing. Epochs and complete
+	// fillings only grow within an incarnation, so an old status errs to the safe side.
+	status func(incarnation uint64) *adminv1.NodeStatus
+}
+
+func (v view) healthy(incarnation uint64) bool {
+	return v.state(incarnation) == topologyv1.NodeHealth_STATE_HEALTHY
+}
+
+func (v view) unhealthy(incarnation uint64) bool {
+	return v.state(incarnation) == topologyv1.NodeHealth_STATE_UNHEALTHY
+}
+
+func (v view) epoch(incarnation uint64) uint64 { return v.status(incarnation).GetEpoch() }
+
+// replace returns the next command of the replacement of nodes that lost their data
+// directories, or nil. First what is complete is finished, then what can begin
+// begins. All that a replacement has come to is in the topology and in what the
+// newcomers say, so any leader can go on with it.
+func replace(t *topology.Topology, v view) *topologyv1.Command {
+	if !t.Formed() {
+		return nil
+	}
+	for _, step := range []func(*topology.Topology, view) *topologyv1.Command{finishFilled, beginReplacing, removeReplaced} {
+		if cmd := step(t, v); cmd != nil {
+			return cmd
+		}
+	}
+	return nil
+}
+
+// successor returns the newest data directory under a node's name when that is
+// another one, it is healthy and the node is known not to be. A directory is only
+// ever admitted under the name of a node that is not healthy.
+func successor(t *topology.Topology, incarnation uint64, v view) *topology.Node {
+	n := t.Node(incarnation)
+	if n == nil || n.Role != topology.Data || !v.unhealthy(incarnation) {
+		return nil
+	}
+	newest := t.Resolve(n.Name)
+	if newest == n || newest.Role != topology.Data || !v.healthy(newest.Incarnation) {
+		return nil
+	}
+	return newest
+}
+
+// beginReplacing makes successors incoming on the slots of the nodes whose place
+// they take, one slot of a vnode at a time.
+func beginReplacing(t *topology.Topology, v view) *topologyv1.Command {
+	b := batch{t: t}
+	for i := range t.Ring {
+		vnode := &t.Ring[i]
+		moving := vnode.Moving()
+		for j, s := range vnode.Slots {
+			dead := s.Node
+			if s.Phase == topology.WriteNewReadNone {
+				dead = s.Incoming // the successor may need one itself
+			}
+			if moving >= 0 && moving != j || s.Phase != topology.Stable && s.Phase != topology.WriteNewReadNone {
+				continue
+			}
+			next := successor(t, dead, v)
+			if next == nil || hasSlot(vnode, next.Incarnation) {
+				continue
+			}
+			b.set(uint32(i), j, topology.Slot{Node: s.Node, Incoming: next.Incarnation, Phase: topology.WriteNewReadNone})
+			b.count(next.Name, fmt.Sprintf("#%d takes the place of #%d", next.Incarnation, dead))
+			break
+		}
+	}
+	return b.command("%s on %d vnodes: they are being filled from the other replicas")
+}
+
+func hasSlot(v *topology.Vnode, incarnation uint64) bool {
+	return slices.ContainsFunc(v.Slots, func(s topology.Slot) bool { return s.Node == incarnation || s.Incoming == incarnation })
+}
+
+// finishFilled makes incoming nodes voters on the vnodes that have come to them.
+func finishFilled(t *topology.Topology, v view) *topologyv1.Command {
+	b := batch{t: t}
+	for i := range t.Ring {
+		j := t.Ring[i].Moving()
+		if j < 0 || t.Ring[i].Slots[j].Phase != topology.WriteNewReadNone || unfinished(t, uint32(i), j, v) != "" {
+			continue
+		}
+		s := t.Ring[i].Slots[j]
+		b.set(uint32(i), j, topology.Slot{Node: s.Incoming, Phase: topology.Stable})
+		b.count(t.NodeName(s.Incoming), fmt.Sprintf("#%d", s.Incoming))
+	}
+	return b.command("%s has been filled and votes on %d vnodes")
+}
+
+// unfinished returns why an incoming node must not become a voter yet, or "".
+//
+// The barrier: the newcomer, all live nodes and, for every namespace that uses the
+// slot, N−q+1 of its other slots with all their endpoints have taken in the epoch and
+// ended what they did under older ones. Then no quorum of an older epoch can be
+// reached any more; see models/barrier.py for what a weaker rule allows.
+func unfinished(t *topology.Topology, vnode uint32, slot int, v view) string {
+	ring := &t.Ring[vnode]
+	incoming, epoch := ring.Slots[slot].Incoming, ring.ChangedEpoch
+	if v.epoch(incoming) < epoch {
+		return fmt.Sprintf("%s has not taken in epoch %s yet", t.NodeName(incoming), topology.EpochString(epoch))
+	}
+	for i := range t.Nodes {
+		if inc := t.Nodes[i].Incarnation; !v.unhealthy(inc) && v.epoch(inc) < epoch {
+			return fmt.Sprintf("%s has not taken in epoch %s yet", t.Nodes[i].Name, topology.EpochString(epoch))
+		}
+	}
+	for i := range t.Namespaces {
+		ns := &t.Namespaces[i]
+		if slot >= ns.N {
+			continue
+		}
+		have, want := 0, ns.N-(ns.N/2+1)+1
+		for j, s := range t.Slots(vnode, ns.N) {
+			if j != slot && taken(s.Write[0], epoch, v) && taken(s.Write[1], epoch, v) {
+				have++
+			}
+		}
+		if have < want {
+			return fmt.Sprintf("%d of the other replicas of namespace %s have taken in epoch %s, %d must have", have, ns.Name, topology.EpochString(epoch), want)
+		}
+	}
+	complete := slices.ContainsFunc(v.status(incoming).GetFillings(), func(f *adminv1.Filling) bool {
+		return f.GetVnode() == vnode && f.GetComplete() && f.GetAssignedEpoch() <= epoch
+	})
+	if !complete {
+		return "it is being filled"
+	}
+	return ""
+}
+
+// taken reports whether an endpoint has taken in an epoch; no endpoint has.
+func taken(incarnation, epoch uint64, v view) bool {
+	return incarnation == 0 || v.epoch(incarnation) >= epoch
+}
+
+// removeReplaced takes out the data directories that a newer one under their name
+// has replaced on all their slots.
+func removeReplaced(t *topology.Topology, v view) *topologyv1.Command {
+	m := &topologyv1.RemoveNodes{}
+	var what []string
+	name := ""
+	for i := range t.Nodes {
+		n := &t.Nodes[i]
+		newest := t.Resolve(n.Name)
+		if newest == n || n.Role != topology.Data || !v.healthy(newest.Incarnation) || t.Names(n.Incarnation) {
+			continue
+		}
+		m.Incarnations = append(m.Incarnations, n.Incarnation)
+		what = append(what, fmt.Sprintf("#%d: #%d has taken its place", n.Incarnation, newest.Incarnation))
+		name = n.Name
+	}
+	if len(what) == 0 {
+		return nil
+	}
+	return &topologyv1.Command{
+		ExpectEpoch: t.Epoch,
+		Change:      &topologyv1.Change{Subject: "node", Name: name, What: "removed " + strings.Join(what, ", ")},
+		Mutations:   []*topologyv1.Mutation{{Kind: &topologyv1.Mutation_RemoveNodes{RemoveNodes: m}}},
+	}
+}
+
+// batch gathers changes of many vnodes into one command.
+type batch struct {
+	t    *topology.Topology
+	m    topologyv1.SetVnodes
+	name string
+	// what happens, in the order it was first said.
+	what []string
+}
+
+func (b *batch) set(vnode uint32, slot int, s topology.Slot) {
+	v := topology.Vnode{Slots: slices.Clone(b.t.Ring[vnode].Slots)}
+	v.Slots[slot] = s
+	b.m.Vnodes = append(b.m.Vnodes, &topologyv1.VnodeSlots{Vnode: vnode, Slots: topology.RingProto([]topology.Vnode{v})[0].GetSlots()})
+}
+
+func (b *batch) count(name, what string) {
+	b.name = name
+	if !slices.Contains(b.what, what) {
+		b.what = append(b.what, what)
+	}
+}
+
+// command returns what was gathered, or nil. format takes what happens and the
+// number of vnodes.
+func (b *batch) command(format string) *topologyv1.Command {
+	if len(b.m.GetVnodes()) == 0 {
+		return nil
+	}
+	return &topologyv1.Command{
+		ExpectEpoch: b.t.Epoch,
+		Change:      &topologyv1.Change{Subject: "node", Name: b.name, What: fmt.Sprintf(format, strings.Join(b.what, ", "), len(b.m.GetVnodes()))},
+		Mutations:   []*topologyv1.Mutation{{Kind: &topologyv1.Mutation_SetVnodes{SetVnodes: &b.m}}},
+	}
+}
+
+// replacing returns the nodes whose state the leader waits for: while a slot is in
+// transition or a node has a successor, all.
+func replacing(t *topology.Topology) bool {
+	if t == nil || !t.Formed() {
+		return false
+	}
+	for i := range t.Ring {
+		if t.Ring[i].Moving() >= 0 {
+			return true
+		}
+	}
+	return slices.ContainsFunc(t.Nodes, func(n topology.Node) bool { return t.Resolve(n.Name).Incarnation != n.Incarnation })
+}
