@@ -123,7 +123,7 @@ func TestStartOnANearlyFullDisk(t *testing.T) {
 	if err := disk.Remove(filepath.Join("data", ballastName)); err != nil {
 		t.Fatal(err)
 	}
-	writeFile(t, disk, "data/other", make([]byte, 4<<20))
+	putFile(t, disk, "data/other", make([]byte, 4<<20))
 	disk.resize(8<<20 - disk.free() + 64<<10)
 	s = open(t, fs)
 	defer closeStore(t, s)

@@ -32,7 +32,7 @@ func readFile(t *testing.T, fs vfs.FS, name string) []byte {
 	return b
 }
 
-func writeFile(t *testing.T, fs vfs.FS, name string, b []byte) {
+func putFile(t *testing.T, fs vfs.FS, name string, b []byte) {
 	t.Helper()
 	f, err := fs.Create(name, vfs.WriteCategoryUnspecified)
 	if err != nil {
@@ -99,7 +99,7 @@ func TestLostTailIsNoticed(t *testing.T) {
 			t.Run(fmt.Sprintf("%s, crash %v", name, crash), func(t *testing.T) {
 				fs := filled(t, crash)
 				log := newestLog(t, fs)
-				writeFile(t, fs, log, harm(bytes.Clone(readFile(t, fs, log))))
+				putFile(t, fs, log, harm(bytes.Clone(readFile(t, fs, log))))
 				s, err := Open(testConfig(t, fs))
 				if err != nil {
 					if !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), "data") {
@@ -148,7 +148,7 @@ func TestLostTailBesideAFlush(t *testing.T) {
 		}
 		clone := fs.CrashClone(vfs.CrashCloneCfg{})
 		closeStore(t, s)
-		writeFile(t, clone, newestLog(t, clone), nil)
+		putFile(t, clone, newestLog(t, clone), nil)
 		s = open(t, clone)
 		if s.LostTail() == "" {
 			t.Errorf("round %d: the lost tail went unnoticed", round)
@@ -163,7 +163,7 @@ func TestInterruptedStartHidesNoLoss(t *testing.T) {
 	fs := filled(t, true)
 	log := newestLog(t, fs)
 	b := bytes.Clone(readFile(t, fs, log))
-	writeFile(t, fs, log, b[:len(bytes.TrimRight(b, "\x00"))-90])
+	putFile(t, fs, log, b[:len(bytes.TrimRight(b, "\x00"))-90])
 	for start := range 5 {
 		disk := errorfs.Wrap(fs, errorfs.InjectorFunc(func(op errorfs.Op) error {
 			if op.Kind == errorfs.OpFileSyncData && filepath.Base(op.Path) == markName {
@@ -216,7 +216,7 @@ func TestTornMark(t *testing.T) {
 		path := filepath.Join("data", markName)
 		b := bytes.Clone(readFile(t, fs, path))
 		b[slot*markStride+10] ^= 0xff
-		writeFile(t, fs, path, b)
+		putFile(t, fs, path, b)
 		s := open(t, fs)
 		if s.LostTail() != "" {
 			t.Errorf("slot %d torn: %s", slot, s.LostTail())
@@ -256,25 +256,25 @@ func TestOpenRefuses(t *testing.T) {
 			if err := fs.MkdirAll("data", 0o755); err != nil {
 				t.Fatal(err)
 			}
-			writeFile(t, fs, "data/holiday.jpg", nil)
+			putFile(t, fs, "data/holiday.jpg", nil)
 		}, ErrNotOurs, "holiday.jpg"},
 		{"an orchestrator's directory", func(t *testing.T, fs vfs.FS) {
 			closeStore(t, open(t, fs))
-			writeFile(t, fs, "data/FORMAT", []byte("kvasir orchestrator 1\n"))
+			putFile(t, fs, "data/FORMAT", []byte("kvasir orchestrator 1\n"))
 		}, ErrNotOurs, "orchestrator"},
 		{"a newer format", func(t *testing.T, fs vfs.FS) {
 			closeStore(t, open(t, fs))
-			writeFile(t, fs, "data/FORMAT", []byte("kvasir node 2\n"))
+			putFile(t, fs, "data/FORMAT", []byte("kvasir node 2\n"))
 		}, ErrNewerFormat, filepath.Join("data", "FORMAT")},
 		{"a damaged format file", func(t *testing.T, fs vfs.FS) {
 			closeStore(t, open(t, fs))
-			writeFile(t, fs, "data/FORMAT", []byte("kvasir node x\n"))
+			putFile(t, fs, "data/FORMAT", []byte("kvasir node x\n"))
 		}, ErrCorrupt, filepath.Join("data", "FORMAT")},
 		{"a newer mark", func(t *testing.T, fs vfs.FS) {
 			closeStore(t, open(t, fs))
 			b := mark{generation: 1 << 40}.encode()[:markLen-4]
 			b[4] = markFormat + 1
-			writeFile(t, fs, "data/MARK", sealMark(b))
+			putFile(t, fs, "data/MARK", sealMark(b))
 		}, ErrNewerFormat, "MARK"},
 		{"a newer store", func(t *testing.T, fs vfs.FS) {
 			closeStore(t, open(t, fs))
@@ -289,7 +289,7 @@ func TestOpenRefuses(t *testing.T) {
 					}
 				}
 			}
-			writeFile(t, fs, "data/marker.format-version.000099.099", nil)
+			putFile(t, fs, "data/marker.format-version.000099.099", nil)
 		}, ErrNewerFormat, "data"},
 		{"a damaged manifest", func(t *testing.T, fs vfs.FS) {
 			closeStore(t, open(t, fs))
@@ -299,7 +299,7 @@ func TestOpenRefuses(t *testing.T) {
 			}
 			for _, n := range names {
 				if strings.HasPrefix(n, "MANIFEST-") {
-					writeFile(t, fs, filepath.Join("data", n), []byte("junk that is no manifest at all"))
+					putFile(t, fs, filepath.Join("data", n), []byte("junk that is no manifest at all"))
 				}
 			}
 		}, nil, "data"},

@@ -183,6 +183,11 @@ func Open(cfg Config) (*Store, error) {
 }
 
 func (s *Store) open() error {
+	if into, err := asideInto(s.cfg.FS, s.cfg.Dir); err != nil {
+		return err
+	} else if into != "" {
+		return fmt.Errorf("%w: the store in %s was on its way to %s", ErrCorrupt, s.cfg.Dir, into)
+	}
 	fresh, err := checkFormat(s.cfg.FS, s.cfg.Dir)
 	if err != nil {
 		return err
@@ -259,8 +264,8 @@ func (s *Store) checkTail(fresh bool, markErr error) error {
 }
 
 // LostTail returns why the store may lack records that it had acknowledged, or ""
-// when it has them all. Such a store must not vote in any quorum; it stays so
-// until the directory is wiped.
+// when it has them all. Such a store must not vote in any quorum; it stays so for
+// good. SetAside makes room for another.
 func (s *Store) LostTail() string { return s.lostTail }
 
 // Boots returns how often the directory has been opened, this time included.
@@ -372,7 +377,7 @@ func (s *Store) openError(err error) error {
 	case strings.Contains(err.Error(), "format major version"), strings.Contains(err.Error(), "unknown to this version"):
 		return fmt.Errorf("%w: %s: %w", ErrNewerFormat, s.cfg.Dir, err)
 	case pebble.IsCorruptionError(err), errors.Is(err, record.ErrCorrupt):
-		return fmt.Errorf("%w in %s: %w: start the node with an empty data directory, it will be filled from its peers", ErrCorrupt, s.cfg.Dir, err)
+		return fmt.Errorf("%w in %s: %w", ErrCorrupt, s.cfg.Dir, err)
 	}
 	if strings.Contains(err.Error(), syscall.ENOSPC.Error()) {
 		return fmt.Errorf("open store in %s: %w: free space, then start the node again; nothing acknowledged is lost", s.cfg.Dir, err)
@@ -424,23 +429,24 @@ func parseFormat(path, line string) error {
 }
 
 func writeFormat(disk vfs.FS, dir string) error {
-	path := filepath.Join(dir, formatName)
+	return writeFile(disk, dir, formatName, fmt.Sprint(formatPrefix, formatVersion))
+}
+
+// writeFile writes a file of one line, which is there whole or not at all.
+func writeFile(disk vfs.FS, dir, name, line string) error {
+	path := filepath.Join(dir, name)
 	f, err := disk.Create(path+".tmp", vfs.WriteCategoryUnspecified)
 	if err != nil {
 		return fmt.Errorf("create %s: %w", path, err)
 	}
-	_, err = fmt.Fprintf(f, "%s%d\n", formatPrefix, formatVersion)
+	_, err = fmt.Fprintln(f, line)
 	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return fmt.Errorf("write %s: %w", path, err)
 	}
 	if err := disk.Rename(path+".tmp", path); err != nil {
 		return fmt.Errorf("rename %s: %w", path, err)
 	}
-	d, err := disk.OpenDir(dir)
-	if err != nil {
-		return fmt.Errorf("open %s: %w", dir, err)
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return syncDir(disk, dir)
 }
 
 // ownFile reports whether a file is one that opening a new store leaves.
@@ -450,7 +456,7 @@ func ownFile(name string) bool {
 			return true
 		}
 	}
-	for _, prefix := range []string{"MANIFEST-", "OPTIONS-", "CURRENT", "LOCK", "marker.", markName, ballastName} {
+	for _, prefix := range []string{"MANIFEST-", "OPTIONS-", "CURRENT", "LOCK", "marker.", markName, ballastName, asidePrefix} {
 		if strings.HasPrefix(name, prefix) {
 			return true
 		}

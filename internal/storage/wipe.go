@@ -1,0 +1,142 @@
+package storage
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"path/filepath"
+	"strings"
+
+	"github.com/cockroachdb/pebble/v2"
+	"github.com/cockroachdb/pebble/v2/vfs"
+)
+
+// WipeVnodes removes all records of some vnodes, of every namespace, and stores a
+// value under a name, as SetMeta does, as one commit. It returns when that is on disk.
+// REQUIRES: the vnodes are not in use.
+func (s *Store) WipeVnodes(vnodes []uint32, name string, value []byte) error {
+	namespaces, err := s.namespacesOf(kindRecord)
+	if err != nil {
+		return err
+	}
+	b := s.db.NewBatch()
+	defer b.Close()
+	errs := []error{b.Set(metaKey(name), value, nil)}
+	wiped := map[vnodeID]bool{}
+	for _, ns := range namespaces {
+		for _, v := range vnodes {
+			lower, upper := vnodeRange(ns, v, nil, nil)
+			defer s.latches.suspend(lower, upper)()
+			errs = append(errs, b.DeleteRange(lower, upper, nil))
+			wiped[vnodeID{ns, v}] = true
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	if err := s.commit(func() error { return b.Commit(pebble.Sync) }); err != nil {
+		return fmt.Errorf("wipe %d vnodes: %w", len(vnodes), err)
+	}
+	s.unmarked.Store(true)
+	s.trees.forget(func(id vnodeID) bool { return wiped[id] })
+	return nil
+}
+
+// asidePrefix begins the names of directories that hold a store that was set aside.
+// asideName is a file that names such a directory while a store is on its way there.
+const (
+	asidePrefix = "lost-"
+	asideName   = "ASIDE"
+)
+
+// SetAside moves the content of a data directory into a directory in it, whose name
+// ends in suffix, so that the directory is as good as new. After a crash in between
+// Open returns ErrCorrupt, and the next call goes on where the last one ended.
+// REQUIRES: the store is not open.
+func SetAside(disk vfs.FS, dir, suffix string) (path string, err error) {
+	lock, err := pebble.LockDirectory(dir, disk)
+	if err != nil {
+		return "", fmt.Errorf("%w: %s (%w)", ErrInUse, dir, err)
+	}
+	defer func() { err = errors.Join(err, lock.Close()) }()
+	name, err := asideInto(disk, dir)
+	if err != nil {
+		return "", err
+	}
+	if name == "" {
+		name = asidePrefix + suffix
+		if err := writeFile(disk, dir, asideName, name); err != nil {
+			return "", err
+		}
+	}
+	path = filepath.Join(dir, name)
+	if err := disk.MkdirAll(path, 0o755); err != nil {
+		return "", fmt.Errorf("make %s: %w", path, err)
+	}
+	names, err := disk.List(dir)
+	if err != nil {
+		return "", fmt.Errorf("list %s: %w", dir, err)
+	}
+	for _, n := range names {
+		if n == "LOCK" || n == "lost+found" || n == asideName || strings.HasPrefix(n, asidePrefix) {
+			continue
+		}
+		if err := disk.Rename(filepath.Join(dir, n), filepath.Join(path, n)); err != nil {
+			return "", fmt.Errorf("move %s to %s: %w", n, path, err)
+		}
+	}
+	if err := errors.Join(syncDir(disk, path), syncDir(disk, dir)); err != nil {
+		return "", err
+	}
+	if err := disk.Remove(filepath.Join(dir, asideName)); err != nil {
+		return "", fmt.Errorf("remove %s: %w", asideName, err)
+	}
+	return path, syncDir(disk, dir)
+}
+
+// asideInto returns the directory that a store is on its way to, or "".
+func asideInto(disk vfs.FS, dir string) (string, error) {
+	path := filepath.Join(dir, asideName)
+	f, err := disk.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("open %s: %w", path, err)
+	}
+	b, err := io.ReadAll(io.LimitReader(f, 256))
+	if err = errors.Join(err, f.Close()); err != nil {
+		return "", fmt.Errorf("read %s: %w", path, err)
+	}
+	name := strings.TrimSuffix(string(b), "\n")
+	if !strings.HasPrefix(name, asidePrefix) || strings.ContainsAny(name, `/\`) {
+		return "", fmt.Errorf("%w: %s reads %q", ErrNotOurs, path, name)
+	}
+	return name, nil
+}
+
+// ForgetAside deletes what SetAside has moved.
+func ForgetAside(disk vfs.FS, dir string) error {
+	names, err := disk.List(dir)
+	if err != nil {
+		return fmt.Errorf("list %s: %w", dir, err)
+	}
+	for _, name := range names {
+		if !strings.HasPrefix(name, asidePrefix) {
+			continue
+		}
+		if err := disk.RemoveAll(filepath.Join(dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove %s: %w", filepath.Join(dir, name), err)
+		}
+	}
+	return nil
+}
+
+func syncDir(disk vfs.FS, dir string) error {
+	d, err := disk.OpenDir(dir)
+	if err != nil {
+		return fmt.Errorf("open %s: %w", dir, err)
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
