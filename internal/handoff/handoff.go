@@ -1,7 +1,8 @@
-// Package handoff brings hints to the replicas they were kept for, once those are
-// back. It decides when, and no faster than the target grants; where hints are kept
-// is package replica's business, and a replica that takes one joins it like any other
-// record.
+// Package handoff brings records to where they belong: hints to the replicas they were
+// kept for, once those are back, no faster than those grant, and whole vnodes to a node
+// that becomes a replica of them. It decides when and how fast; where hints are kept is
+// package replica's business, who is to hold what is the topology's word, and a replica
+// that takes a record joins it like any other.
 package handoff
 
 import (

@@ -53,6 +53,8 @@ type Node struct {
 	replayer    *handoff.Replayer
 	repairer    *antientropy.Repairer
 	collector   *antientropy.Collector
+	assignments *handoff.Assignments
+	filler      *handoff.Filler
 	peers       *peers
 	loop        *rpc.Loop[*replicav1.Call, *replicav1.Reply]
 	topologies  *topologies
@@ -140,11 +142,6 @@ func (n *Node) open(ctx, run context.Context) error {
 	if err := n.openStore(); err != nil {
 		return err
 	}
-	known, err := loadTopology(n.store)
-	if err != nil {
-		return err
-	}
-	n.fence = replica.NewFence(known)
 	n.workers.Go(func() {
 		if err := rpc.ServeAdmin(run, n.adminListener, n.registry, n.ready); err != nil {
 			n.cfg.Fatal(err)
@@ -156,7 +153,40 @@ func (n *Node) open(ctx, run context.Context) error {
 	return n.serve(run)
 }
 
+// openStore opens the data directory. One that lacks records it had acknowledged, or
+// that cannot be read, is set aside: it must not vote again, and what it held is
+// pulled from its peers by the new directory that takes its place.
 func (n *Node) openStore() error {
+	err := n.readDirectory()
+	reason := ""
+	switch {
+	case errors.Is(err, storage.ErrCorrupt):
+		reason = err.Error()
+	case err != nil:
+		return err
+	default:
+		reason = n.store.LostTail()
+	}
+	if reason == "" {
+		return nil
+	}
+	if n.store != nil {
+		if err := n.store.Close(); err != nil {
+			n.cfg.Logger.Warn("closing the damaged data directory", "err", err)
+		}
+		n.store = nil
+	}
+	path, err := storage.SetAside(n.cfg.Seams.FS, n.cfg.DataDir, time.UnixMilli(n.cfg.Seams.WallClock()).UTC().Format("20060102T150405Z"))
+	if err != nil {
+		return fmt.Errorf("the data directory is damaged (%s) and cannot be set aside: %w", reason, err)
+	}
+	n.cfg.Logger.Error("the data directory is damaged and was set aside: the node joins anew and is filled from its peers; what was set aside is deleted once it is",
+		"reason", reason, "set_aside", path)
+	return n.readDirectory()
+}
+
+// readDirectory opens the store and reads what the node keeps about itself.
+func (n *Node) readDirectory() error {
 	var err error
 	n.store, err = storage.Open(storage.Config{
 		FS: n.cfg.Seams.FS, Dir: n.cfg.DataDir, CacheBytes: n.cfg.CacheBytes, MemTableBytes: uint64(n.cfg.MemTableBytes),
@@ -166,11 +196,18 @@ func (n *Node) openStore() error {
 	if err != nil {
 		return err
 	}
-	if reason := n.store.LostTail(); reason != "" {
-		n.cfg.Logger.Error("the data directory lacks records it had acknowledged: the node takes part in no quorum; start it with an empty data directory", "reason", reason)
+	if n.id, err = loadIdentity(n.store); err != nil {
+		return err
 	}
-	n.id, err = loadIdentity(n.store)
-	return err
+	known, err := loadTopology(n.store)
+	if err != nil {
+		return err
+	}
+	n.fence = replica.NewFence(known)
+	if n.assignments, err = handoff.LoadAssignments(n.store); err != nil {
+		return err
+	}
+	return n.assignments.Settle(n.id.Incarnation, known)
 }
 
 // introduce makes sure that the node has an incarnation, which takes an orchestrator
@@ -207,7 +244,7 @@ func (n *Node) introduce(ctx context.Context) error {
 // firstTopology keeps what a registration brought.
 func (n *Node) firstTopology(t *topology.Topology) error {
 	first := newTopologies(n.store, n.fence, n.transport, n.id.ClusterID, n.cfg.Orchestrators, n.cfg.Logger)
-	first.adopted = func(*topology.Topology) {}
+	first.prepare, first.adopted = n.prepare, func(*topology.Topology) {}
 	return first.adopt(t)
 }
 
@@ -221,13 +258,13 @@ func (n *Node) serve(run context.Context) error {
 		return err
 	}
 	n.topologies = newTopologies(n.store, n.fence, n.transport, n.id.ClusterID, cfg.Orchestrators, cfg.Logger)
-	n.topologies.adopted = n.adopted
+	n.topologies.prepare, n.topologies.adopted = n.prepare, n.adopted
 	n.replica = replica.New(replica.Config{
 		Self: n.id.Incarnation, Store: n.store, Clock: n.clock, Fence: n.fence, Hints: n.hints, Logger: cfg.Logger,
 		CatchUp: func(ctx context.Context, epoch uint64, address string) error {
 			return n.topologies.refresh(ctx, epoch, address)
 		},
-		Refuse: n.refuse, Load: n.load,
+		Refuse: n.refuse, Load: n.load, Open: n.assignments.Open,
 	})
 	n.loop = rpc.NewLoop(rpc.Replica, func(ctx context.Context, calls []*replicav1.Call, reply func(*replicav1.Reply)) {
 		n.replica.Handle(ctx, cfg.Advertise, calls, reply)
@@ -256,6 +293,10 @@ func (n *Node) serve(run context.Context) error {
 		Self: n.id.Incarnation, Fence: n.fence, Store: n.store, Peers: n.peers, Logger: cfg.Logger, Metrics: n.registry,
 		Sync: n.repairer.Sync, Paused: n.repairer.Paused,
 	})
+	n.filler = handoff.NewFiller(handoff.FillerConfig{
+		Self: n.id.Incarnation, Store: n.store, Assignments: n.assignments, Fence: n.fence, Peers: n.peers, Logger: cfg.Logger, Metrics: n.registry,
+		Drained: n.peers.drained,
+	})
 	n.describe(n.registry)
 	n.adopted(n.fence.Topology())
 	if err := n.startGossip(); err != nil {
@@ -265,6 +306,11 @@ func (n *Node) serve(run context.Context) error {
 	n.startServer()
 	n.startWorkers(run)
 	return nil
+}
+
+// prepare makes the disk ready for a topology that is about to be taken in.
+func (n *Node) prepare(next *topology.Topology) error {
+	return n.assignments.Prepare(n.id.Incarnation, next)
 }
 
 // adopted brings the parts up to date with a new topology.
@@ -278,8 +324,23 @@ func (n *Node) adopted(t *topology.Topology) {
 		n.cfg.Logger.Error("this node is no part of the cluster any more", "reason", reason)
 	}
 	n.dropNamespaces(t)
+	n.settle(t)
 	if err := n.replica.VoidCertificates(t); err != nil {
 		n.cfg.Logger.Error("cannot forget certificates that the topology makes void", "err", err)
+	}
+}
+
+// settle ends the assignments that are over, and deletes what was set aside once the
+// node has all it needs again.
+func (n *Node) settle(t *topology.Topology) {
+	if err := n.assignments.Settle(n.id.Incarnation, t); err != nil {
+		n.cfg.Logger.Error("cannot note what the node is filled with", "err", err)
+	}
+	if len(t.Incoming(n.id.Incarnation)) > 0 || t.SlotCounts(t.Width())[n.id.Incarnation] == 0 {
+		return
+	}
+	if err := storage.ForgetAside(n.cfg.Seams.FS, n.cfg.DataDir); err != nil {
+		n.cfg.Logger.Error("cannot delete the data directory that was set aside", "err", err)
 	}
 }
 
@@ -381,6 +442,7 @@ func (n *Node) startWorkers(run context.Context) {
 	n.workers.Go(must(run, n.replayer.Run))
 	n.workers.Go(must(run, n.repairer.Run))
 	n.workers.Go(must(run, n.collector.Run))
+	n.workers.Go(must(run, n.filler.Run))
 	n.workers.Go(func() { n.topologies.run(run) })
 	n.workers.Go(func() { n.process.run(run, n.everySecond) })
 	n.workers.Go(func() { n.keepRegistered(run) })

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"context"
 	"fmt"
 	"maps"
 	"strconv"
@@ -191,6 +192,23 @@ func (p *peers) why(node uint64) string {
 		return h.GetReason()
 	}
 	return ""
+}
+
+// drained asks a node for the epoch that is on its disk and that no request of it runs
+// under an older one than.
+func (p *peers) drained(ctx context.Context, node uint64) (uint64, error) {
+	l := p.link(node)
+	if l == nil || l.Conn() == nil {
+		return 0, rpc.Errorf(codes.Unavailable, rpc.ReasonNotSent, "there is no way to #%d", node)
+	}
+	resp, err := adminv1.NewStatusServiceClient(l.Conn()).GetNodeStatus(ctx, &adminv1.GetNodeStatusRequest{})
+	if err != nil {
+		return 0, err
+	}
+	if got := resp.GetStatus().GetIncarnation(); got != node {
+		return 0, rpc.Errorf(codes.FailedPrecondition, rpc.ReasonWrongPeer, "#%d answers in place of #%d", got, node)
+	}
+	return resp.GetStatus().GetEpoch(), nil
 }
 
 // says returns the state a node gives of itself, if gossip has it alive.

@@ -20,9 +20,6 @@ func (n *Node) state() (adminv1.NodeStatus_State, string) {
 		return adminv1.NodeStatus_STATE_STOPPING, "it was told to stop"
 	default:
 	}
-	if reason := n.store.LostTail(); reason != "" {
-		return adminv1.NodeStatus_STATE_LOST_TAIL, reason + ": the node takes part in no quorum; start it with an empty data directory"
-	}
 	if reason := n.removed.Load(); reason != nil {
 		return adminv1.NodeStatus_STATE_REMOVED, *reason
 	}
@@ -46,7 +43,7 @@ func (n *Node) uptime() time.Duration { return time.Since(n.started) }
 func (n *Node) refuse() *rpc.Error {
 	s, reason := n.state()
 	switch s {
-	case adminv1.NodeStatus_STATE_LOST_TAIL, adminv1.NodeStatus_STATE_REMOVED:
+	case adminv1.NodeStatus_STATE_REMOVED:
 		return notServing(rpc.ReasonNotReady, n.cfg.Name, s, reason)
 	}
 	return nil
@@ -82,6 +79,11 @@ func (n *Node) status() *adminv1.NodeStatus {
 	for _, b := range n.hints.Backlog() {
 		s.Hints = append(s.Hints, &adminv1.HintBacklog{Target: b.Target, Count: b.Count, Bytes: uint64(b.Bytes), OldestMs: uint64(b.OldestMillis)})
 		s.WriteBacklog += uint32(b.Count)
+	}
+	for _, f := range n.assignments.Fillings() {
+		s.Fillings = append(s.Fillings, &adminv1.Filling{
+			Vnode: f.Vnode, AssignedEpoch: f.Epoch, Complete: f.Complete, Records: f.Records, Bytes: f.Bytes, WaitsFor: f.WaitsFor,
+		})
 	}
 	s.RequestsInFlight = uint32(n.coordinator.InFlight().Requests)
 	return s

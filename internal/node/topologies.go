@@ -50,7 +50,9 @@ type topologies struct {
 	clusterID string
 	// seeds are the configured orchestrators.
 	seeds []string
-	// adopted is called after each new topology, by one goroutine at a time.
+	// prepare is called before each new topology, adopted after it, by one goroutine at
+	// a time. Where prepare fails the topology is not taken in.
+	prepare func(*topology.Topology) error
 	adopted func(*topology.Topology)
 	// token holds the right to adopt, which includes writing to disk.
 	token chan struct{}
@@ -85,6 +87,9 @@ func (t *topologies) adopt(next *topology.Topology) error {
 	}
 	b, err := proto.Marshal(next.Proto())
 	if err != nil {
+		return err
+	}
+	if err := t.prepare(next); err != nil {
 		return err
 	}
 	if err := t.store.SetMeta(metaTopology, b); err != nil {

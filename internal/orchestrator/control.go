@@ -191,6 +191,9 @@ func nameFree(t *topology.Topology, n *topologyv1.Node, state func(uint64) topol
 		return nil
 	}
 	known := slices.ContainsFunc(t.Nodes, func(o topology.Node) bool { return o.DataID == n.GetDataId() })
+	if n.GetIncarnation() != 0 && !known {
+		return nil // it was removed, as the registration will tell it
+	}
 	if known && t.Names(newest.Incarnation) {
 		return rpc.Errorf(codes.FailedPrecondition, "NODE_REMOVED",
 			"#%d has taken the place of this data directory of node %s: start the node with an empty data directory to join again", newest.Incarnation, n.GetName())

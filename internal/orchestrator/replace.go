@@ -139,7 +139,7 @@ func unfinished(t *topology.Topology, vnode uint32, slot int, v view) string {
 		}
 	}
 	complete := slices.ContainsFunc(v.status(incoming).GetFillings(), func(f *adminv1.Filling) bool {
-		return f.GetVnode() == vnode && f.GetComplete() && f.GetAssignedEpoch() <= epoch
+		return f.GetVnode() == vnode && f.GetComplete() && f.GetAssignedEpoch() == epoch
 	})
 	if !complete {
 		return "it is being filled"

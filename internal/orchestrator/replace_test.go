@@ -244,6 +244,13 @@ func TestReplacedDirectoryIsTurnedAway(t *testing.T) {
 	if err := nameFree(s.Topology, old, unhealthy); err == nil || err.Reason != "NODE_REMOVED" {
 		t.Errorf("error = %v", err)
 	}
+	// Once it is removed, its registration says so at once, whether its successor at the
+	// same address lives or not.
+	old.DataId = "long gone"
+	healthy := func(uint64) topologyv1.NodeHealth_State { return topologyv1.NodeHealth_STATE_HEALTHY }
+	if err := nameFree(s.Topology, old, healthy); err != nil {
+		t.Errorf("it is kept waiting: %v", err)
+	}
 }
 
 // While a node is being replaced no vnode gets wider: the new slots could fall to the

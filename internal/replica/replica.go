@@ -53,6 +53,9 @@ type Config struct {
 	// HintBytesPerSecond is how many bytes of hints the node takes when it is idle.
 	// Default 16 MiB.
 	HintBytesPerSecond int
+	// Open reports whether a vnode that the node is incoming on takes records yet.
+	// Default: always.
+	Open func(namespace, vnode uint32) bool
 }
 
 // Replica serves one node's records. It is safe for concurrent use.
@@ -72,6 +75,9 @@ type Replica struct {
 
 // New returns a replica.
 func New(cfg Config) *Replica {
+	if cfg.Open == nil {
+		cfg.Open = func(uint32, uint32) bool { return true }
+	}
 	if cfg.Load == nil {
 		cfg.Load = func() float64 { return 0 }
 	}
@@ -189,9 +195,13 @@ func (f *frame) check(c *replicav1.Call, namespace uint32, vnode uint32, want ac
 		return f.stale("namespace %s or vnode %d changed in epoch %s, the call was made for epoch %s",
 			ns.Name, vnode, topology.EpochString(changed), topology.EpochString(c.GetEpoch()))
 	}
-	for _, s := range t.Slots(vnode, ns.N) {
+	for i, s := range t.Slots(vnode, ns.N) {
 		writes := s.Write[0] == f.cfg.Self || s.Write[1] == f.cfg.Self
 		if reads := s.Read == f.cfg.Self; want != toRead && writes || want != toWrite && reads {
+			if t.Ring[vnode].Slots[i].Incoming == f.cfg.Self && !f.cfg.Open(namespace, vnode) {
+				return rpc.Errorf(codes.Unavailable, rpc.ReasonNotReady, "%s takes no records of vnode %d yet: its other replicas must take in epoch %s first",
+					t.NodeName(f.cfg.Self), vnode, topology.EpochString(t.Ring[vnode].ChangedEpoch))
+			}
 			return nil
 		}
 	}

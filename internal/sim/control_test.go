@@ -244,38 +244,90 @@ func incarnation(t *testing.T, w *sim.World, name string) uint64 {
 	return agreed(t, w.Control("node1")).Resolve(name).Incarnation
 }
 
-// A node whose log lost its tail notices it, says so, and votes in no quorum.
+// A node whose log lost its tail notices it, sets the damaged directory aside and
+// comes back as a new incarnation with all the records, without anybody's help. So
+// does one whose store cannot be read.
 func TestLostTail(t *testing.T) {
-	world(t, sim.Config{Seed: 6, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+	for name, harm := range map[string]func(*testing.T, vfs.FS){
+		"lost tail": cutLog,
+		"damaged store": func(t *testing.T, fs vfs.FS) {
+			names, err := fs.List("data")
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, n := range names {
+				if strings.HasPrefix(n, "MANIFEST-") {
+					overwrite(t, fs, filepath.Join("data", n), []byte("this is no manifest, but it is long enough for one"))
+				}
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			world(t, sim.Config{Seed: 6, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+				c := w.Client()
+				defer c.Close()
+				for i := range 200 {
+					put(t, c, fmt.Sprint("k", i), "v", client.W("all"))
+				}
+				old := incarnation(t, w, "node3")
+				w.Stop("node3")
+				harm(t, w.Disk("node3"))
+				w.Start("node3")
+				replaced(t, w, "node3", old, 30*time.Second)
+				time.Sleep(time.Second)
+				put(t, c, "k", "v", client.W("all"))
+				for i := range 200 {
+					want(t, c, fmt.Sprint("k", i), "v", client.FromReplica("node3"))
+				}
+				names, err := w.Disk("node3").List("data")
+				if err != nil || strings.Contains(strings.Join(names, " "), "lost-") {
+					t.Errorf("what was set aside is still there: %v, %v", names, err)
+				}
+			})
+		})
+	}
+}
+
+// Where no other copy is left, what was set aside is kept, and the node says what it
+// waits for and serves nothing.
+func TestLostTailOfASingleCopy(t *testing.T) {
+	world(t, sim.Config{Seed: 18, Nodes: 1, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
 		c := w.Client()
 		defer c.Close()
 		for i := range 200 {
-			put(t, c, fmt.Sprint("k", i), "v", client.W("all"))
+			put(t, c, fmt.Sprint("k", i), "v")
 		}
-		w.Stop("node3")
-		cutLog(t, w.Disk("node3"))
-		w.Start("node3")
-		time.Sleep(3 * time.Second)
-		var said *adminv1.ObservedNode
-		for _, n := range status(t, w.Control("node1")).GetNodes() {
-			if n.GetStatus().GetName() == "node3" {
-				said = n
-			}
+		w.Stop("node1")
+		cutLog(t, w.Disk("node1"))
+		w.Start("node1")
+		time.Sleep(20 * time.Second)
+		if said := waits(t, w, "node1"); !strings.Contains(said, "namespace default has 0 voting replicas of vnode 0 left, 1 are needed to rebuild another (N=1)") {
+			t.Errorf("it waits for %s", said)
 		}
-		if said.GetStatus().GetState() != adminv1.NodeStatus_STATE_LOST_TAIL || said.GetHealth().GetState() == topologyv1.NodeHealth_STATE_HEALTHY {
-			t.Fatalf("status %v", said)
+		if _, err := c.Get(timeout(t, 2*time.Second), []byte("k1")); !errors.Is(err, client.ErrUnavailable) {
+			t.Errorf("a read: %v", err)
 		}
-		if _, err := c.Get(context.Background(), []byte("k1"), client.FromReplica("node3")); err == nil {
-			t.Error("it serves its copy")
+		if _, err := c.Put(timeout(t, 2*time.Second), []byte("k1"), []byte("v")); err == nil {
+			t.Error("a write was acknowledged")
 		}
-		_, err := c.Put(timeout(t, 2*time.Second), []byte("k"), []byte("v"), client.W("all"))
-		if !errors.Is(err, client.ErrUnavailable) {
-			t.Errorf("a write to all replicas: %v", err)
-		}
-		for i := range 200 {
-			want(t, c, fmt.Sprint("k", i), "v")
+		names, err := w.Disk("node1").List("data")
+		if err != nil || !strings.Contains(strings.Join(names, " "), "lost-") {
+			t.Errorf("the only copy is gone: %v, %v", names, err)
 		}
 	})
+}
+
+// overwrite replaces a file's content.
+func overwrite(t *testing.T, fs vfs.FS, path string, b []byte) {
+	t.Helper()
+	f, err := fs.Create(path, vfs.WriteCategoryUnspecified)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = f.Write(b)
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func timeout(t *testing.T, d time.Duration) context.Context {

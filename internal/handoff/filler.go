@@ -1,0 +1,466 @@
+package handoff
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/time/rate"
+
+	"github.com/kvasirdb/kvasir/internal/hlc"
+	"github.com/kvasirdb/kvasir/internal/quorum"
+	"github.com/kvasirdb/kvasir/internal/record"
+	"github.com/kvasirdb/kvasir/internal/replica"
+	"github.com/kvasirdb/kvasir/internal/storage"
+	"github.com/kvasirdb/kvasir/internal/topology"
+	replicav1 "github.com/kvasirdb/kvasir/proto/kvasir/replica/v1"
+)
+
+// FillerConfig holds what a filler is made of. Fields without a default are required.
+type FillerConfig struct {
+	Self        uint64
+	Store       *storage.Store
+	Assignments *Assignments
+	Fence       *replica.Fence
+	Peers       Peers
+	Logger      *slog.Logger
+	Metrics     prometheus.Registerer
+	// Drained asks a node for the epoch that is on its disk and that none of its
+	// requests runs under an older one than.
+	Drained func(ctx context.Context, node uint64) (uint64, error)
+	// Interval is the pause before what could not be done is tried again. Default 300 ms.
+	Interval time.Duration
+	// BytesPerSecond bounds what is pulled, from all sources together. Default 32 MiB.
+	BytesPerSecond int
+	// Timeout bounds one call. Default 5 s.
+	Timeout time.Duration
+}
+
+const (
+	// fillWorkers is how many vnodes are worked on at a time.
+	fillWorkers = 4
+	// Limits of one page that is pulled.
+	pageRecords = 1000
+	pageBytes   = 1 << 20
+)
+
+// Filler fills the vnodes that its node is incoming on, by joining what N−q+1 of the
+// other voting slots hold, q being a majority: every write that a majority has
+// acknowledged is in one of them.
+type Filler struct {
+	cfg     FillerConfig
+	limiter *rate.Limiter
+	records prometheus.Counter
+	bytes   prometheus.Counter
+	mu      struct {
+		sync.Mutex
+		drained map[uint64]uint64 // by node; these epochs only grow
+	}
+}
+
+// NewFiller returns a filler. Run does the work.
+func NewFiller(cfg FillerConfig) *Filler {
+	if cfg.Interval == 0 {
+		cfg.Interval = 300 * time.Millisecond
+	}
+	if cfg.BytesPerSecond == 0 {
+		cfg.BytesPerSecond = 32 << 20
+	}
+	if cfg.Timeout == 0 {
+		cfg.Timeout = 5 * time.Second
+	}
+	counter := func(name, help string) prometheus.Counter {
+		return prometheus.NewCounter(prometheus.CounterOpts{Namespace: "kvasir", Subsystem: "fill", Name: name, Help: help})
+	}
+	f := &Filler{
+		cfg:     cfg,
+		limiter: rate.NewLimiter(rate.Limit(cfg.BytesPerSecond), max(cfg.BytesPerSecond, pageBytes)),
+		records: counter("records_total", "Records taken in from other replicas by a node that is being filled."),
+		bytes:   counter("bytes_total", "Bytes of records taken in from other replicas by a node that is being filled."),
+	}
+	f.mu.drained = map[uint64]uint64{}
+	cfg.Metrics.MustRegister(f.records, f.bytes)
+	return f
+}
+
+// Run fills what there is to fill until ctx ends.
+func (f *Filler) Run(ctx context.Context) error {
+	tick := time.NewTicker(f.cfg.Interval)
+	defer tick.Stop()
+	for {
+		t := f.cfg.Fence.Topology()
+		jobs := f.jobs(t)
+		if len(jobs) > 0 {
+			f.askDrained(ctx, t, jobs)
+			f.each(jobs, func(j job) error { return f.open(ctx, t, j) })
+			f.each(jobs, func(j job) error {
+				if j.Complete || !f.isOpen(t, j) || f.cfg.Fence.Topology() != t {
+					return nil // what a newer topology assigns is opened first
+				}
+				return f.fill(ctx, t, j)
+			})
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+	}
+}
+
+// job is an assignment with the slot it is for.
+type job struct {
+	assignment
+	slot int
+}
+
+// jobs returns the assignments that hold under a topology, in ring order.
+func (f *Filler) jobs(t *topology.Topology) []job {
+	var out []job
+	all := f.cfg.Assignments.all()
+	for v, slot := range t.Incoming(f.cfg.Self) {
+		if as, ok := all[v]; ok && as.Epoch == t.Ring[v].ChangedEpoch {
+			out = append(out, job{as, slot})
+		}
+	}
+	slices.SortFunc(out, func(a, b job) int { return int(a.Vnode) - int(b.Vnode) })
+	return out
+}
+
+// each does something for every job, a few at a time, and notes what keeps one from
+// going on.
+func (f *Filler) each(jobs []job, do func(job) error) {
+	todo := make(chan job)
+	var workers sync.WaitGroup
+	for range fillWorkers {
+		workers.Go(func() {
+			for j := range todo {
+				if err := do(j); err != nil {
+					f.cfg.Assignments.note(j.Vnode, func(p *progress) { p.waitsFor = err.Error() })
+				}
+			}
+		})
+	}
+	for _, j := range jobs {
+		todo <- j
+	}
+	close(todo)
+	workers.Wait()
+}
+
+// namespaces returns the namespaces that use a job's slot.
+func namespaces(t *topology.Topology, j job) []*topology.Namespace {
+	var out []*topology.Namespace
+	for i := range t.Namespaces {
+		if ns := &t.Namespaces[i]; j.slot < ns.N {
+			out = append(out, ns)
+		}
+	}
+	return out
+}
+
+func (f *Filler) isOpen(t *topology.Topology, j job) bool {
+	for _, ns := range namespaces(t, j) {
+		if !f.cfg.Assignments.Open(ns.ID, j.Vnode) {
+			return false
+		}
+	}
+	return true
+}
+
+// sourcesNeeded is N−q+1.
+func sourcesNeeded(n int) int { return n - quorum.Majority.Need(n) + 1 }
+
+// askDrained asks the nodes that may be sources, and that are not known to have taken
+// in the jobs' epochs, how far they are.
+func (f *Filler) askDrained(ctx context.Context, t *topology.Topology, jobs []job) {
+	ask := map[uint64]bool{}
+	for _, j := range jobs {
+		for _, s := range t.Ring[j.Vnode].Slots {
+			if n := s.Quorum().Read; n != 0 && n != f.cfg.Self && f.drained(n) < j.Epoch && f.cfg.Peers.Alive(n) {
+				ask[n] = true
+			}
+		}
+	}
+	var asked sync.WaitGroup
+	for n := range ask {
+		asked.Go(func() {
+			ctx, cancel := context.WithTimeout(ctx, f.cfg.Timeout)
+			defer cancel()
+			if epoch, err := f.cfg.Drained(ctx, n); err == nil {
+				f.mu.Lock()
+				f.mu.drained[n] = max(f.mu.drained[n], epoch)
+				f.mu.Unlock()
+			}
+		})
+	}
+	asked.Wait()
+}
+
+func (f *Filler) drained(node uint64) uint64 {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.mu.drained[node]
+}
+
+// sources returns the nodes that a vnode's records of a namespace can be pulled from,
+// or why there are too few. What a source holds counts from after the barrier: when
+// it has ended every request that ran under an epoch before the assignment's.
+func (f *Filler) sources(t *topology.Topology, j job, ns *topology.Namespace, tired map[uint64]bool) ([]uint64, error) {
+	var out []uint64
+	var missing []string
+	readable := 0
+	for i, s := range t.Slots(j.Vnode, ns.N) {
+		if i == j.slot || s.Read == 0 {
+			continue
+		}
+		readable++
+		switch name := t.NodeName(s.Read); {
+		case !f.cfg.Peers.Alive(s.Read):
+			missing = append(missing, name+" is down")
+		case f.drained(s.Read) < j.Epoch:
+			missing = append(missing, fmt.Sprintf("%s has not taken in epoch %s yet", name, topology.EpochString(j.Epoch)))
+		case tired[s.Read]:
+			missing = append(missing, name+" failed")
+		default:
+			out = append(out, s.Read)
+		}
+	}
+	need := sourcesNeeded(ns.N)
+	switch {
+	case readable < need:
+		return nil, fmt.Errorf("namespace %s has %d voting replicas of vnode %d left, %d are needed to rebuild another (N=%d): its records may be lost",
+			ns.Name, readable, j.Vnode, need, ns.N)
+	case len(out) < need:
+		return nil, fmt.Errorf("%d of the voting replicas of vnode %d can be read, namespace %s needs %d: %s", len(out), j.Vnode, ns.Name, need, strings.Join(missing, ", "))
+	}
+	// Neighbouring vnodes begin with different sources.
+	turn := int(j.Vnode) % len(out)
+	return append(out[turn:len(out):len(out)], out[:turn]...), nil
+}
+
+// open lets a vnode take records once the barrier has been passed: N−q+1 of the other
+// slots have taken in its epoch, so no read quorum of an older one can be reached any
+// more. First it takes over what its sources have promised to refuse.
+func (f *Filler) open(ctx context.Context, t *topology.Topology, j job) error {
+	var errs []error
+	for _, ns := range namespaces(t, j) {
+		if f.cfg.Assignments.Open(ns.ID, j.Vnode) {
+			continue
+		}
+		sources, err := f.sources(t, j, ns, nil)
+		if err == nil {
+			err = f.adoptPromises(ctx, t, j, ns, sources[:sourcesNeeded(ns.N)])
+		}
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		f.cfg.Assignments.open(j.assignment, ns.ID)
+	}
+	return errors.Join(errs...)
+}
+
+// adoptPromises makes the highest promise of some sources this node's own.
+func (f *Filler) adoptPromises(ctx context.Context, t *topology.Topology, j job, ns *topology.Namespace, sources []uint64) error {
+	var promise hlc.Timestamp
+	for _, n := range sources {
+		reply, err := f.call(ctx, n, &replicav1.Call{Epoch: t.Epoch, Operation: &replicav1.Call_Collect{Collect: &replicav1.Collect{
+			Namespace: ns.ID, Vnode: j.Vnode, Step: replicav1.Collect_STEP_STATE,
+		}}})
+		if err != nil {
+			return fmt.Errorf("%s does not say what it has promised: %w", t.NodeName(n), err)
+		}
+		promise = max(promise, hlc.Timestamp(reply.GetCollect().GetPromise()))
+	}
+	if promise == 0 {
+		return nil
+	}
+	return f.cfg.Store.Promise(ns.ID, j.Vnode, promise)
+}
+
+// fill pulls all that a vnode lacks, and notes when it is complete.
+func (f *Filler) fill(ctx context.Context, t *topology.Topology, j job) error {
+	f.cfg.Assignments.note(j.Vnode, func(p *progress) { p.waitsFor = "" })
+	for _, ns := range namespaces(t, j) {
+		if err := f.fillNamespace(ctx, t, ns, j); err != nil {
+			return err
+		}
+	}
+	return f.cfg.Assignments.complete(j.assignment)
+}
+
+// Fill joins what N−q+1 of the other voting replicas hold of a vnode's records of a
+// namespace, into a replica that need not be incoming.
+func (f *Filler) Fill(ctx context.Context, namespace, vnode uint32) error {
+	t := f.cfg.Fence.Topology()
+	ns := t.NamespaceByID(namespace)
+	if ns == nil || int(vnode) >= len(t.Ring) {
+		return fmt.Errorf("there is no vnode %d of a namespace %d", vnode, namespace)
+	}
+	slot := slices.IndexFunc(t.Ring[vnode].Slots[:ns.N], func(s topology.Slot) bool { return s.Node == f.cfg.Self || s.Incoming == f.cfg.Self })
+	if slot < 0 {
+		return fmt.Errorf("this node is no replica of vnode %d of namespace %s", vnode, ns.Name)
+	}
+	return f.fillNamespace(ctx, t, ns, job{assignment{Vnode: vnode}, slot})
+}
+
+// localError is one that another source would not help against.
+type localError struct{ error }
+
+func (e localError) Unwrap() error { return e.error }
+
+// fillNamespace joins what N−q+1 sources hold. One that fails is replaced by another.
+func (f *Filler) fillNamespace(ctx context.Context, t *topology.Topology, ns *topology.Namespace, j job) error {
+	done, tired := map[uint64]bool{}, map[uint64]bool{}
+	var last error
+	for len(done) < sourcesNeeded(ns.N) {
+		sources, err := f.sources(t, j, ns, tired)
+		if err != nil {
+			return errors.Join(last, err)
+		}
+		next := sources[slices.IndexFunc(sources, func(n uint64) bool { return !done[n] })]
+		err = f.pull(ctx, t, j.Vnode, ns, next, len(done) == 0)
+		var local localError
+		switch {
+		case err == nil:
+			done[next] = true
+		case ctx.Err() != nil || errors.As(err, &local):
+			return err
+		default:
+			f.cfg.Logger.Warn("a source failed; another one is taken", "vnode", j.Vnode, "namespace", ns.Name, "source", t.NodeName(next), "err", err)
+			last = fmt.Errorf("%s: %w", t.NodeName(next), err)
+			tired[next] = true
+		}
+	}
+	return nil
+}
+
+// pull joins what one source holds of a vnode, page by page: all of it from the first
+// source, from others what is not here yet.
+func (f *Filler) pull(ctx context.Context, t *topology.Topology, vnode uint32, ns *topology.Namespace, source uint64, whole bool) error {
+	scan := &replicav1.Scan{Namespace: ns.ID, Limit: pageRecords, LimitBytes: pageBytes}
+	if whole {
+		scan.FullVnodes = []uint32{vnode}
+	} else {
+		scan.HeaderVnodes = []uint32{vnode}
+	}
+	for {
+		reply, err := f.call(ctx, source, &replicav1.Call{Epoch: t.Epoch, Operation: &replicav1.Call_Scan{Scan: scan}})
+		if err != nil {
+			return err
+		}
+		entries := reply.GetScan().GetEntries()
+		more := reply.GetScan().GetTruncated()
+		if more && len(entries) == 0 {
+			return errors.New("a page that ends early has no records")
+		}
+		if more {
+			last := entries[len(entries)-1].GetKey()
+			scan = &replicav1.Scan{
+				Namespace: ns.ID, Limit: pageRecords, LimitBytes: pageBytes, FullVnodes: scan.FullVnodes, HeaderVnodes: scan.HeaderVnodes,
+				Start: append(bytes.Clone(last), 0),
+			}
+		}
+		if !whole {
+			if entries, err = f.missing(ctx, t, vnode, ns, source, entries); err != nil {
+				return err
+			}
+		}
+		if err := f.join(ctx, t, vnode, ns, entries); err != nil {
+			return err
+		}
+		if !more {
+			return nil
+		}
+	}
+}
+
+// missing fetches the records whose headers differ from those of the local ones.
+func (f *Filler) missing(ctx context.Context, t *topology.Topology, vnode uint32, ns *topology.Namespace, source uint64, headers []*replicav1.Entry) ([]*replicav1.Entry, error) {
+	var out []*replicav1.Entry
+	for _, h := range headers {
+		local, err := f.cfg.Store.Get(ns.ID, vnode, h.GetKey())
+		if err != nil && !errors.Is(err, storage.ErrNotFound) && !errors.Is(err, storage.ErrCorrupt) {
+			return nil, localError{err}
+		}
+		if rec, derr := record.Decode(local); err == nil && derr == nil && bytes.Equal(local[:len(local)-len(rec.Payload)], h.GetRecord()) {
+			continue
+		}
+		reply, err := f.call(ctx, source, &replicav1.Call{Epoch: t.Epoch, Operation: &replicav1.Call_Read{Read: &replicav1.Read{
+			Namespace: ns.ID, Vnode: vnode, Key: h.GetKey(),
+		}}})
+		if err != nil {
+			return nil, err
+		}
+		if r := reply.GetRead(); r.GetFound() {
+			out = append(out, &replicav1.Entry{Key: h.GetKey(), Record: r.GetRecord()})
+		}
+	}
+	return out, nil
+}
+
+// join has this node's replica take records, at the pace that is allowed.
+func (f *Filler) join(ctx context.Context, t *topology.Topology, vnode uint32, ns *topology.Namespace, entries []*replicav1.Entry) error {
+	for chunk := range slices.Chunk(entries, 256) {
+		size := 0
+		for _, e := range chunk {
+			size += len(e.GetKey()) + len(e.GetRecord())
+		}
+		if err := f.limiter.WaitN(ctx, min(size, f.limiter.Burst())); err != nil {
+			return localError{err}
+		}
+		_, err := f.call(ctx, f.cfg.Self, &replicav1.Call{Epoch: t.Epoch, Operation: &replicav1.Call_Apply{Apply: &replicav1.Apply{
+			Namespace: ns.ID, Vnode: vnode, Source: replicav1.Source_SOURCE_REPAIR, Entries: chunk,
+		}}})
+		if err != nil {
+			return localError{err}
+		}
+		f.records.Add(float64(len(chunk)))
+		f.bytes.Add(float64(size))
+		f.cfg.Assignments.note(vnode, func(p *progress) {
+			p.records += uint64(len(chunk))
+			p.bytes += uint64(size)
+		})
+	}
+	return nil
+}
+
+// call makes one call and waits for its reply.
+func (f *Filler) call(ctx context.Context, node uint64, call *replicav1.Call) (*replicav1.Reply, error) {
+	type answer struct {
+		reply *replicav1.Reply
+		err   error
+	}
+	got := make(chan answer, 1)
+	err := f.cfg.Peers.Go(node, call, time.Now().Add(f.cfg.Timeout), func(r *replicav1.Reply, err error) { got <- answer{r, err} })
+	if err != nil {
+		return nil, err
+	}
+	select {
+	case a := <-got:
+		return a.reply, a.err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// Waiting returns, over all vnodes, the reasons for which filling does not go on,
+// each once, in order.
+func Waiting(fillings []Filling) []string {
+	reasons := map[string]bool{}
+	for _, f := range fillings {
+		if f.WaitsFor != "" {
+			reasons[f.WaitsFor] = true
+		}
+	}
+	return slices.Sorted(maps.Keys(reasons))
+}
