@@ -22,7 +22,7 @@ import (
 )
 
 // Dead records (tombstones and expired values) are removed under certificates only.
-// See docs/adr/0011-certificates.md for why the steps are these, and
+// See docs/adr/0013-certificates.md for why the steps are these, and
 // TestCollectionModel for what breaks without them.
 const (
 	// collectAge is how far behind the endpoints' clocks a certificate stays: what is
