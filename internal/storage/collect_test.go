@@ -227,6 +227,22 @@ func TestRepairsReadBeforeACertificateAreSkipped(t *testing.T) {
 	wantRecord(t, s, "undated", value(5, "old"))
 }
 
+// A vnode that was wiped keeps its promise, and takes tombstones again.
+func TestWipedVnodesForgetCertificates(t *testing.T) {
+	s := open(t, vfs.NewMem())
+	defer closeStore(t, s)
+	put(t, s, write("k", tombstone(5)))
+	certify(t, s, 10)
+	if err := s.WipeVnodes([]uint32{7}, "wiped", []byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	if c := s.Collection(1, 7); c.Certificate != 0 || c.Promise != 10 {
+		t.Fatalf("state is %+v", c)
+	}
+	put(t, s, repair("k", tombstone(5)))
+	wantRecord(t, s, "k", tombstone(5))
+}
+
 // The cache knows nothing of a removed record: a write that thought an older one
 // superseded, or a Set over it, would go by what is not there any more.
 func TestRuleNoEntryAcrossARemoval(t *testing.T) {

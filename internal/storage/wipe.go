@@ -6,6 +6,7 @@ import (
 	"io"
 	"io/fs"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/cockroachdb/pebble/v2"
@@ -14,6 +15,7 @@ import (
 
 // WipeVnodes removes all records of some vnodes, of every namespace, and stores a
 // value under a name, as SetMeta does, as one commit. It returns when that is on disk.
+// Promises are kept; certificates, which tell of what was there, are not.
 // REQUIRES: the vnodes are not in use.
 func (s *Store) WipeVnodes(vnodes []uint32, name string, value []byte) error {
 	namespaces, err := s.namespacesOf(kindRecord)
@@ -40,7 +42,13 @@ func (s *Store) WipeVnodes(vnodes []uint32, name string, value []byte) error {
 	}
 	s.unmarked.Store(true)
 	s.trees.forget(func(id vnodeID) bool { return wiped[id] })
-	return nil
+	s.Collections(func(namespace, vnode uint32, _ Collection) bool {
+		if slices.Contains(vnodes, vnode) {
+			err = errors.Join(err, s.VoidCertificate(namespace, vnode))
+		}
+		return true
+	})
+	return err
 }
 
 // asidePrefix begins the names of directories that hold a store that was set aside.
