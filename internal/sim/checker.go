@@ -315,7 +315,7 @@ func (c *Checker) read(op *Op) {
 		}
 		o.read = o.read.raise(got)
 	}
-	if op.Receipt.Version.Compare(op.Least) < 0 {
+	if v := op.Receipt.Version; v.Compare(op.Least) < 0 && !(v.IsZero() && c.vanished(op.Place, floor{version: op.Least}, op.Returned)) {
 		c.h.violate(3, "a read that asked for at least %s: %s", op.Least, op)
 	}
 	if ts := op.Receipt.Version; ts.Timestamp > c.mu.latest[op.Client].Timestamp {
@@ -338,7 +338,7 @@ func (c *Checker) copied(op *Op) {
 // dead record that may have been collected.
 func (c *Checker) atLeast(invariant int, op *Op, f floor, why string) {
 	v := op.Receipt.Version
-	if v.Compare(f.version) >= 0 || v.IsZero() && c.collectable(f, op.Returned) {
+	if v.Compare(f.version) >= 0 || v.IsZero() && c.vanished(op.Place, f, op.Returned) {
 		return
 	}
 	if invariant != 18 && op.Outcome == OK && f.dead(op.Invoked.Add(-c.Slack).UnixMilli()) {
@@ -358,6 +358,42 @@ func (c *Checker) collectable(f floor, at time.Time) bool {
 	}
 	now := at.Add(c.Slack).UnixMilli()
 	return f.dead(now) && now-max(millis(f.version), f.expires) >= collectAfter.Milliseconds()
+}
+
+// vanished reports whether a key that had a record may have none at a time: it may
+// have been removed, or have been replaced by a dead one that was.
+// REQUIRES: c.mu is held.
+func (c *Checker) vanished(p Place, f floor, at time.Time) bool {
+	if c.collectable(f, at) {
+		return true
+	}
+	now := at.Add(c.Slack).UnixMilli()
+	for _, w := range c.register(p).writes {
+		if w.Outcome == Failed || w.Kind == OpPut && w.TTL == 0 {
+			continue
+		}
+		v := w.Receipt.Version
+		if v.IsZero() {
+			v = w.seen
+		}
+		died := millis(v) // or expired
+		switch {
+		case !v.IsZero() && v.Compare(f.version) < 0:
+			continue
+		case v.IsZero(): // it got its version while it was under way, if it did
+			if !w.Returned.IsZero() && w.Returned.Add(c.Slack+opTimeout).UnixMilli() < millis(f.version) {
+				continue
+			}
+			died = w.Invoked.UnixMilli()
+		}
+		if w.Kind == OpPut {
+			died += w.TTL.Milliseconds()
+		}
+		if now-died >= collectAfter.Milliseconds() {
+			return true
+		}
+	}
+	return false
 }
 
 // found judges what a read says of a key's record: that it was written there, by an

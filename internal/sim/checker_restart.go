@@ -76,7 +76,7 @@ func (c *Checker) Restarts(name string, incarnation uint64, founding bool, r *re
 			have = client.Version{Timestamp: uint64(rec.Version.Time), Incarnation: rec.Version.Incarnation}
 		}
 		check := func(invariant int, f floor, why string) {
-			if have.Compare(f.version) < 0 && !(have.IsZero() && c.collectable(f, now)) {
+			if have.Compare(f.version) < 0 && !(have.IsZero() && c.vanished(p, f, now)) {
 				c.h.violate(invariant, "%s ended with %s of %s on its disk, but it had version %s: %s %s", name, have, p, f.version, why, f.by)
 			}
 		}
