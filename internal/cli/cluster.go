@@ -182,7 +182,7 @@ func (s *clusterStatus) nodeTable() *table {
 	return tab
 }
 
-// writeReasons says why nodes are down, and whose clock is off, below a table of
+// writeReasons says why nodes are down, whose clock is off and who is being filled, below a table of
 // nodes.
 func (s *clusterStatus) writeReasons(w io.Writer) {
 	for i := range s.nodes {
@@ -191,6 +191,9 @@ func (s *clusterStatus) writeReasons(w io.Writer) {
 			fmt.Fprintf(w, "%s is down: %s\n", n.Name, strings.TrimSuffix(why, ": "))
 		} else if problem := clockProblem(n.status); problem != "" {
 			fmt.Fprintf(w, "%s %s\n", n.Name, problem)
+		}
+		if text := fillingText(n.status); text != "" {
+			fmt.Fprintf(w, "%s is being filled: %s\n", n.Name, text)
 		}
 	}
 }

@@ -215,6 +215,24 @@ func TestHealth(t *testing.T) {
 	f.run("health").want(t, 4, "node node2 is down: lost tail: its log lost its tail")
 }
 
+// A node that is being filled shows how far it is and what it waits for.
+func TestFillingIsShown(t *testing.T) {
+	f := newFake(t, 5)
+	f.mu.Lock()
+	f.mu.status[2].Fillings = []*adminv1.Filling{
+		{Vnode: 1, Complete: true, WaitsFor: "nothing any more"}, {Vnode: 4}, {Vnode: 6, WaitsFor: "node3 is down"},
+	}
+	f.mu.Unlock()
+	for _, args := range [][]string{{"cluster", "status"}, {"node", "status"}} {
+		if got := f.run(args...).want(t, 0).stdout; !strings.Contains(got, "node2 is being filled: 1/3 vnodes, waits: node3 is down") {
+			t.Errorf("%v: %s", args, got)
+		}
+	}
+	if got := f.run("node", "status", "node2").want(t, 0).stdout; !strings.Contains(got, "1/3 vnodes, waits: node3 is down") {
+		t.Error(got)
+	}
+}
+
 // TestHealthNamesWrongClocks: a node that has stopped for its clock is named, and one
 // that only may be wrong.
 func TestHealthNamesWrongClocks(t *testing.T) {

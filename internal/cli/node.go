@@ -194,6 +194,9 @@ func (s *clusterStatus) writeNode(w io.Writer, n *observedNode) {
 	if st.GetReason() != "" {
 		state += ": " + st.GetReason()
 	}
+	if text := fillingText(st); text != "" {
+		pairs = append(pairs, "filling", text)
+	}
 	fields(w, append(pairs,
 		"state", state,
 		"epoch", topology.EpochString(st.GetEpoch()),
@@ -211,6 +214,29 @@ func (s *clusterStatus) writeNode(w io.Writer, n *observedNode) {
 		fmt.Fprintf(w, "\n%s %s\n", n.Name, problem)
 	}
 	writeNodeTables(w, s.topology, st)
+}
+
+// fillingText says how many of the vnodes that a node is being filled with have come,
+// and why it does not go on, or "" when it is not being filled.
+func fillingText(st *adminv1.NodeStatus) string {
+	all := st.GetFillings()
+	if len(all) == 0 {
+		return ""
+	}
+	complete := 0
+	waits := ""
+	for _, f := range all {
+		if f.GetComplete() {
+			complete++
+		} else if waits == "" {
+			waits = f.GetWaitsFor()
+		}
+	}
+	text := fmt.Sprintf("%d/%d vnodes", complete, len(all))
+	if waits != "" {
+		text += ", waits: " + waits
+	}
+	return text
 }
 
 func writeNodeTables(w io.Writer, t *topology.Topology, st *adminv1.NodeStatus) {
