@@ -1,0 +1,104 @@
+package handoff
+
+import (
+	"log/slog"
+	"testing"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"github.com/kvasirdb/kvasir/internal/storage"
+	"github.com/kvasirdb/kvasir/internal/topology"
+	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
+)
+
+// assigned returns a topology in which node 4 takes the place of node 3 on both
+// vnodes, assigned in an epoch; 0: it is a spare.
+func assigned(t *testing.T, epoch, since uint64) *topology.Topology {
+	t.Helper()
+	pb := ring(t).Proto()
+	pb.Epoch = epoch
+	for _, v := range pb.Ring {
+		if v.ChangedEpoch = since; since != 0 {
+			v.Slots[2] = &topologyv1.Slot{Node: 3, Incoming: 4, Phase: topologyv1.Phase_PHASE_WRITE_NEW_READ_NONE}
+		}
+	}
+	top, err := topology.FromProto(pb)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return top
+}
+
+// A vnode is wiped once for each assignment, before anything is taken into it, also
+// when the node starts again in between with whatever topology it has on disk.
+func TestAssignmentsAreWipedOnce(t *testing.T) {
+	fs := vfs.NewMem()
+	open := func() *storage.Store {
+		s, err := storage.Open(storage.Config{FS: fs, Dir: "d", Logger: slog.New(slog.DiscardHandler), Fatal: func(err error) { t.Error(err) }})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	s := open()
+	defer func() { s.Close() }()
+	records := func() (n int) {
+		if err := s.Scan(1, []uint32{0, 1}, nil, nil, func(uint32, []byte, []byte) bool { n++; return true }); err != nil {
+			t.Fatal(err)
+		}
+		return n
+	}
+	write := func() {
+		for v := range uint32(2) {
+			c, err := s.Apply([]storage.Write{storage.Write{Namespace: 1, Vnode: v, Key: []byte("k"), Record: value(10)}}, nil)
+			if err == nil {
+				err = c.Wait()
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	load := func() *Assignments {
+		a, err := LoadAssignments(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return a
+	}
+	prepare := func(a *Assignments, top *topology.Topology, want int, when string) {
+		t.Helper()
+		if err := a.Prepare(4, top); err != nil {
+			t.Fatal(err)
+		}
+		if got := records(); got != want {
+			t.Fatalf("%s: %d records are left, want %d", when, got, want)
+		}
+	}
+	a := load()
+	write() // of an earlier assignment
+	prepare(a, assigned(t, 9, 0), 2, "as a spare")
+	prepare(a, assigned(t, 10, 10), 0, "newly assigned")
+	write()
+	prepare(a, assigned(t, 12, 10), 2, "a later topology with the same assignment")
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	s = open()
+	a = load()
+	prepare(a, assigned(t, 11, 10), 2, "the same assignment after a restart")
+	if got := a.Fillings(); len(got) != 2 || got[0].Epoch != 10 || got[0].Complete {
+		t.Fatalf("fillings %+v", got)
+	}
+	if a.Open(1, 0) {
+		t.Error("a vnode is open before the barrier")
+	}
+	// The assignment's end is noted once a topology without it is in use.
+	if err := a.Settle(4, assigned(t, 11, 10)); err != nil || len(a.Fillings()) != 2 {
+		t.Fatalf("%v, fillings %+v", err, a.Fillings())
+	}
+	if err := a.Settle(4, assigned(t, 13, 0)); err != nil || len(a.Fillings()) != 0 {
+		t.Fatalf("%v, fillings %+v", err, a.Fillings())
+	}
+	prepare(load(), assigned(t, 20, 20), 0, "assigned anew")
+}
