@@ -149,6 +149,7 @@ func cannot() string {
 	}
 	probe := namespaced("sh", "-ec", `mount --make-rprivate /
 mount -t tmpfs -o size=1m tmpfs /run
+mount -t proc proc /proc
 ip netns add probe
 ip link add bridge type bridge
 ip link add port type veth peer name eth0 netns probe

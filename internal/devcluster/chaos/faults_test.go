@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"strings"
 	"syscall"
 	"time"
@@ -19,6 +20,9 @@ type kind struct {
 	minority bool
 	// hits picks what is hit and does it. It returns a description and how it ends.
 	hits func(w *world, rng *rand.Rand) (what string, heal func() error, err error)
+	// losesData tells that a node loses what it holds, of which the cluster bears one
+	// at a time.
+	losesData bool
 	// heals bounds how long the cluster may take to be whole again.
 	heals time.Duration
 }
@@ -28,6 +32,7 @@ var kinds = []kind{
 	{name: "kill", minority: true, hits: killOne, heals: healPatience},
 	{name: "kill-orch", minority: true, hits: killOrchestrator, heals: healPatience},
 	{name: "kill-all", hits: killAll, heals: healPatience},
+	{name: "wipe", minority: true, losesData: true, hits: wipe, heals: 2 * time.Minute},
 	{name: "pause", minority: true, hits: pause, heals: healPatience},
 	{name: "full-disk", minority: true, hits: fullDisk, heals: healPatience},
 	{name: "cut", minority: true, hits: cutOff(true, true), heals: healPatience},
@@ -82,6 +87,26 @@ func killAll(w *world, rng *rand.Rand) (string, func() error, error) {
 	}
 	rng.Shuffle(len(victims), func(i, j int) { victims[i], victims[j] = victims[j], victims[i] })
 	return what, func() error { return w.startAll(victims...) }, kill(victims...)
+}
+
+// wipe deletes a node's data directory, half the time while the node runs. It comes
+// back with an empty one, as a new node of the same name, and the cluster gives it
+// the old one's slots and records.
+func wipe(w *world, rng *rand.Rand) (string, func() error, error) {
+	m := one(rng, w.nodes)
+	what := m.name + " was killed"
+	if rng.IntN(2) == 0 {
+		what = m.name + " was running"
+		m.expectEnd()
+		if err := os.RemoveAll(m.dataDir()); err != nil {
+			return "", nil, err
+		}
+		time.Sleep(500 * time.Millisecond)
+	}
+	if err := kill(m); err != nil {
+		return "", nil, err
+	}
+	return what, func() error { return w.start(m) }, os.RemoveAll(m.dataDir())
 }
 
 func pause(w *world, rng *rand.Rand) (string, func() error, error) {

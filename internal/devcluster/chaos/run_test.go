@@ -124,6 +124,10 @@ func (r *run) fault(ctx context.Context, k kind, lasts time.Duration, rng *rand.
 			r.log.say("          e.g. %s", s)
 		}
 	}
+	if why != "" && k.losesData {
+		// Another one might take the last copy of what was acknowledged.
+		return fmt.Errorf("not whole again within %s: %s", k.heals, why)
+	}
 	if why != "" {
 		r.log.wrong("%s: not whole again within %s: %s", k.name, k.heals, why)
 		// What has ended by itself starts again, so that the run can go on.

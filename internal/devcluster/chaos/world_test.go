@@ -182,6 +182,13 @@ func (m *machine) signal(s syscall.Signal, last bool) error {
 	return nil
 }
 
+// expectEnd tells that the process may end by itself from now on.
+func (m *machine) expectEnd() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.mu.expects = true
+}
+
 // ended waits for the end of a process and tells how it was.
 func (m *machine) ended(patience time.Duration) error {
 	m.mu.Lock()
