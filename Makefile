@@ -37,8 +37,8 @@ lint: ## Check formatting, vet and staticcheck
 race: ## Run the tests under the race detector
 	$(GO) test -race -tags $(TAGS) -timeout 30m ./...
 
-sim: ## Simulate whole clusters under faults: SEEDS seeds from FIRST on, MINUTES of load each
-	KVASIR_SIM_SEEDS=$(SEEDS) KVASIR_SIM_FIRST=$(FIRST) KVASIR_SIM_MINUTES=$(MINUTES) \
+sim: ## Simulate whole clusters under faults: SEEDS seeds from FIRST on, MINUTES of load each (FAULTS=a,b for some)
+	KVASIR_SIM_SEEDS=$(SEEDS) KVASIR_SIM_FIRST=$(FIRST) KVASIR_SIM_MINUTES=$(MINUTES) KVASIR_SIM_FAULTS=$(FAULTS) \
 		$(GO) test -tags $(TAGS) -count=1 -timeout 4h -v -run '^TestSim$$' ./internal/sim
 
 sim-long: ## Simulate 12 cluster hours under faults

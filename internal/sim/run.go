@@ -20,6 +20,8 @@ type RunConfig struct {
 	Seed uint64
 	// Minutes of load and faults, in cluster time.
 	Minutes float64
+	// Faults are the names of the tracks of faults that run. Default: Tracks.
+	Faults []string
 }
 
 // Report is what came of a run.
@@ -62,10 +64,8 @@ type run struct {
 // what it found; broken invariants are not errors of t.
 func Run(t testing.TB, cfg RunConfig) (*Report, *History) {
 	r := &run{t: t, cfg: cfg, report: &Report{Seed: cfg.Seed, Minutes: cfg.Minutes, Faults: map[string]int{}}}
-	r.report.Nodes, r.report.Orchestrators = 3, 1
-	if cfg.Seed%2 == 1 {
-		r.report.Nodes, r.report.Orchestrators = 5, 3
-	}
+	r.report.Nodes, r.report.Orchestrators = cfg.size()
+	r.report.Options = cfg.String()
 	began := time.Now()
 	f := newFaults(r)
 	r.w = New(t, Config{

@@ -19,9 +19,11 @@ type faults struct {
 	mu    struct {
 		sync.Mutex
 		busy  map[string]bool
-		down  int                      // nodes that are busy
-		ended map[string]bool          // processes that do not run
-		slow  map[string]time.Duration // by host, and by process for its disk
+		down  int                         // nodes that are busy
+		ended map[string]bool             // processes that do not run
+		slow  map[string]time.Duration    // by host, and by process for its disk
+		links map[[2]string]time.Duration // by hosts
+		held  map[string]time.Time        // processes whose disks wait until then
 		syncs *rand.Rand
 	}
 }
@@ -29,6 +31,7 @@ type faults struct {
 func newFaults(r *run) *faults {
 	f := &faults{r: r}
 	f.mu.busy, f.mu.ended, f.mu.slow = map[string]bool{}, map[string]bool{}, map[string]time.Duration{}
+	f.mu.links, f.mu.held = map[[2]string]time.Duration{}, map[string]time.Time{}
 	f.mu.syncs = rand.New(rand.NewPCG(r.cfg.Seed, 0x5bc))
 	return f
 }
@@ -37,7 +40,7 @@ func newFaults(r *run) *faults {
 func (f *faults) latency(from, to string) (base, jitter time.Duration) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	extra := f.mu.slow[from] + f.mu.slow[to]
+	extra := f.mu.slow[from] + f.mu.slow[to] + f.mu.links[[2]string{from, to}]
 	return 50*time.Microsecond + extra, 100*time.Microsecond + extra
 }
 
@@ -45,6 +48,9 @@ func (f *faults) latency(from, to string) (base, jitter time.Duration) {
 func (f *faults) syncDelay(name string) time.Duration {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if held := time.Until(f.mu.held[name]); held > 0 {
+		return held
+	}
 	if f.mu.syncs.IntN(50) == 0 {
 		return f.mu.slow[name] + time.Duration(f.mu.syncs.IntN(60))*time.Millisecond
 	}
@@ -68,23 +74,7 @@ func (f *faults) run(until time.Time) {
 	f.until = until
 	f.r.w.Net.SetLatency(f.latency)
 	var tracks sync.WaitGroup
-	for _, t := range []struct {
-		name  string
-		every time.Duration
-		fault func(rng *rand.Rand)
-	}{
-		{"crashes", 12 * time.Second, f.crash},
-		{"more crashes", 15 * time.Second, f.crash},
-		{"cuts", 10 * time.Second, f.cut},
-		{"more cuts", 20 * time.Second, f.cut},
-		{"correlated crashes", 50 * time.Second, f.correlated},
-		{"clocks", 25 * time.Second, f.clock},
-		{"orchestrators", 30 * time.Second, f.orchestrator},
-		{"latencies", 25 * time.Second, f.slow},
-		{"disks", 25 * time.Second, f.slowDisk},
-		{"restarts", 40 * time.Second, f.restart},
-		{"namespaces", 20 * time.Second, f.changeNamespace},
-	} {
+	for _, t := range f.r.cfg.tracks() {
 		rng := f.r.w.stream("faults: " + t.name)
 		tracks.Go(func() {
 			for {
@@ -92,7 +82,7 @@ func (f *faults) run(until time.Time) {
 				if time.Now().After(f.until) || len(f.r.history.Violations()) > 0 {
 					return
 				}
-				t.fault(rng)
+				t.fault(f, rng)
 			}
 		})
 	}

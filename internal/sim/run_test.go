@@ -29,6 +29,7 @@ const (
 	envSeeds   = "KVASIR_SIM_SEEDS"   // "12": so many seeds from envFirst on
 	envFirst   = "KVASIR_SIM_FIRST"   // first seed
 	envMinutes = "KVASIR_SIM_MINUTES" // of load for each seed
+	envFaults  = "KVASIR_SIM_FAULTS"  // names of tracks of faults, "all"; else the usual ones
 	envSeed    = "KVASIR_SIM_SEED"    // in a process of its own: its seed
 	envResult  = "KVASIR_SIM_RESULT"  // and the file for its report
 )
@@ -62,8 +63,15 @@ func TestSimSeed(t *testing.T) {
 	}
 	var report *sim.Report
 	var history *sim.History
+	cfg := sim.RunConfig{Seed: uint64(number(t, envSeed, 1)), Minutes: float64(number(t, envMinutes, 4))}
+	if s := os.Getenv(envFaults); s != "" {
+		var err error
+		if cfg.Faults, err = sim.ParseFaults(s); err != nil {
+			t.Fatal(err)
+		}
+	}
 	synctest.Test(t, func(t *testing.T) {
-		report, history = sim.Run(t, sim.RunConfig{Seed: uint64(number(t, envSeed, 1)), Minutes: float64(number(t, envMinutes, 4))})
+		report, history = sim.Run(t, cfg)
 	})
 	out := outcome{Report: report}
 	if len(report.Violations) > 0 || os.Getenv(envResult) == "" {
@@ -148,6 +156,9 @@ func (o *outcome) explain() string {
 		fmt.Fprintf(&b, "  history: %s/%s\n", failures, filepath.Base(o.History))
 	}
 	fmt.Fprintf(&b, "  again: make sim FIRST=%d SEEDS=1 MINUTES=%d", o.seed, o.minutes)
+	if s := os.Getenv(envFaults); s != "" {
+		fmt.Fprintf(&b, " FAULTS=%s", s)
+	}
 	return b.String()
 }
 

@@ -1,5 +1,6 @@
 // Package simnet is a network in memory for tests: hosts with names, listeners,
-// connections with latency, cuts in one or both directions, and crashes. It uses
+// connections with latency, cuts in one or both directions, resets, loss of datagrams,
+// hosts that freeze, and crashes. It uses
 // no timer but time's own, so that it runs in a synctest bubble on virtual time.
 package simnet
 
@@ -33,9 +34,12 @@ type Network struct {
 		packets   map[string]*PacketConn
 		conns     map[*conn]struct{}
 		cut       map[[2]string]bool // from, to
-		latency   func(from, to string) (base, jitter time.Duration)
-		loss      float64
-		dials     uint64
+		frozen    map[string]bool    // by host
+		// passable is closed and replaced whenever a cut is healed or a host thaws.
+		passable chan struct{}
+		latency  func(from, to string) (base, jitter time.Duration)
+		loss     float64
+		dials    uint64
 	}
 }
 
@@ -47,6 +51,8 @@ func New(seed uint64) *Network {
 	n.mu.packets = map[string]*PacketConn{}
 	n.mu.conns = map[*conn]struct{}{}
 	n.mu.cut = map[[2]string]bool{}
+	n.mu.frozen = map[string]bool{}
+	n.mu.passable = make(chan struct{})
 	n.mu.latency = func(string, string) (time.Duration, time.Duration) {
 		return 50 * time.Microsecond, 100 * time.Microsecond
 	}
@@ -68,8 +74,24 @@ func (n *Network) Cut(from, to string) { n.setCut(from, to, true) }
 func (n *Network) Heal(from, to string) { n.setCut(from, to, false) }
 
 func (n *Network) setCut(from, to string, cut bool) {
+	n.change(!cut, func() { n.mu.cut[[2]string{from, to}] = cut })
+}
+
+// Freeze stops all that a host sends and receives, with clients too: connections
+// stay, bytes wait, packets are lost.
+func (n *Network) Freeze(host string) { n.change(false, func() { n.mu.frozen[host] = true }) }
+
+// Thaw undoes Freeze.
+func (n *Network) Thaw(host string) { n.change(true, func() { delete(n.mu.frozen, host) }) }
+
+// change changes what passes, and lets all that waits look again.
+func (n *Network) change(passable bool, f func()) {
 	n.mu.Lock()
-	n.mu.cut[[2]string{from, to}] = cut
+	f()
+	if passable {
+		close(n.mu.passable)
+		n.mu.passable = make(chan struct{})
+	}
 	var woken []*pipe
 	for c := range n.mu.conns {
 		woken = append(woken, c.in, c.out)
@@ -83,7 +105,23 @@ func (n *Network) setCut(from, to string, cut bool) {
 func (n *Network) isCut(from, to string) bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	return n.mu.cut[[2]string{from, to}]
+	return n.cut(from, to)
+}
+
+// REQUIRES: n.mu is held.
+func (n *Network) cut(from, to string) bool {
+	return n.mu.cut[[2]string{from, to}] || n.mu.frozen[from] || n.mu.frozen[to]
+}
+
+// blocked returns nil where a connection can be made, else what is closed when it is
+// worth another look.
+func (n *Network) blocked(a, b string) <-chan struct{} {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.cut(a, b) || n.cut(b, a) {
+		return n.mu.passable
+	}
+	return nil
 }
 
 // SetLoss sets the share of datagrams that are lost, 0 to 1.
@@ -211,11 +249,15 @@ func (l *listener) Addr() net.Addr { return addr(l.address) }
 // Dial connects a host to an address.
 func (n *Network) Dial(ctx context.Context, from, address string) (net.Conn, error) {
 	to := hostOf(address)
-	for n.isCut(from, to) || n.isCut(to, from) {
+	for {
+		passable := n.blocked(from, to)
+		if passable == nil {
+			break
+		}
 		select {
 		case <-ctx.Done():
 			return nil, fmt.Errorf("dial %s: %w", address, ctx.Err())
-		case <-time.After(10 * time.Millisecond):
+		case <-passable:
 		}
 	}
 	n.mu.Lock()

@@ -1,0 +1,140 @@
+package sim
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// track is one kind of trouble, with random numbers of its own: it waits for about
+// every, breaks something that no other track has broken, and mends it.
+type track struct {
+	name  string
+	every time.Duration
+	fault func(*faults, *rand.Rand)
+	// asked is set for tracks that run only where they are asked for by name.
+	asked bool
+}
+
+// tracks are all there are.
+var tracks = []track{
+	{name: "crashes", every: 12 * time.Second, fault: (*faults).crash},
+	{name: "more-crashes", every: 15 * time.Second, fault: (*faults).crash},
+	{name: "correlated-crashes", every: 50 * time.Second, fault: (*faults).correlated},
+	{name: "restarts", every: 40 * time.Second, fault: (*faults).restart},
+	{name: "cuts", every: 10 * time.Second, fault: (*faults).cut},
+	{name: "more-cuts", every: 20 * time.Second, fault: (*faults).cut},
+	{name: "partitions", every: 40 * time.Second, fault: (*faults).partition},
+	{name: "pauses", every: 25 * time.Second, fault: (*faults).pauseNode},
+	{name: "loss", every: 60 * time.Second, fault: (*faults).loss},
+	{name: "resets", every: 20 * time.Second, fault: (*faults).resets},
+	{name: "latencies", every: 25 * time.Second, fault: (*faults).slow},
+	{name: "links", every: 30 * time.Second, fault: (*faults).slowLinks},
+	{name: "slow-disks", every: 25 * time.Second, fault: (*faults).slowDisk},
+	{name: "broken-logs", every: 40 * time.Second, fault: (*faults).brokenLog},
+	{name: "full-disks", every: 50 * time.Second, fault: (*faults).fullDisk},
+	{name: "clocks", every: 25 * time.Second, fault: (*faults).clock},
+	{name: "orchestrators", every: 30 * time.Second, fault: (*faults).orchestrator},
+	{name: "leaders", every: 60 * time.Second, fault: (*faults).leader},
+	{name: "no-orchestrators", every: 90 * time.Second, fault: (*faults).noOrchestrators},
+	{name: "namespaces", every: 20 * time.Second, fault: (*faults).changeNamespace},
+	{name: "lost-disks", every: 60 * time.Second, fault: (*faults).lostDisk, asked: true},
+	{name: "flipped-bits", every: 60 * time.Second, fault: (*faults).flipBit, asked: true},
+}
+
+// Tracks returns the names of the tracks of faults that run by default.
+func Tracks() []string {
+	var out []string
+	for _, t := range tracks {
+		if !t.asked {
+			out = append(out, t.name)
+		}
+	}
+	return out
+}
+
+// size is how large the cluster of a run is.
+func (c RunConfig) size() (nodes, orchestrators int) {
+	switch {
+	case c.Seed%2 == 1:
+		return 5, 3
+	case c.Seed%4 == 2:
+		return 3, 3
+	}
+	return 3, 1
+}
+
+// tracks returns those that run.
+func (c RunConfig) tracks() []track {
+	names := c.Faults
+	if names == nil {
+		names = Tracks()
+	}
+	var out []track
+	for _, t := range tracks {
+		if slices.Contains(names, t.name) {
+			out = append(out, t)
+		}
+	}
+	return out
+}
+
+// String writes all options of a run; ParseRunConfig reads them.
+func (c RunConfig) String() string {
+	nodes, orchestrators := c.size()
+	var names []string
+	for _, t := range c.tracks() {
+		names = append(names, t.name)
+	}
+	return fmt.Sprintf("seed=%d minutes=%g nodes=%d orchestrators=%d faults=%s", c.Seed, c.Minutes, nodes, orchestrators, strings.Join(names, ","))
+}
+
+// ParseRunConfig reads what String writes. The size of the cluster follows from the
+// seed, so it is ignored.
+func ParseRunConfig(s string) (RunConfig, error) {
+	c := RunConfig{}
+	for _, field := range strings.Fields(s) {
+		key, value, found := strings.Cut(field, "=")
+		if !found {
+			return c, fmt.Errorf("options %q: %q has no value", s, field)
+		}
+		var err error
+		switch key {
+		case "seed":
+			c.Seed, err = strconv.ParseUint(value, 10, 64)
+		case "minutes":
+			c.Minutes, err = strconv.ParseFloat(value, 64)
+		case "faults":
+			c.Faults, err = ParseFaults(value)
+		case "nodes", "orchestrators":
+		default:
+			err = fmt.Errorf("no such option")
+		}
+		if err != nil {
+			return c, fmt.Errorf("options %q: %s: %w", s, key, err)
+		}
+	}
+	return c, nil
+}
+
+// ParseFaults reads names of tracks of faults, separated by commas; "all" stands for
+// all that there are, "" for none.
+func ParseFaults(s string) ([]string, error) {
+	out := []string{}
+	for name := range strings.SplitSeq(s, ",") {
+		known := false
+		for _, t := range tracks {
+			if name == t.name || name == "all" {
+				out = append(out, t.name)
+				known = true
+			}
+		}
+		if !known && name != "" {
+			return nil, fmt.Errorf("there are no faults %q", name)
+		}
+	}
+	return out, nil
+}
