@@ -136,8 +136,11 @@ func (f *faults) start(name string) {
 	f.r.hintsKept(name, f.ended)
 }
 
-// end ends a process against its will.
+// end ends a process against its will, unless it could not start again.
 func (f *faults) end(name string, how Crash) {
+	if f.ended(name) {
+		return
+	}
 	f.r.w.Crash(name, how)
 	f.setEnded(name, true)
 }
