@@ -84,13 +84,13 @@ func (s *Store) onDiskFull() {
 	}
 	s.refuse("an operation found no space left")
 	now := time.Now()
-	s.fullAt.Store(&now)
+	s.retryAt.Store(&now)
 }
 
-// pause keeps flushes and compactions that found no space from trying again at
-// once.
+// pause keeps flushes and compactions that found no space or damage from trying
+// again at once.
 func (s *Store) pause() {
-	if at := s.fullAt.Load(); at != nil {
+	if at := s.retryAt.Load(); at != nil {
 		time.Sleep(time.Until(at.Add(time.Second)))
 	}
 }

@@ -31,6 +31,8 @@ type mark struct {
 	reserved hlc.Timestamp
 	// lostTail is set for good once the store's number was found to be smaller.
 	lostTail bool
+	// damaged is set for good when the store was given up because of bit rot.
+	damaged bool
 }
 
 // Encoding of one slot: magic(4) format(1) flags(1) generation(8) tail(8)
@@ -42,6 +44,7 @@ const (
 	markLen     = 4 + 1 + 1 + 8 + 8 + 8 + 4
 	markStride  = 4096
 	markHasLost = 0x01
+	markDamaged = 0x02
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -51,6 +54,9 @@ func (m mark) encode() []byte {
 	flags := byte(0)
 	if m.lostTail {
 		flags |= markHasLost
+	}
+	if m.damaged {
+		flags |= markDamaged
 	}
 	b = append(b, markFormat, flags)
 	b = binary.BigEndian.AppendUint64(b, m.generation)
@@ -71,11 +77,12 @@ func decodeMark(b []byte) (mark, error) {
 	if b[4] > markFormat {
 		return mark{}, fmt.Errorf("%w: mark of format %d", ErrNewerFormat, b[4])
 	}
-	if b[4] != markFormat || b[5]&^markHasLost != 0 {
+	if b[4] != markFormat || b[5]&^(markHasLost|markDamaged) != 0 {
 		return mark{}, fmt.Errorf("%w: mark of format %d, flags %#x", ErrCorrupt, b[4], b[5])
 	}
 	return mark{
 		lostTail:   b[5]&markHasLost != 0,
+		damaged:    b[5]&markDamaged != 0,
 		generation: binary.BigEndian.Uint64(b[6:]),
 		tail:       binary.BigEndian.Uint64(b[14:]),
 		reserved:   hlc.Timestamp(binary.BigEndian.Uint64(b[22:])),

@@ -128,8 +128,20 @@ type Store struct {
 	// diskFull is why records are refused, failed why the store has ended, or nil.
 	diskFull atomic.Pointer[string]
 	failed   atomic.Pointer[error]
-	// fullAt is when an operation last found no space.
-	fullAt atomic.Pointer[time.Time]
+	// retryAt is when an operation last found no space, or damaged bytes.
+	retryAt atomic.Pointer[time.Time]
+	// damage is why the store must be given up; damaged is closed then.
+	damage      atomic.Pointer[string]
+	corruptions atomic.Uint64
+	damaged     chan struct{}
+	// suspects are tables in which damage was met, with what it was.
+	suspects struct {
+		sync.Mutex
+		tables map[string]string
+	}
+	quarantines quarantines
+	attention   chan struct{}
+
 	opened atomic.Bool // from here on a failure of the log is fatal
 	diskMu sync.Mutex  // held while the ballast is made or removed
 
@@ -162,7 +174,8 @@ func Open(cfg Config) (*Store, error) {
 	case err != nil:
 		return nil, fmt.Errorf("%w: %s (%w)", ErrInUse, cfg.Dir, err)
 	}
-	s := &Store{cfg: cfg, disk: cfg.FS, lock: lock, latches: newLatches(cfg.VersionCacheEntries), stop: make(chan struct{})}
+	s := &Store{cfg: cfg, disk: cfg.FS, lock: lock, latches: newLatches(cfg.VersionCacheEntries), stop: make(chan struct{}), damaged: make(chan struct{}), attention: make(chan struct{}, 1)}
+	s.suspects.tables = map[string]string{}
 	s.inflight.commits = map[*Commit]struct{}{}
 	s.trees.maxLeaves, s.trees.byVnode = cfg.TreeLeaves, map[vnodeID]*tree{}
 	s.promises.init()
@@ -219,7 +232,7 @@ func (s *Store) open() error {
 			return err
 		}
 	}
-	return errors.Join(s.loadHintSeq(), s.loadDirty(), s.loadCollections())
+	return errors.Join(s.loadHintSeq(), s.loadDirty(), s.loadCollections(), s.loadQuarantines())
 }
 
 // metaBoots counts how often the directory was opened; metaTail is the number that
@@ -241,6 +254,8 @@ func (s *Store) checkTail(fresh bool, markErr error) error {
 	case fresh:
 	case markErr != nil:
 		s.lostTail = fmt.Sprintf("%s is missing or damaged, so nothing vouches for the write-ahead log", filepath.Join(s.cfg.Dir, markName))
+	case m.damaged:
+		s.lostTail = "damaged bytes were found in the store, so some of what it held is lost"
 	case m.lostTail:
 		s.lostTail = "the write-ahead log had lost its tail at an earlier start"
 	case tail < m.tail && !mutant.On("lost-tail-unnoticed"):
@@ -351,14 +366,17 @@ func (s *Store) Close() error {
 
 func (s *Store) options() *pebble.Options {
 	o := &pebble.Options{
-		FS:                          s.cfg.FS,
-		Lock:                        s.lock,
-		FormatMajorVersion:          pebbleFormat,
-		Merger:                      joinMerger,
-		CacheSize:                   s.cfg.CacheBytes,
-		MemTableSize:                s.cfg.MemTableBytes,
-		Logger:                      pebbleLogger{s},
-		EventListener:               &pebble.EventListener{BackgroundError: s.backgroundError},
+		FS:                 s.cfg.FS,
+		Lock:               s.lock,
+		FormatMajorVersion: pebbleFormat,
+		Merger:             joinMerger,
+		CacheSize:          s.cfg.CacheBytes,
+		MemTableSize:       s.cfg.MemTableBytes,
+		Logger:             pebbleLogger{s},
+		EventListener: &pebble.EventListener{
+			BackgroundError: s.backgroundError,
+			DataCorruption:  s.suspect,
+		},
 		MemTableStopWritesThreshold: stopWritesMemTables,
 		L0CompactionThreshold:       4,
 		L0StopWritesThreshold:       20,

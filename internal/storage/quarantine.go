@@ -1,0 +1,295 @@
+package storage
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"github.com/cockroachdb/pebble/v2"
+)
+
+// Bit rot that took records only does not cost the store. The stretch of keys it may
+// have hit is quarantined: noted on disk before anything else, and reads of every vnode
+// it touches are refused. Then the stretch is cut out, all levels of it, so that
+// nothing older comes to light beneath what was lost. Once the vnodes have been joined
+// with enough other replicas the quarantine is lifted.
+
+// maxQuarantines bounds the stretches in quarantine; a store with more is damaged as a
+// whole.
+const maxQuarantines = 64
+
+// metaQuarantine is what holds the quarantines.
+const metaQuarantine = "quarantine"
+
+// Quarantine is a stretch of storage keys whose records were lost to bit rot.
+type Quarantine struct {
+	ID           uint64
+	lower, upper []byte
+	// cut is set once what was in the stretch is gone.
+	cut bool
+}
+
+// Covers reports whether a place has records in the stretch.
+func (q *Quarantine) Covers(p Place) bool {
+	lower, upper := vnodeRange(p.Namespace, p.Vnode, nil, nil)
+	return bytes.Compare(q.lower, upper) < 0 && bytes.Compare(lower, q.upper) < 0
+}
+
+func (q *Quarantine) String() string { return fmt.Sprintf("%x to %x", q.lower, q.upper) }
+
+type quarantines struct {
+	// changing is held while they are written.
+	changing sync.Mutex
+	list     atomic.Pointer[[]Quarantine] // what it points to is never changed
+	// begun counts those that were begun since the store was opened.
+	begun atomic.Uint64
+}
+
+func (q *quarantines) load() []Quarantine {
+	if l := q.list.Load(); l != nil {
+		return *l
+	}
+	return nil
+}
+
+// Quarantines returns the stretches in quarantine that have been cut out.
+func (s *Store) Quarantines() (out []Quarantine) {
+	for _, q := range s.quarantines.load() {
+		if q.cut {
+			out = append(out, q)
+		}
+	}
+	return out
+}
+
+// QuarantineCount returns how many stretches are in quarantine, cut out or not.
+func (s *Store) QuarantineCount() int { return len(s.quarantines.load()) }
+
+// Quarantined reports whether records of a place may be lacking.
+func (s *Store) Quarantined(p Place) bool {
+	for _, q := range s.quarantines.load() {
+		if q.Covers(p) {
+			return true
+		}
+	}
+	return false
+}
+
+// Reading returns what Read takes when the reading is done.
+func (s *Store) Reading() uint64 { return s.quarantines.begun.Load() }
+
+// Read returns ErrCorrupt if what was read of some vnodes since Reading may lack
+// records that the store had acknowledged.
+func (s *Store) Read(reading uint64, namespace uint32, vnodes ...uint32) error {
+	if len(s.quarantines.load()) == 0 && s.quarantines.begun.Load() == reading {
+		return nil
+	}
+	for _, v := range vnodes {
+		if s.Quarantined(Place{namespace, v}) {
+			return fmt.Errorf("%w: vnode %d lost records to bit rot and is not yet filled again", ErrCorrupt, v)
+		}
+	}
+	if s.quarantines.begun.Load() != reading {
+		return fmt.Errorf("%w: records were lost to bit rot while they were read", ErrCorrupt)
+	}
+	return nil
+}
+
+// quarantine notes that records of a stretch are lost, and returns when that is on
+// disk. Where other than records is lost it says that the store is damaged.
+func (s *Store) quarantine(lower, upper []byte, what string) error {
+	end := []byte{kindRecord + 1}
+	if len(lower) == 0 || lower[0] != kindRecord || bytes.Compare(upper, end) > 0 || len(s.quarantines.load()) >= maxQuarantines {
+		s.giveUp(what)
+		return nil
+	}
+	s.cfg.Logger.Error("records lost to bit rot: their vnodes are refused to readers until they are filled from other nodes", "dir", s.cfg.Dir,
+		"lower", fmt.Sprintf("%x", lower), "upper", fmt.Sprintf("%x", upper), "what", what)
+	err := s.changeQuarantines(func(l []Quarantine) []Quarantine {
+		next := Quarantine{ID: 1, lower: lower, upper: upper}
+		for _, q := range l {
+			if !q.cut && bytes.Equal(q.lower, lower) && bytes.Equal(q.upper, upper) {
+				return l // found twice
+			}
+			next.ID = max(next.ID, q.ID+1)
+		}
+		return append(l, next)
+	})
+	s.signal()
+	return err
+}
+
+// changeQuarantines changes the list in memory, then on disk; where that fails the
+// longer of the two lists stays in use.
+func (s *Store) changeQuarantines(change func([]Quarantine) []Quarantine) error {
+	s.quarantines.changing.Lock()
+	defer s.quarantines.changing.Unlock()
+	old := s.quarantines.load()
+	next := change(slices.Clone(old))
+	if len(next) > len(old) {
+		// In this order: who reads the counter before and after sees one of the two.
+		s.quarantines.list.Store(&next)
+		s.quarantines.begun.Add(1)
+	}
+	if err := s.SetMeta(metaQuarantine, encodeQuarantines(next)); err != nil {
+		return err
+	}
+	s.quarantines.list.Store(&next)
+	return nil
+}
+
+// Lift ends a quarantine: its records have been filled in again.
+func (s *Store) Lift(id uint64) error {
+	return s.changeQuarantines(func(l []Quarantine) []Quarantine {
+		return slices.DeleteFunc(l, func(q Quarantine) bool { return q.ID == id && q.cut })
+	})
+}
+
+// Cut removes what is left of the stretches in quarantine, so that the damaged tables
+// leave the disk. Where that proves impossible the store says that it is damaged.
+func (s *Store) Cut(ctx context.Context) error {
+	for _, q := range s.quarantines.load() {
+		if q.cut {
+			continue
+		}
+		if err := s.cut(ctx, &q); err != nil {
+			if ctx.Err() != nil {
+				return err
+			}
+			s.giveUp(fmt.Sprintf("%s cannot be cut out: %s", &q, err))
+			return nil
+		}
+		err := s.changeQuarantines(func(l []Quarantine) []Quarantine {
+			for i := range l {
+				l[i].cut = l[i].cut || l[i].ID == q.ID
+			}
+			return l
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *Store) cut(ctx context.Context, q *Quarantine) error {
+	resume := s.latches.suspend(q.lower, q.upper)
+	err := s.commit(func() error {
+		// What is cut out of the log would be cut out again by a flush, which must not
+		// meet damage.
+		if err := s.db.Flush(); err != nil {
+			return err
+		}
+		return s.db.Excise(ctx, pebble.KeyRange{Start: q.lower, End: q.upper})
+	})
+	resume()
+	s.trees.forget(func(id vnodeID) bool { return q.Covers(Place{id.namespace, id.vnode}) })
+	// Whoever collects dead records must not take this replica for what it was.
+	s.collections.states.Range(func(p, c any) bool {
+		if q.Covers(p.(Place)) {
+			c.(*collection).lateJoins.Add(1)
+		}
+		return true
+	})
+	if err != nil {
+		return err
+	}
+	return s.rewriteAround(ctx, q)
+}
+
+// rewriteAround rewrites the tables that a stretch was cut out of: they still have its
+// bytes.
+func (s *Store) rewriteAround(ctx context.Context, q *Quarantine) error {
+	levels, err := s.db.SSTables()
+	if err != nil {
+		return readError(err)
+	}
+	for _, level := range levels {
+		for i := range level {
+			if t := &level[i]; t.Virtual {
+				if err := s.db.Compact(ctx, t.Smallest.UserKey, append(bytes.Clone(t.Largest.UserKey), 0), false); err != nil {
+					return fmt.Errorf("rewrite what is left around %s: %w", q, err)
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// quarantineFormat 1: format(1), then each: id(uvarint) cut(1) lower upper, with their
+// lengths (uvarint).
+const quarantineFormat = 1
+
+func encodeQuarantines(l []Quarantine) []byte {
+	b := []byte{quarantineFormat}
+	for _, q := range l {
+		b = binary.AppendUvarint(b, q.ID)
+		cut := byte(0)
+		if q.cut {
+			cut = 1
+		}
+		b = append(b, cut)
+		b = appendBytes(b, q.lower)
+		b = appendBytes(b, q.upper)
+	}
+	return b
+}
+
+func decodeQuarantines(b []byte) (out []Quarantine, err error) {
+	if len(b) == 0 || b[0] == 0 {
+		return nil, fmt.Errorf("%w: quarantines of %d bytes", ErrCorrupt, len(b))
+	}
+	if b[0] > quarantineFormat {
+		return nil, fmt.Errorf("%w: quarantines of format %d", ErrNewerFormat, b[0])
+	}
+	bad := fmt.Errorf("%w: quarantine", ErrCorrupt)
+	text := func() []byte {
+		n, used := binary.Uvarint(b)
+		if used <= 0 || n > uint64(len(b)-used) {
+			err = bad
+			return nil
+		}
+		t := b[used : used+int(n)]
+		b = b[used+int(n):]
+		return slices.Clone(t)
+	}
+	for b = b[1:]; len(b) > 0; {
+		id, used := binary.Uvarint(b)
+		if used <= 0 || len(b) == used || b[used] > 1 {
+			return nil, bad
+		}
+		q := Quarantine{ID: id, cut: b[used] == 1}
+		b = b[used+1:]
+		q.lower, q.upper = text(), text()
+		if err != nil {
+			return nil, err
+		}
+		if bytes.Compare(q.lower, q.upper) >= 0 {
+			return nil, bad
+		}
+		out = append(out, q)
+	}
+	return out, nil
+}
+
+func (s *Store) loadQuarantines() error {
+	b, err := s.Meta(metaQuarantine)
+	if errors.Is(err, ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	l, err := decodeQuarantines(b)
+	if err != nil {
+		return err
+	}
+	s.quarantines.list.Store(&l)
+	s.signal()
+	return nil
+}
