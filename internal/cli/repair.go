@@ -28,7 +28,8 @@ round after round, and exchanges what differs. It runs by itself; nothing has to
 		Short: "Show how far repair has come",
 		Long: `Shows how far repair has come, of every node or the one given. A round compares every
 vnode that the node leads once. Sent and received count the records that replicas lacked
-since the node's process started, read the bytes it has read to compare. Dirty vnodes are
+since the node's process started, read the bytes it has read to compare, rot how often
+damaged bytes were met on its disk. Dirty vnodes are
 those for which hints were lost; they are compared before others.`,
 		Example: `  kvctl repair status
   kvctl repair status node2 --vnodes
@@ -36,20 +37,27 @@ those for which hints were lost; they are compared before others.`,
 		RunE: func(cmd *cobra.Command, args []string) error { return a.repairStatus(cmd.Context(), args, vnodes) },
 	}
 	status.Flags().BoolVar(&vnodes, "vnodes", false, "every vnode too")
-	cmd.AddCommand(status,
-		&cobra.Command{
-			Use:   "start [NODE]",
-			Short: "End a pause, and begin a round at once",
-			Long: `Ends a pause, and begins a round at once that does not wait between vnodes, on every node
-or the one given.`,
-			Example: "  kvctl repair start",
-			RunE: func(cmd *cobra.Command, args []string) error {
-				return a.steerRepair(cmd.Context(), args, "begins a round", func(ctx context.Context, c adminv1.RepairServiceClient) error {
-					_, err := c.StartRepair(ctx, &adminv1.StartRepairRequest{})
-					return err
-				})
-			},
+	var scrub bool
+	start := &cobra.Command{
+		Use:   "start [NODE]",
+		Short: "End a pause, and begin a round at once",
+		Long: `Ends a pause, and begins a round at once that does not wait between vnodes, on every node
+or the one given. With --scrub it reads all data on disk, too, to find bit rot; otherwise
+that is done once a week.`,
+		Example: "  kvctl repair start\n  kvctl repair start node2 --scrub",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			what := "begins a round"
+			if scrub {
+				what = "begins a round and a scrub"
+			}
+			return a.steerRepair(cmd.Context(), args, what, func(ctx context.Context, c adminv1.RepairServiceClient) error {
+				_, err := c.StartRepair(ctx, &adminv1.StartRepairRequest{Scrub: scrub})
+				return err
+			})
 		},
+	}
+	start.Flags().BoolVar(&scrub, "scrub", false, "read all data on disk, too, to find bit rot")
+	cmd.AddCommand(status, start,
 		&cobra.Command{
 			Use:   "pause [NODE]",
 			Short: "Stop comparing until start, or the next start of the process",
@@ -78,6 +86,10 @@ type repairDoc struct {
 	RecordsSent     uint64           `json:"records_sent"`
 	RecordsReceived uint64           `json:"records_received"`
 	DirtyVnodes     uint64           `json:"dirty_vnodes"`
+	ScrubRounds     uint64           `json:"scrub_rounds"`
+	ScrubBytes      uint64           `json:"scrub_bytes"`
+	ScrubProgress   float64          `json:"scrub_progress"`
+	Corruptions     uint64           `json:"corruptions"`
 	Vnodes          []vnodeRepairDoc `json:"vnodes,omitempty"`
 }
 
@@ -111,6 +123,7 @@ func newRepairDoc(node string, r *adminv1.GetRepairStatusResponse) repairDoc {
 	d := repairDoc{
 		Node: node, Paused: r.GetPaused(), Rounds: r.GetRounds(), BytesRead: r.GetBytesRead(),
 		RecordsSent: r.GetRecordsSent(), RecordsReceived: r.GetRecordsReceived(), DirtyVnodes: r.GetDirtyVnodes(),
+		ScrubRounds: r.GetScrubRounds(), ScrubBytes: r.GetScrubBytes(), ScrubProgress: r.GetScrubProgress(), Corruptions: r.GetCorruptions(),
 	}
 	if r.GetRounds() > 0 {
 		age, took := r.GetLastRoundAgeMs(), r.GetLastRoundTookMs()
@@ -136,7 +149,7 @@ func repairState(s adminv1.VnodeRepair_State) string {
 }
 
 func writeRepair(w io.Writer, nodes []answered[*adminv1.GetRepairStatusResponse], vnodes bool) {
-	sums := newTable("NODE", "REPAIR", ">ROUNDS", ">LAST", ">TOOK", ">READ", ">SENT", ">RECEIVED", ">DIRTY")
+	sums := newTable("NODE", "REPAIR", ">ROUNDS", ">LAST", ">TOOK", ">READ", ">SENT", ">RECEIVED", ">DIRTY", "SCRUB", ">ROT")
 	for _, n := range nodes {
 		r := n.answer
 		state, last, took := "runs", "-", "-"
@@ -146,7 +159,11 @@ func writeRepair(w io.Writer, nodes []answered[*adminv1.GetRepairStatusResponse]
 		if r.GetRounds() > 0 {
 			last, took = durationText(millis(r.GetLastRoundAgeMs()))+" ago", durationText(millis(r.GetLastRoundTookMs()))
 		}
-		sums.add(n.Name, state, r.GetRounds(), last, took, sizeText(r.GetBytesRead()), countText(int64(r.GetRecordsSent())), countText(int64(r.GetRecordsReceived())), r.GetDirtyVnodes())
+		scrub := fmt.Sprintf("%d done", r.GetScrubRounds())
+		if p := r.GetScrubProgress(); p > 0 {
+			scrub = fmt.Sprintf("%.0f%%", 100*p)
+		}
+		sums.add(n.Name, state, r.GetRounds(), last, took, sizeText(r.GetBytesRead()), countText(int64(r.GetRecordsSent())), countText(int64(r.GetRecordsReceived())), r.GetDirtyVnodes(), scrub, r.GetCorruptions())
 	}
 	sums.write(w)
 	if !vnodes {

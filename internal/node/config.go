@@ -46,6 +46,10 @@ type Config struct {
 	// MinFreeDiskBytes is the free space below which writes are refused. Default: a
 	// twentieth of the disk, at most 1 GiB. See storage.Config.MinFreeBytes.
 	MinFreeDiskBytes int64 `yaml:"min_free_disk_bytes" help:"free space below which writes are refused; 0: a twentieth of the disk, at most 1 GiB"`
+	// ScrubCycle is how often all data on disk are read to find bit rot, and
+	// ScrubBytesPerSecond how fast at least. Defaults 168 h and 4 MiB.
+	ScrubCycle          time.Duration `yaml:"scrub_cycle" help:"how often all data on disk are read to find bit rot"`
+	ScrubBytesPerSecond int64         `yaml:"scrub_bytes_per_second" help:"bytes a second that are read at least to find bit rot"`
 	// DrainTimeout bounds how long a stop waits for requests. Default 10 s.
 	DrainTimeout time.Duration `yaml:"drain_timeout" help:"how long a stop waits for requests"`
 	// TLS names PEM files: all three or none. It covers gRPC and Raft; gossip has a key.
@@ -84,6 +88,7 @@ func Defaults() Config {
 		Zone:   "default",
 		Listen: "0.0.0.0:7400", AdminListen: "0.0.0.0:7401", GossipListen: "0.0.0.0:7402",
 		CacheBytes: 64 << 20, MemTableBytes: 32 << 20,
+		ScrubCycle: 7 * 24 * time.Hour, ScrubBytesPerSecond: 4 << 20,
 		DrainTimeout: 10 * time.Second,
 	}
 }
@@ -137,6 +142,12 @@ func (c *Config) Validate() error {
 	}
 	if c.MinFreeDiskBytes < 0 {
 		bad("min_free_disk_bytes", fmt.Errorf("%d: want 0 (automatic) or more", c.MinFreeDiskBytes))
+	}
+	if c.ScrubCycle < time.Minute || c.ScrubCycle > 365*24*time.Hour {
+		bad("scrub_cycle", fmt.Errorf("%s: want 1m to 8760h", c.ScrubCycle))
+	}
+	if c.ScrubBytesPerSecond < 1<<10 {
+		bad("scrub_bytes_per_second", fmt.Errorf("%d: want at least 1024", c.ScrubBytesPerSecond))
 	}
 	if c.DrainTimeout < 0 || c.DrainTimeout > 10*time.Minute {
 		bad("drain_timeout", fmt.Errorf("%s: want 0s to 10m", c.DrainTimeout))

@@ -52,6 +52,7 @@ type Node struct {
 	coordinator *coordinator.Coordinator
 	replayer    *handoff.Replayer
 	repairer    *antientropy.Repairer
+	scrubber    *scrubber
 	collector   *antientropy.Collector
 	assignments *handoff.Assignments
 	filler      *handoff.Filler
@@ -264,7 +265,7 @@ func (n *Node) serve(run context.Context) error {
 		CatchUp: func(ctx context.Context, epoch uint64, address string) error {
 			return n.topologies.refresh(ctx, epoch, address)
 		},
-		Refuse: n.refuse, Load: n.load, Open: n.assignments.Open,
+		Refuse: n.refuse, Load: n.load, Open: n.assignments.Open, Address: cfg.Advertise,
 	})
 	n.loop = rpc.NewLoop(rpc.Replica, func(ctx context.Context, calls []*replicav1.Call, reply func(*replicav1.Reply)) {
 		n.replica.Handle(ctx, cfg.Advertise, calls, reply)
@@ -297,6 +298,7 @@ func (n *Node) serve(run context.Context) error {
 		Self: n.id.Incarnation, Store: n.store, Assignments: n.assignments, Fence: n.fence, Peers: n.peers, Logger: cfg.Logger, Metrics: n.registry,
 		Drained: n.peers.drained,
 	})
+	n.scrubber = newScrubber(n)
 	n.describe(n.registry)
 	n.adopted(n.fence.Topology())
 	if err := n.startGossip(); err != nil {
@@ -441,6 +443,8 @@ func (n *Node) startWorkers(run context.Context) {
 	n.workers.Go(must(run, n.clock.Run))
 	n.workers.Go(must(run, n.replayer.Run))
 	n.workers.Go(must(run, n.repairer.Run))
+	n.workers.Go(func() { n.scrubber.run(run) })
+	n.workers.Go(func() { n.scrubber.mend(run) })
 	n.workers.Go(must(run, n.collector.Run))
 	n.workers.Go(must(run, n.filler.Run))
 	n.workers.Go(func() { n.topologies.run(run) })

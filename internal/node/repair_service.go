@@ -23,7 +23,10 @@ func (s repairService) ExplainCollection(ctx context.Context, r *adminv1.Explain
 	return s.node.collector.Explain(ctx, r, s.node.hints.Groups())
 }
 
-func (s repairService) StartRepair(context.Context, *adminv1.StartRepairRequest) (*adminv1.StartRepairResponse, error) {
+func (s repairService) StartRepair(_ context.Context, r *adminv1.StartRepairRequest) (*adminv1.StartRepairResponse, error) {
+	if r.GetScrub() {
+		s.node.scrubber.start()
+	}
 	s.node.repairer.Start()
 	return &adminv1.StartRepairResponse{}, nil
 }
@@ -43,6 +46,7 @@ func (s repairService) GetRepairStatus(_ context.Context, r *adminv1.GetRepairSt
 	resp := &adminv1.GetRepairStatusResponse{
 		Paused: st.Paused, Rounds: st.Rounds, LastRoundTookMs: uint64(st.Took.Milliseconds()),
 		BytesRead: n.store.TreeBytesRead(), RecordsSent: st.Sent, RecordsReceived: st.Received, DirtyVnodes: uint64(len(dirty)),
+		ScrubRounds: n.scrubber.rounds.Load(), ScrubBytes: n.scrubber.bytes.Load(), ScrubProgress: n.scrubber.fraction(), Corruptions: n.store.Corruptions(),
 	}
 	if st.Rounds > 0 {
 		resp.LastRoundAgeMs = uint64(time.Since(st.Ended).Milliseconds())

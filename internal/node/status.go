@@ -71,7 +71,7 @@ func (n *Node) status() *adminv1.NodeStatus {
 		ClockLeadMs: n.clock.Lead(), ClockProblem: n.clock.Problem(),
 		UptimeMs: uint64(n.uptime().Milliseconds()), Software: n.cfg.Software,
 		Unreachable: n.peers.unreachable(), SampledAtMs: uint64(n.clock.Wall()),
-		Queues: n.queues(),
+		Queues: n.queues(), Corruptions: n.store.Corruptions(),
 	}
 	if available, _, err := n.store.DiskUsage(); err == nil {
 		s.DiskAvailableBytes = available

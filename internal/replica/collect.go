@@ -38,6 +38,13 @@ func (f *frame) collect(ctx context.Context, c *replicav1.Call, op *replicav1.Co
 		return
 	}
 	ns, vnode, ts := op.GetNamespace(), op.GetVnode(), hlc.Timestamp(op.GetTimestamp())
+	if op.GetStep() != replicav1.Collect_STEP_STATE {
+		// What this replica lost to bit rot others may still need.
+		if err := f.trust(f.cfg.Store.Reading(), ns, vnode); err != nil {
+			f.fail(c, err)
+			return
+		}
+	}
 	var err error
 	switch op.GetStep() {
 	case replicav1.Collect_STEP_STATE:

@@ -31,10 +31,15 @@ func (f *frame) digest(ctx context.Context, c *replicav1.Call, op *replicav1.Dig
 		return
 	}
 	certificate := max(hlc.Timestamp(op.GetCertificate()), f.cfg.Store.Collection(op.GetNamespace(), op.GetVnode()).Certificate)
+	reading := f.cfg.Store.Reading()
 	nodes, next, by, err := f.cfg.Store.Tree(ctx, op.GetNamespace(), op.GetVnode(), certificate,
 		int(op.GetLevel()), op.GetStart(), op.GetEnd(), maxDigestNodes)
 	if err != nil {
 		f.fail(c, storeError(err))
+		return
+	}
+	if err := f.trustCompared(reading, op.GetNamespace(), op.GetVnode()); err != nil {
+		f.fail(c, err)
 		return
 	}
 	res := &replicav1.DigestResult{Next: next, Certificate: uint64(by), Nodes: make([]*replicav1.DigestNode, len(nodes))}
@@ -58,6 +63,7 @@ func (f *frame) list(c *replicav1.Call, op *replicav1.List) {
 		l.limitBytes = min(n, l.limitBytes)
 	}
 	var err error
+	reading := f.cfg.Store.Reading()
 	if len(op.GetKeys()) > 0 {
 		err = l.named(f.cfg.Store)
 	} else {
@@ -67,6 +73,10 @@ func (f *frame) list(c *replicav1.Call, op *replicav1.List) {
 	}
 	if err = errors.Join(err, l.err); err != nil {
 		f.fail(c, storeError(err))
+		return
+	}
+	if err := f.trustCompared(reading, op.GetNamespace(), op.GetVnode()); err != nil {
+		f.fail(c, err)
 		return
 	}
 	f.reply(&replicav1.Reply{Id: c.GetId(), Result: &replicav1.Reply_List{List: &l.res}})

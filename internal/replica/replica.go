@@ -56,6 +56,9 @@ type Config struct {
 	// Open reports whether a vnode that the node is incoming on takes records yet.
 	// Default: always.
 	Open func(namespace, vnode uint32) bool
+	// Address is where this node's calls to itself come from. They may compare what
+	// bit rot has left of a vnode, so that it can be filled again.
+	Address string
 }
 
 // Replica serves one node's records. It is safe for concurrent use.
@@ -355,12 +358,32 @@ func (f *frame) read(c *replicav1.Call, op *replicav1.Read) {
 		f.fail(c, err)
 		return
 	}
+	reading := f.cfg.Store.Reading()
 	res, err := f.Get(op.GetNamespace(), op.GetVnode(), op.GetKey(), op.GetHeaderOnly())
+	if err == nil {
+		err = f.trust(reading, op.GetNamespace(), op.GetVnode())
+	}
 	if err != nil {
 		f.fail(c, err)
 		return
 	}
 	f.reply(&replicav1.Reply{Id: c.GetId(), Result: &replicav1.Reply_Read{Read: res}})
+}
+
+// trust returns why what was read since reading is not to be answered with.
+func (f *frame) trust(reading uint64, namespace uint32, vnodes ...uint32) *rpc.Error {
+	if err := f.cfg.Store.Read(reading, namespace, vnodes...); err != nil {
+		return storeError(err)
+	}
+	return nil
+}
+
+// trustCompared is trust for what repair has read.
+func (f *frame) trustCompared(reading uint64, namespace, vnode uint32) *rpc.Error {
+	if f.sender == f.cfg.Address {
+		return nil
+	}
+	return f.trust(reading, namespace, vnode)
 }
 
 // Get returns this node's own copy of a record, whoever owns the vnode.
@@ -412,6 +435,7 @@ func (f *frame) scan(c *replicav1.Call, op *replicav1.Scan) {
 	res := &replicav1.ScanResult{}
 	size := 0
 	var bad error
+	reading := f.cfg.Store.Reading()
 	err := f.cfg.Store.Scan(op.GetNamespace(), vnodes, op.GetStart(), op.GetEnd(), func(vnode uint32, key, rec []byte) bool {
 		if len(res.Entries) >= limit || size >= limitBytes {
 			res.Truncated = true
@@ -426,7 +450,7 @@ func (f *frame) scan(c *replicav1.Call, op *replicav1.Scan) {
 		size += len(key) + len(rec)
 		return true
 	})
-	if err = errors.Join(err, bad); err != nil {
+	if err = errors.Join(err, bad, f.cfg.Store.Read(reading, op.GetNamespace(), vnodes...)); err != nil {
 		f.fail(c, storeError(err))
 		return
 	}

@@ -2229,7 +2229,9 @@ func (x *VnodeRepair) GetDeadRecords() uint64 {
 }
 
 type StartRepairRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Read all data on disk at once, too, to find bit rot.
+	Scrub         bool `protobuf:"varint,1,opt,name=scrub,proto3" json:"scrub,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2262,6 +2264,13 @@ func (x *StartRepairRequest) ProtoReflect() protoreflect.Message {
 // Deprecated: Use StartRepairRequest.ProtoReflect.Descriptor instead.
 func (*StartRepairRequest) Descriptor() ([]byte, []int) {
 	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *StartRepairRequest) GetScrub() bool {
+	if x != nil {
+		return x.Scrub
+	}
+	return false
 }
 
 type StartRepairResponse struct {
@@ -3086,8 +3095,9 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\rSTATE_RUNNING\x10\x02\x12\x0f\n" +
 	"\vSTATE_EQUAL\x10\x03\x12\x10\n" +
 	"\fSTATE_MENDED\x10\x04\x12\x10\n" +
-	"\fSTATE_FAILED\x10\x05\"\x14\n" +
-	"\x12StartRepairRequest\"\x15\n" +
+	"\fSTATE_FAILED\x10\x05\"*\n" +
+	"\x12StartRepairRequest\x12\x14\n" +
+	"\x05scrub\x18\x01 \x01(\bR\x05scrub\"\x15\n" +
 	"\x13StartRepairResponse\"\x14\n" +
 	"\x12PauseRepairRequest\"\x15\n" +
 	"\x13PauseRepairResponse\"n\n" +
