@@ -120,6 +120,27 @@ func TestTooFewNodes(t *testing.T) {
 	}
 }
 
+// A plan that ends uneven is made again another way.
+func TestWidenTriesAgain(t *testing.T) {
+	ns := nodes("a", "b", "c", "d", "a", "b", "d", "d", "b")
+	first, err := placement.Widen(nil, 256, ns, 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wide, err := placement.Widen(first, 256, ns, 8)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for n := 1; n <= 8; n++ {
+		for _, z := range []string{"a", "b", "d"} {
+			among := slices.DeleteFunc(slices.Clone(ns), func(n placement.Node) bool { return n.Zone != z })
+			if s := spread(counts(wide, n), among); s > 1 {
+				t.Errorf("first %d slots: nodes of zone %s differ by %d", n, z, s)
+			}
+		}
+	}
+}
+
 // For any nodes and zones: the nodes of a vnode are distinct, zones are as
 // distinct as they can be, nodes of one zone are within one slot of each other over
 // the first N slots for every N, present slots stay, and the result is the same
