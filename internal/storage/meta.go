@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2"
 )
@@ -15,6 +16,14 @@ func (s *Store) Meta(name string) ([]byte, error) { return s.get(metaKey(name)) 
 
 // SetMeta stores a value under a name and returns when it is on disk.
 func (s *Store) SetMeta(name string, value []byte) error {
+	if s.cfg.SyncDelay != nil {
+		time.Sleep(s.cfg.SyncDelay())
+	}
+	return s.setMeta(name, value)
+}
+
+// setMeta is SetMeta for those who hold a lock, and so must not sleep in a simulation.
+func (s *Store) setMeta(name string, value []byte) error {
 	if err := s.commit(func() error { return s.db.Set(metaKey(name), value, pebble.Sync) }); err != nil {
 		return fmt.Errorf("write %s: %w", name, err)
 	}

@@ -136,7 +136,7 @@ func (s *Store) changeQuarantines(change func([]Quarantine) []Quarantine) error 
 		s.quarantines.list.Store(&next)
 		s.quarantines.begun.Add(1)
 	}
-	if err := s.SetMeta(metaQuarantine, encodeQuarantines(next)); err != nil {
+	if err := s.setMeta(metaQuarantine, encodeQuarantines(next)); err != nil {
 		return err
 	}
 	s.quarantines.list.Store(&next)

@@ -83,7 +83,7 @@ type Config struct {
 	MinFreeBytes uint64
 	Logger       *slog.Logger
 	// SyncDelay, in simulations, is how long a commit's records are visible before
-	// their sync begins. A disk that is slow itself would stop virtual time: Pebble
+	// their sync begins, and how late what SetMeta stores is. A disk that is slow itself would stop virtual time: Pebble
 	// writes to it under a lock.
 	SyncDelay func() time.Duration
 	// Fatal is called when the disk fails in a way the store cannot survive. It must
@@ -272,7 +272,7 @@ func (s *Store) checkTail(fresh bool, markErr error) error {
 	if err != nil {
 		return err
 	}
-	if err := s.SetMeta(metaBoots, strconv.AppendUint(nil, boots+1, 10)); err != nil {
+	if err := s.setMeta(metaBoots, strconv.AppendUint(nil, boots+1, 10)); err != nil {
 		return err
 	}
 	return s.writeMark()
