@@ -33,6 +33,7 @@ var mutants = [][2]string{
 	{"expired-revived-by-repair", "anti-entropy forgets when values expire"},
 	{"repair-skips-tombstones", "anti-entropy leaves tombstones out"},
 	{"gc-without-certificate", "every node removes what is dead by itself"},
+	{"certificate-without-promises", "a certificate does not wait for the promises of replicas that are down"},
 	{"least-version-ignored", "a read does not look for the version that its client has seen"},
 	{"scan-believes-one", "a scan emits what one of several replicas that differ has"},
 	{"one-version-for-a-batch", "the operations of a batch share a version"},
