@@ -52,15 +52,21 @@ func (ts *topologies) watch(ctx context.Context, controls map[string]adminv1.Con
 		case <-time.After(2 * time.Second):
 		}
 		name := names[rng.IntN(len(names))]
-		s, err := clusterStatus(ctx, controls[name])
-		if err != nil {
-			continue
-		}
-		ts.see(name, s.GetTopology())
-		for _, n := range s.GetNodes() {
-			if st := n.GetStatus(); st != nil {
-				ts.checker.Serves(st.GetIncarnation(), st.GetEpoch(), ts.latest())
-			}
+		ts.ask(ctx, name, controls[name])
+	}
+}
+
+// ask judges the topology that a process shows, and notes which epochs it says that
+// nodes serve by.
+func (ts *topologies) ask(ctx context.Context, name string, control adminv1.ControlServiceClient) {
+	s, err := clusterStatus(ctx, control)
+	if err != nil {
+		return
+	}
+	ts.see(name, s.GetTopology())
+	for _, n := range s.GetNodes() {
+		if st := n.GetStatus(); st != nil {
+			ts.checker.Serves(st.GetIncarnation(), st.GetEpoch(), ts.latest())
 		}
 	}
 }

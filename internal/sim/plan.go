@@ -34,6 +34,9 @@ var tracks = []track{
 	{name: "latencies", every: 25 * time.Second, fault: (*faults).slow},
 	{name: "links", every: 30 * time.Second, fault: (*faults).slowLinks},
 	{name: "slow-disks", every: 25 * time.Second, fault: (*faults).slowDisk},
+	{name: "held-disks", every: 25 * time.Second, fault: (*faults).heldDisk},
+	{name: "late-hints", every: 50 * time.Second, fault: (*faults).lateHints},
+	{name: "absences", every: 20 * time.Second, fault: (*faults).absence},
 	{name: "broken-logs", every: 40 * time.Second, fault: (*faults).brokenLog},
 	{name: "full-disks", every: 50 * time.Second, fault: (*faults).fullDisk},
 	{name: "clocks", every: 25 * time.Second, fault: (*faults).clock},
@@ -41,6 +44,7 @@ var tracks = []track{
 	{name: "leaders", every: 60 * time.Second, fault: (*faults).leader},
 	{name: "no-orchestrators", every: 90 * time.Second, fault: (*faults).noOrchestrators},
 	{name: "namespaces", every: 20 * time.Second, fault: (*faults).changeNamespace},
+	{name: "unheard-changes", every: 30 * time.Second, fault: (*faults).changeUnheard},
 	{name: "lost-disks", every: 60 * time.Second, fault: (*faults).lostDisk, asked: true},
 	{name: "flipped-bits", every: 60 * time.Second, fault: (*faults).flipBit, asked: true},
 }

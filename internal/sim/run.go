@@ -83,7 +83,8 @@ func Run(t testing.TB, cfg RunConfig) (*Report, *History) {
 	watching.Go(func() { r.topologies.watch(ctx, r.controls, rand.New(rand.NewPCG(cfg.Seed, 0x70b0))) })
 	load := &Workload{
 		World: r.w, Checker: r.checker, Spaces: Spaces(r.report.Nodes), Seed: cfg.Seed, Clients: 6, Think: 250 * time.Millisecond,
-		Incarnations: r.topologies.incarnations,
+		Incarnations: r.topologies.incarnations, Conns: r.conns,
+		Watched: f.watched, Shown: f.shown, Through: f.through, Clearing: f.clearing,
 	}
 	load.Start()
 	f.run(time.Now().Add(time.Duration(cfg.Minutes * float64(time.Minute))))

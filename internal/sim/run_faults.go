@@ -24,6 +24,11 @@ type faults struct {
 		slow  map[string]time.Duration    // by host, and by process for its disk
 		links map[[2]string]time.Duration // by hosts
 		held  map[string]time.Time        // processes whose disks wait until then
+		watch uint64                      // incarnation at which clients look, or 0
+		saw   chan struct{}               // holds a token once it has shown them something
+		via   string                      // node that clients write some namespace through, or ""
+		clear string                      // namespace that a client is to delete all keys of, or ""
+		space Space                       // which one
 		syncs *rand.Rand
 	}
 }
@@ -379,10 +384,13 @@ func (f *faults) slow(rng *rand.Rand) {
 // changeNamespace changes a setting of the default namespace that no answer depends
 // on: the epoch rises, and requests of older epochs are refused.
 func (f *faults) changeNamespace(rng *rand.Rand) {
+	f.change(rng, "default", fmt.Sprint("node", 1+rng.IntN(f.r.report.Nodes)))
+}
+
+func (f *faults) change(rng *rand.Rand, namespace, by string) {
 	chance := rng.Float64()
-	by := fmt.Sprint("node", 1+rng.IntN(f.r.report.Nodes))
 	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
 	defer cancel()
-	_, err := f.r.controls[by].UpdateNamespace(ctx, &adminv1.UpdateNamespaceRequest{Name: "default", Settings: &adminv1.NamespaceSettings{RepairChance: &chance}})
-	f.note("namespace change", "repair chance of default set to %.2f by %s: %v", chance, by, err)
+	_, err := f.r.controls[by].UpdateNamespace(ctx, &adminv1.UpdateNamespaceRequest{Name: namespace, Settings: &adminv1.NamespaceSettings{RepairChance: &chance}})
+	f.note("namespace change", "repair chance of %s set to %.2f by %s: %v", namespace, chance, by, err)
 }

@@ -11,7 +11,10 @@ import (
 	"sync/atomic"
 	"time"
 
+	"google.golang.org/grpc"
+
 	"github.com/kvasirdb/kvasir/client"
+	kvv1 "github.com/kvasirdb/kvasir/proto/kvasir/kv/v1"
 )
 
 // Space is a namespace as the workload uses it.
@@ -53,6 +56,17 @@ type Workload struct {
 	Think time.Duration
 	// Incarnations returns those of the nodes that hold data now.
 	Incarnations func() []uint64
+	// Conns are connections to the nodes, by name.
+	Conns map[string]*grpc.ClientConn
+	// Watched returns the incarnation of the node at which clients look for what they
+	// have just written, or 0; Shown is called when it has shown that.
+	Watched func() uint64
+	Shown   func(incarnation uint64)
+	// Through returns a node, and a namespace whose hot keys clients write through it, by
+	// single calls that tell no epoch, as those of other languages may; or "".
+	Through func() (node string, s Space)
+	// Clearing returns a namespace whose keys a client is to delete, or "".
+	Clearing func() (namespace string)
 
 	stop    atomic.Bool
 	running sync.WaitGroup
@@ -77,7 +91,7 @@ func (l *Workload) Start() {
 		h.Write([]byte(name))
 		u := &user{
 			Workload: l, name: name, c: l.World.Client(client.WithTimeout(opTimeout)),
-			rng: rand.New(rand.NewPCG(l.Seed, h.Sum64())), last: map[Place]client.Version{},
+			rng: rand.New(rand.NewPCG(l.Seed, h.Sum64())), last: map[Place]client.Version{}, tokens: map[string]uint64{},
 		}
 		l.clients = append(l.clients, u.c)
 		l.running.Go(u.run)
@@ -104,11 +118,15 @@ type user struct {
 	rng    *rand.Rand
 	writes int
 	last   map[Place]client.Version // what it wrote last
+	tokens map[string]uint64        // by node that it writes through
 }
 
 func (u *user) run() {
 	for !u.stop.Load() {
 		time.Sleep(time.Duration(u.rng.ExpFloat64() * float64(u.Think)))
+		if namespace := u.Clearing(); namespace != "" {
+			u.clear(namespace)
+		}
 		s := u.Spaces[u.rng.IntN(len(u.Spaces))]
 		switch n := u.rng.IntN(100); {
 		case n < 38:
@@ -118,12 +136,17 @@ func (u *user) run() {
 				u.get(s, p)
 			}
 		case n < 46:
-			u.copy(s, u.place(s))
+			u.copy(u.place(s))
 		case n < 78:
+			if node, s := u.Through(); node != "" && u.rng.IntN(2) == 0 {
+				u.putThrough(node, s)
+				continue
+			}
 			p := u.place(s)
-			u.look(s, p, u.put(s, p))
+			u.look(s, u.put(s, p))
 		case n < 86:
-			u.delete(s, u.place(s))
+			p := u.place(s)
+			u.look(s, u.delete(p))
 		case n < 92:
 			u.batch(s)
 		case n < 95:
@@ -136,12 +159,18 @@ func (u *user) run() {
 	}
 }
 
+func (u *user) hot(s Space) Place {
+	return Place{s.Name, fmt.Sprintf("hot/%d", u.rng.IntN(hotKeys))}
+}
+
 func (u *user) place(s Space) Place {
 	if u.rng.IntN(2) == 0 {
-		return Place{s.Name, fmt.Sprintf("hot/%d", u.rng.IntN(hotKeys))}
+		return u.hot(s)
 	}
-	return Place{s.Name, fmt.Sprintf("wide/%02d", u.rng.IntN(wideKeys))}
+	return wide(s.Name, u.rng.IntN(wideKeys))
 }
+
+func wide(namespace string, i int) Place { return Place{namespace, fmt.Sprintf("wide/%02d", i)} }
 
 // value returns a value that no other write has.
 func (u *user) value() string {
@@ -185,18 +214,24 @@ func (u *user) write(op *Op) []client.CallOption {
 }
 
 // look reads what was just written: it may be somewhere only, or not on disk yet.
-func (u *user) look(s Space, p Place, wrote Outcome) {
+func (u *user) look(s Space, wrote *Op) {
+	p := wrote.Place
+	if n := u.Watched(); n != 0 && wrote.Outcome == OK {
+		if op := u.copyAt(p, n); (op.Outcome == OK || op.Outcome == NotFound) && op.Receipt.Version.Compare(u.last[p]) >= 0 {
+			u.Shown(n)
+		}
+	}
 	if u.rng.IntN(5) == 0 {
-		u.copy(s, p)
+		u.copy(p)
 	}
 	for range u.rng.IntN(4) {
-		if wrote == Unknown {
+		if wrote.Outcome == Unknown {
 			u.get(s, p)
 		}
 	}
 }
 
-func (u *user) put(s Space, p Place) Outcome {
+func (u *user) put(s Space, p Place) *Op {
 	op := &Op{Client: u.name, Kind: OpPut, Place: p, Value: u.value(), TTL: s.TTL}
 	opts := u.write(op)
 	if u.rng.IntN(6) == 0 {
@@ -208,7 +243,32 @@ func (u *user) put(s Space, p Place) Outcome {
 	defer cancel()
 	r, err := u.c.Put(ctx, []byte(p.Key), []byte(op.Value), opts...)
 	u.wrote(op, r, err)
-	return op.Outcome
+	return op
+}
+
+// putThrough writes a key through a node, as a client of its own. What it is told of a
+// failure is taken for nothing.
+func (u *user) putThrough(node string, s Space) {
+	p := u.hot(s)
+	op := &Op{Client: u.name + "-" + node, Kind: OpPut, Place: p, Value: u.value(), TTL: s.TTL, Note: "through " + node}
+	u.Checker.Invoke(op)
+	ctx, cancel := u.context()
+	defer cancel()
+	resp, err := kvv1.NewKVServiceClient(u.Conns[node]).Put(ctx, &kvv1.PutRequest{
+		Namespace: p.Namespace, Key: []byte(p.Key), Value: []byte(op.Value), Token: u.tokens[node],
+	})
+	u.Checker.Return(op, func() {
+		if op.Outcome = OK; err != nil {
+			op.Outcome, op.Error = Unknown, err.Error()
+			return
+		}
+		r := resp.GetReceipt()
+		op.Receipt = client.Receipt{
+			Epoch: r.GetEpoch(), N: int(r.GetN()), Needed: int(r.GetNeeded()), Acknowledged: int(r.GetAcknowledged()), Strength: client.Strength(r.GetStrength()),
+			Version: client.Version{Timestamp: r.GetVersion().GetTimestamp(), Incarnation: r.GetVersion().GetIncarnation()}, Coordinator: r.GetCoordinator(),
+		}
+		u.tokens[node] = op.Receipt.Version.Timestamp
+	})
 }
 
 // duel writes a key that others write in the same millisecond: those of the next full
@@ -220,7 +280,7 @@ func (u *user) duel(s Space) {
 	u.put(s, Place{s.Name, fmt.Sprintf("hot/%d", at.Unix()/5%hotKeys)})
 }
 
-func (u *user) delete(s Space, p Place) {
+func (u *user) delete(p Place) *Op {
 	op := &Op{Client: u.name, Kind: OpDelete, Place: p}
 	opts := u.write(op)
 	u.Checker.Invoke(op)
@@ -228,6 +288,14 @@ func (u *user) delete(s Space, p Place) {
 	defer cancel()
 	r, err := u.c.Delete(ctx, []byte(p.Key), opts...)
 	u.wrote(op, r, err)
+	return op
+}
+
+// clear deletes the keys of a namespace that clients seldom share.
+func (u *user) clear(namespace string) {
+	for i := range wideKeys {
+		u.delete(wide(namespace, i))
+	}
 }
 
 func (u *user) wrote(op *Op, r client.Receipt, err error) {
@@ -275,13 +343,16 @@ func (u *user) get(s Space, p Place) {
 }
 
 // copy reads the own copy of one replica.
-func (u *user) copy(s Space, p Place) {
-	all := u.Incarnations()
-	if len(all) == 0 {
-		return
+func (u *user) copy(p Place) {
+	if all := u.Incarnations(); len(all) > 0 {
+		u.copyAt(p, all[u.rng.IntN(len(all))])
 	}
-	op := &Op{Client: u.name, Kind: OpCopy, Place: p, Replica: all[u.rng.IntN(len(all))]}
-	u.read(op, []client.CallOption{client.Namespace(p.Namespace), client.FromReplica(fmt.Sprint("#", op.Replica))})
+}
+
+func (u *user) copyAt(p Place, replica uint64) *Op {
+	op := &Op{Client: u.name, Kind: OpCopy, Place: p, Replica: replica}
+	u.read(op, []client.CallOption{client.Namespace(p.Namespace), client.FromReplica(fmt.Sprint("#", replica))})
+	return op
 }
 
 func (u *user) read(op *Op, opts []client.CallOption) { read(u.Checker, u.c, op, opts) }
