@@ -37,6 +37,7 @@ var tracks = []track{
 	{name: "held-disks", every: 25 * time.Second, fault: (*faults).heldDisk},
 	{name: "late-hints", every: 50 * time.Second, fault: (*faults).lateHints},
 	{name: "absences", every: 20 * time.Second, fault: (*faults).absence},
+	{name: "lonely-writes", every: 40 * time.Second, fault: (*faults).lonely},
 	{name: "broken-logs", every: 40 * time.Second, fault: (*faults).brokenLog},
 	{name: "full-disks", every: 50 * time.Second, fault: (*faults).fullDisk},
 	{name: "clocks", every: 25 * time.Second, fault: (*faults).clock},

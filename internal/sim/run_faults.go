@@ -18,18 +18,20 @@ type faults struct {
 	until time.Time
 	mu    struct {
 		sync.Mutex
-		busy  map[string]bool
-		down  int                         // nodes that are busy
-		ended map[string]bool             // processes that do not run
-		slow  map[string]time.Duration    // by host, and by process for its disk
-		links map[[2]string]time.Duration // by hosts
-		held  map[string]time.Time        // processes whose disks wait until then
-		watch uint64                      // incarnation at which clients look, or 0
-		saw   chan struct{}               // holds a token once it has shown them something
-		via   string                      // node that clients write some namespace through, or ""
-		clear string                      // namespace that a client is to delete all keys of, or ""
-		space Space                       // which one
-		syncs *rand.Rand
+		busy   map[string]bool
+		down   int                         // nodes that are busy
+		ended  map[string]bool             // processes that do not run
+		slow   map[string]time.Duration    // by host, and by process for its disk
+		links  map[[2]string]time.Duration // by hosts
+		held   map[string]time.Time        // processes whose disks wait until then
+		watch  uint64                      // incarnation at which clients look, or 0
+		saw    chan struct{}               // holds a token once it has shown them something
+		via    string                      // node that clients write some namespace through, or ""
+		clear  string                      // namespace that a client is to delete all keys of, or ""
+		space  Space                       // which one
+		quorum string                      // by which
+		reads  Space                       // namespace that clients read again and again, if it has a name
+		syncs  *rand.Rand
 	}
 }
 

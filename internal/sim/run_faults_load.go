@@ -107,7 +107,7 @@ func (f *faults) lateHints(rng *rand.Rand) {
 	a, b := f.r.w.Host(name), f.r.w.Host(from)
 	f.r.w.Net.Cut(a, b)
 	f.r.w.Net.Cut(b, a)
-	f.writeThrough(from, Spaces(f.r.report.Nodes)[0])
+	f.writeThrough(from, Spaces(f.r.report.Nodes)[0], "quorum")
 	time.Sleep(time.Duration(6+rng.IntN(6)) * time.Second) // a write gives a replica up after 5 s
 	f.stopThrough(from)
 	time.Sleep(time.Duration(2000+rng.IntN(4000)) * time.Millisecond)
@@ -147,6 +147,48 @@ func (f *faults) absence(rng *rand.Rand) {
 	f.start(name)
 }
 
+// lonely has a node alone take writes of a namespace where reads ask fewer slots than
+// must hold what they find, and has clients read those once the others hear of it.
+func (f *faults) lonely(rng *rand.Rand) {
+	spaces := Spaces(f.r.report.Nodes)
+	space := spaces[len(spaces)-1]
+	if space.N-space.R+1 <= space.R {
+		return
+	}
+	name := f.claimSoon(rng)
+	if name == "" {
+		return
+	}
+	defer f.release(name)
+	f.note("lonely writes", "%s", name)
+	f.r.w.Partition([]string{name})
+	f.writeThrough(name, space, "one")
+	time.Sleep(time.Duration(1000+rng.IntN(1000)) * time.Millisecond)
+	f.stopThrough(name)
+	for i := range f.r.report.Nodes { // what is under way never arrives
+		if o := fmt.Sprint("node", i+1); o != name {
+			f.r.w.Net.Reset(f.r.w.Host(name), f.r.w.Host(o))
+		}
+	}
+	f.r.w.Join([]string{name})
+	f.setReads(space)
+	time.Sleep(time.Second)
+	f.setReads(Space{})
+}
+
+func (f *faults) setReads(s Space) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.mu.reads = s
+}
+
+// reading returns what setReads set.
+func (f *faults) reading() (s Space, ok bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.mu.reads, f.mu.reads.Name != ""
+}
+
 // clearing returns the namespace that a client is to delete all keys of, once, or "".
 func (f *faults) clearing() (namespace string) {
 	f.mu.Lock()
@@ -172,7 +214,7 @@ func (f *faults) changeUnheard(rng *rand.Rand) {
 	f.mu.held[name] = time.Now().Add(d)
 	f.mu.Unlock()
 	f.change(rng, space.Name, by)
-	f.writeThrough(name, space)
+	f.writeThrough(name, space, "quorum")
 	defer f.stopThrough(name)
 	for until := time.Now().Add(d); time.Now().Before(until); time.Sleep(100 * time.Millisecond) {
 		f.r.topologies.ask(context.Background(), by, f.r.controls[by])
@@ -191,10 +233,10 @@ func (f *faults) other(rng *rand.Rand, name string) string {
 
 // writeThrough has clients write a namespace's hot keys through a node, until stopThrough.
 // The last who asks for it has it.
-func (f *faults) writeThrough(node string, s Space) {
+func (f *faults) writeThrough(node string, s Space, quorum string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.mu.via, f.mu.space = node, s
+	f.mu.via, f.mu.space, f.mu.quorum = node, s, quorum
 }
 
 func (f *faults) stopThrough(node string) {
@@ -206,10 +248,10 @@ func (f *faults) stopThrough(node string) {
 }
 
 // through returns what writeThrough set.
-func (f *faults) through() (node string, s Space) {
+func (f *faults) through() (node string, s Space, quorum string) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.mu.via, f.mu.space
+	return f.mu.via, f.mu.space, f.mu.quorum
 }
 
 // served notes by which epochs the nodes say that they serve.

@@ -64,7 +64,9 @@ type Workload struct {
 	Shown   func(incarnation uint64)
 	// Through returns a node, and a namespace whose hot keys clients write through it, by
 	// single calls that tell no epoch, as those of other languages may; or "".
-	Through func() (node string, s Space)
+	Through func() (node string, s Space, quorum string)
+	// Reading returns a namespace whose hot keys clients read again and again, if any.
+	Reading func() (s Space, ok bool)
 	// Clearing returns a namespace whose keys a client is to delete, or "".
 	Clearing func() (namespace string)
 
@@ -127,6 +129,12 @@ func (u *user) run() {
 		if namespace := u.Clearing(); namespace != "" {
 			u.clear(namespace)
 		}
+		if s, ok := u.Reading(); ok {
+			for p := u.hot(s); ok; _, ok = u.Reading() {
+				u.get(s, p)
+				time.Sleep(5 * time.Millisecond)
+			}
+		}
 		s := u.Spaces[u.rng.IntN(len(u.Spaces))]
 		switch n := u.rng.IntN(100); {
 		case n < 38:
@@ -138,8 +146,8 @@ func (u *user) run() {
 		case n < 46:
 			u.copy(u.place(s))
 		case n < 78:
-			if node, s := u.Through(); node != "" && u.rng.IntN(2) == 0 {
-				u.putThrough(node, s)
+			if node, s, quorum := u.Through(); node != "" && u.rng.IntN(2) == 0 {
+				u.putThrough(node, s, quorum)
 				continue
 			}
 			p := u.place(s)
@@ -248,14 +256,14 @@ func (u *user) put(s Space, p Place) *Op {
 
 // putThrough writes a key through a node, as a client of its own. What it is told of a
 // failure is taken for nothing.
-func (u *user) putThrough(node string, s Space) {
+func (u *user) putThrough(node string, s Space, quorum string) {
 	p := u.hot(s)
-	op := &Op{Client: u.name + "-" + node, Kind: OpPut, Place: p, Value: u.value(), TTL: s.TTL, Note: "through " + node}
+	op := &Op{Client: u.name + "-" + node, Kind: OpPut, Place: p, Value: u.value(), TTL: s.TTL, Quorum: "W=" + quorum, Note: "through " + node}
 	u.Checker.Invoke(op)
 	ctx, cancel := u.context()
 	defer cancel()
 	resp, err := kvv1.NewKVServiceClient(u.Conns[node]).Put(ctx, &kvv1.PutRequest{
-		Namespace: p.Namespace, Key: []byte(p.Key), Value: []byte(op.Value), Token: u.tokens[node],
+		Namespace: p.Namespace, Key: []byte(p.Key), Value: []byte(op.Value), WriteQuorum: quorum, Token: u.tokens[node],
 	})
 	u.Checker.Return(op, func() {
 		if op.Outcome = OK; err != nil {
