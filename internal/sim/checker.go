@@ -81,7 +81,9 @@ type Checker struct {
 		issued    map[uint64][]issued
 		latest    map[string]client.Version
 		lost      bool
-		epochs    map[uint64]uint64 // that nodes were seen to serve by
+		rotten    map[uint64]bool      // replicas that may lack what bit rot took
+		mended    map[uint64]time.Time // when they had got it back
+		epochs    map[uint64]uint64    // that nodes were seen to serve by
 		topology  *topology.Topology
 	}
 }
@@ -102,6 +104,8 @@ func NewChecker(h *History, slack time.Duration) *Checker {
 	c.mu.issued = map[uint64][]issued{}
 	c.mu.latest = map[string]client.Version{}
 	c.mu.epochs = map[uint64]uint64{}
+	c.mu.rotten = map[uint64]bool{}
+	c.mu.mended = map[uint64]time.Time{}
 	return c
 }
 
@@ -114,6 +118,25 @@ func (c *Checker) DiskLost() {
 	for _, r := range c.mu.registers {
 		r.acked[1] = r.acked[2]
 	}
+}
+
+// Rotten tells that bits flipped on the disk of a replica, which goes on: until Mended,
+// what its own copy shows may go back where records were taken.
+func (c *Checker) Rotten(incarnation uint64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.mu.rotten[incarnation] = true
+	for _, r := range c.mu.registers {
+		delete(r.copied, incarnation)
+	}
+}
+
+// Mended tells that a replica has got back what bit rot took.
+func (c *Checker) Mended(incarnation uint64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.mu.rotten, incarnation)
+	c.mu.mended[incarnation] = time.Now()
 }
 
 // REQUIRES: c.mu is held.
@@ -329,6 +352,9 @@ func (c *Checker) read(op *Op) {
 // copied judges a read of one replica's own copy.
 func (c *Checker) copied(op *Op) {
 	got := c.found(op, op.Outcome == OK, op.Receipt.Version, op.Found, op.ExpiresAt)
+	if c.mu.rotten[op.Replica] || op.Invoked.Before(c.mu.mended[op.Replica]) {
+		return
+	}
 	c.atLeast(18, op, op.floors.copied, "in this replica before")
 	r := c.register(op.Place)
 	r.copied[op.Replica] = r.copied[op.Replica].raise(got)

@@ -2,6 +2,7 @@ package sim
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -28,34 +29,37 @@ func readDisk(fs vfs.FS, t *topology.Topology) (disk, error) {
 	if err != nil {
 		return nil, err
 	}
-	d, err := records(s, t)
+	d, lacking, err := records(s, t)
+	if err == nil && len(lacking) > 0 {
+		err = fmt.Errorf("bit rot in %d vnodes", len(lacking))
+	}
 	if cerr := s.Close(); err == nil {
 		err = cerr
 	}
 	return d, err
 }
 
-// records reads all records of the namespaces of a topology.
-func records(s *storage.Store, t *topology.Topology) (disk, error) {
-	d := disk{}
-	var vnodes []uint32
+// records reads all records of the namespaces of a topology, and tells the places that
+// bit rot keeps from being read in full.
+func records(s *storage.Store, t *topology.Topology) (disk, map[copyOf]bool, error) {
+	d, lacking := disk{}, map[copyOf]bool{}
 	for v := range t.Ring {
-		vnodes = append(vnodes, uint32(v))
-	}
-	for _, ns := range t.Namespaces {
-		err := s.Scan(ns.ID, vnodes, nil, nil, func(vnode uint32, key, rec []byte) bool {
-			at := copyOf{ns.ID, vnode}
-			if d[at] == nil {
-				d[at] = map[string][]byte{}
+		for _, ns := range t.Namespaces {
+			at := copyOf{ns.ID, uint32(v)}
+			d[at] = map[string][]byte{}
+			err := s.Scan(ns.ID, []uint32{at.vnode}, nil, nil, func(_ uint32, key, rec []byte) bool {
+				d[at][string(key)] = bytes.Clone(rec)
+				return true
+			})
+			switch {
+			case errors.Is(err, storage.ErrCorrupt), err == nil && s.Quarantined(storage.Place{Namespace: at.namespace, Vnode: at.vnode}):
+				lacking[at] = true
+			case err != nil:
+				return nil, nil, err
 			}
-			d[at][string(key)] = bytes.Clone(rec)
-			return true
-		})
-		if err != nil {
-			return nil, err
 		}
 	}
-	return d, nil
+	return d, lacking, nil
 }
 
 // replicasEqual checks invariant 4 on the disks of all nodes, by incarnation, after

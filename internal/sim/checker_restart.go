@@ -2,6 +2,9 @@ package sim
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
 	"log/slog"
 	"math/rand/v2"
 	"time"
@@ -17,11 +20,18 @@ import (
 
 // remains is what a process that ended left on its disk.
 type remains struct {
-	lostTail string
-	reserved uint64
-	hints    map[uint64]uint64 // by target
-	records  disk
+	// incarnation is that of the data directory, 0 for a new one.
+	incarnation uint64
+	lostTail    string
+	reserved    uint64
+	hints       map[uint64]uint64 // by target
+	records     disk
+	// lacking are the places of which records may have been lost to bit rot.
+	lacking map[copyOf]bool
 }
+
+// whole reports whether nothing is known to be lost.
+func (r *remains) whole() bool { return r.lostTail == "" && len(r.lacking) == 0 }
 
 // readRemains reads a copy of a disk.
 func readRemains(d *vfs.MemFS, t *topology.Topology) (*remains, error) {
@@ -36,7 +46,10 @@ func readRemains(d *vfs.MemFS, t *topology.Topology) (*remains, error) {
 		return true
 	})
 	if err == nil {
-		r.records, err = records(s, t)
+		r.incarnation, err = incarnation(s)
+	}
+	if err == nil {
+		r.records, r.lacking, err = records(s, t)
 	}
 	if cerr := s.Close(); err == nil {
 		err = cerr
@@ -44,15 +57,31 @@ func readRemains(d *vfs.MemFS, t *topology.Topology) (*remains, error) {
 	return r, err
 }
 
+// incarnation reads which incarnation a data directory has, 0 for none.
+func incarnation(s *storage.Store) (uint64, error) {
+	var identity struct {
+		Incarnation uint64 `json:"incarnation"`
+	}
+	b, err := s.Meta("identity")
+	if errors.Is(err, storage.ErrNotFound) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	return identity.Incarnation, json.Unmarshal(b, &identity)
+}
+
 // Restarts checks what a node that ended has on disk before it starts again: all
-// that it told others of.
+// that it told others of, but for places that lack what bit rot took.
 //
 // It checks invariants 1 and 18 (what all replicas acknowledged and what was read in
 // this one is there), 10 (the clock is reserved beyond every version it issued) and
 // 15 (hints are not forgotten).
-func (c *Checker) Restarts(name string, incarnation uint64, founding bool, r *remains, t *topology.Topology) {
+func (c *Checker) Restarts(name string, founding bool, r *remains, t *topology.Topology) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	incarnation := r.incarnation
 	if list := c.mu.issued[incarnation]; len(list) > 0 && list[len(list)-1].version.Timestamp > r.reserved {
 		c.h.violate(10, "%s issued version %s, but on its disk the clock is reserved up to %d ms only", name, list[len(list)-1].version, r.reserved>>16)
 	}
@@ -63,7 +92,7 @@ func (c *Checker) Restarts(name string, incarnation uint64, founding bool, r *re
 			continue
 		}
 		v := t.VnodeOf([]byte(p.Key))
-		if !t.Owns(incarnation, v, ns.N) {
+		if !t.Owns(incarnation, v, ns.N) || r.lacking[copyOf{ns.ID, v}] {
 			continue
 		}
 		var have client.Version
@@ -116,4 +145,16 @@ func (r *run) hintsKept(name string, ended func(name string) bool) {
 			r.history.violate(15, "%s had %d hints for %s on its disk and remembers %d after its start; %s is down", name, n, node.Name, have[target], node.Name)
 		}
 	}
+}
+
+func describeRemains(r *remains, err error) string {
+	switch {
+	case err != nil:
+		return err.Error()
+	case r.lostTail != "":
+		return r.lostTail
+	case r.incarnation == 0:
+		return "a new directory"
+	}
+	return fmt.Sprintf("#%d, which bit rot keeps from reading %d places", r.incarnation, len(r.lacking))
 }

@@ -34,6 +34,8 @@ type trouble struct {
 	fault atomic.Int32
 	// left is how many writes a full disk still takes.
 	left atomic.Int64
+	// rotten is set while a flipped bit may be on it.
+	rotten atomic.Bool
 	// hits counts the operations that failed.
 	hits atomic.Int64
 }
@@ -108,6 +110,9 @@ func (w *World) Break(name string, f DiskFault) { w.process(name).trouble.set(f)
 // DiskErrors returns how many operations on a process's disk have failed.
 func (w *World) DiskErrors(name string) int64 { return w.process(name).trouble.hits.Load() }
 
+// Mended tells that no flipped bit is left on a process's disk.
+func (w *World) Mended(name string) { w.process(name).trouble.rotten.Store(false) }
+
 // Died returns a channel that is closed when the process has ended because of its
 // disk. Crash and Start bring it back.
 func (w *World) Died(name string) <-chan struct{} { return w.process(name).live.died }
@@ -116,7 +121,7 @@ func (w *World) Died(name string) <-chan struct{} { return w.process(name).live.
 func (in *instance) fatal(err error) {
 	switch {
 	case in.ended.Load():
-	case in.p.trouble.is(NoFault):
+	case in.p.trouble.is(NoFault) && !in.p.trouble.rotten.Load():
 		in.p.w.t.Errorf("%s cannot go on: %v", in.p.name, err)
 	case !in.dead.Swap(true):
 		close(in.died)

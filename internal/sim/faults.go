@@ -59,6 +59,7 @@ func (w *World) FlipBit(name string, rng *rand.Rand) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	w.process(name).trouble.rotten.Store(true)
 	at, bit := rng.Int64N(size), rng.IntN(8)
 	b := make([]byte, 1)
 	_, err = f.ReadAt(b, at)

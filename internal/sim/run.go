@@ -53,6 +53,7 @@ type run struct {
 	controls   map[string]adminv1.ControlServiceClient
 	conns      map[string]*grpc.ClientConn
 	report     *Report
+	damage     damage
 	mu         struct {
 		sync.Mutex
 		left map[string]*remains // of processes that started again
@@ -99,7 +100,9 @@ func Run(t testing.TB, cfg RunConfig) (*Report, *History) {
 	return r.report, r.history
 }
 
-// starting looks at the disk of a process that is about to start again.
+// starting looks at the disk of a process that is about to start again. One that a
+// fault has damaged may lack the end of its log, or all; what its directory still
+// vouches for is judged all the same.
 func (r *run) starting(name string) {
 	t := r.topologies.latest()
 	p := r.w.processes[name]
@@ -107,16 +110,20 @@ func (r *run) starting(name string) {
 		return
 	}
 	left, err := readRemains(p.disk, t)
-	if err != nil || left.lostTail != "" {
-		r.history.Note("the disk of %s: %v %v", name, err, left)
+	if err != nil || left.incarnation == 0 || !left.whole() {
+		r.history.Note("the disk of %s: %s", name, describeRemains(left, err))
+	}
+	if err != nil || left.lostTail != "" || left.incarnation == 0 && r.damage.of(name) {
+		r.mu.Lock()
+		delete(r.mu.left, name)
+		r.mu.Unlock()
 		r.checker.DiskLost()
 		return
 	}
 	r.mu.Lock()
 	r.mu.left[name] = left
 	r.mu.Unlock()
-	inc := t.Resolve(name).Incarnation
-	r.checker.Restarts(name, inc, inc <= uint64(r.report.Nodes), left, t)
+	r.checker.Restarts(name, left.incarnation <= uint64(r.report.Nodes), left, t)
 }
 
 // prepare makes the namespaces.

@@ -1,10 +1,13 @@
 package sim
 
 import (
+	"context"
 	"math/rand/v2"
+	"sync"
 	"time"
 
 	"github.com/kvasirdb/kvasir/internal/topology"
+	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
 )
 
 // brokenLog breaks the write-ahead log of a node, which has to end, and starts it again
@@ -51,8 +54,37 @@ func (f *faults) fullDisk(rng *rand.Rand) {
 	}
 }
 
+// damage is the node whose disk a fault has damaged. There is one at a time, until it is
+// whole again: what two replicas lose is lost.
+type damage struct {
+	sync.Mutex
+	name string
+}
+
+func (d *damage) begin(name string) bool {
+	d.Lock()
+	defer d.Unlock()
+	if d.name != "" {
+		return false
+	}
+	d.name = name
+	return true
+}
+
+func (d *damage) of(name string) bool {
+	d.Lock()
+	defer d.Unlock()
+	return d.name == name
+}
+
+func (d *damage) end() {
+	d.Lock()
+	defer d.Unlock()
+	d.name = ""
+}
+
 // lostDisk takes the disk of a node or the end of its log away, and waits until its
-// successor votes: only one may be lost at a time.
+// successor votes.
 func (f *faults) lostDisk(rng *rand.Rand) {
 	name := f.claim(rng)
 	if name == "" {
@@ -60,19 +92,18 @@ func (f *faults) lostDisk(rng *rand.Rand) {
 	}
 	defer f.release(name)
 	t := f.r.topologies.latest()
-	if t == nil || t.Resolve(name) == nil {
+	if t == nil || t.Resolve(name) == nil || !f.r.damage.begin(name) {
 		return
 	}
 	old := t.Resolve(name).Incarnation
 	f.end(name, Kill)
+	f.r.checker.DiskLost()
 	if rng.IntN(2) == 0 {
 		f.note("wiped disk", "%s", name)
-		f.r.checker.DiskLost()
 		f.r.w.Wipe(name)
 	} else {
 		how, err := f.r.w.LoseTail(name, rng)
 		f.note("lost tail", "%s: %s %v", name, how, err)
-		f.r.checker.DiskLost()
 		// What was lost within a moment of its sync goes unnoticed, and more than a lost
 		// disk is promised nobody.
 		if left, err := readRemains(f.r.w.process(name).disk, t); err == nil && left.lostTail == "" {
@@ -82,14 +113,23 @@ func (f *faults) lostDisk(rng *rand.Rand) {
 	}
 	pause(rng, 5)
 	f.start(name)
+	if f.replaced(name, old) {
+		f.r.damage.end()
+	}
+}
+
+// replaced waits until the successor of a data directory votes, and reports whether it
+// does before faults end.
+func (f *faults) replaced(name string, old uint64) bool {
 	for time.Now().Before(f.until) {
 		time.Sleep(time.Second)
 		t := f.r.topologies.latest()
 		if n := t.Resolve(name); t.Node(old) == nil && n != nil && !incoming(t, n.Incarnation) {
 			f.r.history.Note("the successor of %s votes", name)
-			return
+			return true
 		}
 	}
+	return false
 }
 
 // incoming reports whether a node is about to take slots over.
@@ -104,14 +144,68 @@ func incoming(t *topology.Topology, incarnation uint64) bool {
 	return false
 }
 
-// flipBit flips a bit on a node's disk.
+// flipBit flips a bit on a node's disk, may end the node, and waits until a scrub has
+// found what there is to find and the others have filled it in again, or until a new
+// directory has taken the place of one that was damaged beyond its records.
 func (f *faults) flipBit(rng *rand.Rand) {
 	name := f.claim(rng)
 	if name == "" {
 		return
 	}
 	defer f.release(name)
-	if where, err := f.r.w.FlipBit(name, rng); err == nil {
-		f.note("flipped bit", "%s: %s", name, where)
+	t := f.r.topologies.latest()
+	if t == nil || t.Resolve(name) == nil || !f.r.damage.begin(name) {
+		return
+	}
+	old := t.Resolve(name).Incarnation
+	f.r.checker.DiskLost()
+	f.r.checker.Rotten(old)
+	where, err := f.r.w.FlipBit(name, rng)
+	if err != nil { // it has no table yet
+		f.r.checker.Mended(old)
+		f.r.damage.end()
+		return
+	}
+	f.note("flipped bit", "%s: %s", name, where)
+	pause(rng, 5)
+	if rng.IntN(2) == 0 {
+		how := Crash(rng.IntN(2))
+		f.note([]string{"kill -9", "power cut"}[how], "%s, whose disk has rotted", name)
+		f.end(name, how)
+		pause(rng, 5)
+		f.start(name)
+	}
+	for time.Now().Before(f.until) {
+		f.scrub(name)
+		select {
+		case <-f.r.w.Died(name):
+			f.r.history.Note("%s has given its disk up", name)
+			f.end(name, Kill)
+			pause(rng, 5)
+			f.start(name)
+			if f.replaced(name, old) {
+				f.r.damage.end()
+			}
+			return
+		case <-time.After(10 * time.Second):
+		}
+		left, err := readRemains(f.r.w.CopyDisk(name), f.r.topologies.latest())
+		if err == nil && left.whole() && left.incarnation == old {
+			f.r.history.Note("the disk of %s is whole again", name)
+			f.r.w.Mended(name)
+			f.r.checker.Mended(old)
+			f.r.damage.end()
+			return
+		}
+	}
+}
+
+// scrub has a node read all it has on disk.
+func (f *faults) scrub(name string) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	_, err := adminv1.NewRepairServiceClient(f.r.conns[name]).StartRepair(ctx, &adminv1.StartRepairRequest{Scrub: true})
+	if err != nil {
+		f.r.history.Note("%s does not scrub: %v", name, err)
 	}
 }
