@@ -155,6 +155,7 @@ func (r *Repairer) Run(ctx context.Context) error {
 			r.pass(ctx, p)
 		}
 		if len(places) == 0 {
+			r.calm() // what Start began has ended: there is nothing to compare
 			r.wait(ctx, time.Second)
 		} else if ended {
 			r.end()
@@ -347,6 +348,12 @@ func (r *Repairer) end() {
 	r.mu.hurried = false
 	r.mu.ended = time.Now()
 	r.mu.took = r.mu.ended.Sub(r.mu.began)
+}
+
+func (r *Repairer) calm() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.mu.hurried = false
 }
 
 func (r *Repairer) note(p storage.Place, change func(*PlaceStatus)) {

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -36,6 +37,7 @@ type group struct {
 	mu       sync.Mutex
 	down     map[uint64]bool
 	traffic  traffic
+	asked    func() // is called when a repairer asks who lives, if it is set
 }
 
 // traffic is what went between repairers and replicas, and among the replicas of one
@@ -159,6 +161,9 @@ func (g *group) cut(id uint64, down bool) {
 
 // Alive and Go make a member its own antientropy.Peers.
 func (m *member) Alive(id uint64) bool {
+	if m.g.asked != nil {
+		m.g.asked()
+	}
 	m.g.mu.Lock()
 	defer m.g.mu.Unlock()
 	return id == m.id || !m.g.down[id] && !m.g.down[m.id]
@@ -436,6 +441,38 @@ func TestDirtyPlacesGoFirst(t *testing.T) {
 		if others[1].records()[key] == "" {
 			t.Error("the mark went although a replica was not mended")
 		}
+	})
+}
+
+// A node that compares nothing, as another one leads all it has, rests also when it is
+// told to hurry.
+func TestANodeThatLeadsNothingRests(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGroup(t, memory, stable(1, 2, 3))
+		defer g.close()
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		var asked atomic.Int64
+		g.asked = func() {
+			if asked.Add(1) == 1000 {
+				cancel() // else time would stand still
+			}
+		}
+		var running sync.WaitGroup
+		last := g.members[2].repairer
+		running.Go(func() {
+			if err := last.Run(ctx); err != nil {
+				t.Error(err)
+			}
+		})
+		last.Start()
+		select {
+		case <-ctx.Done():
+			t.Error("it never waits")
+		case <-time.After(10 * time.Second):
+		}
+		cancel()
+		running.Wait()
 	})
 }
 
