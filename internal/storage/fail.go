@@ -3,6 +3,7 @@ package storage
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -78,6 +79,15 @@ func (l logFS) Create(name string, category vfs.DiskWriteCategory) (vfs.File, er
 	}
 	f, err := l.FS.Create(name, category)
 	return l.watch(name, f, err)
+}
+
+// Open waits before a table is read through. A compaction that fails on the first
+// block it reads creates no table; Pebble begins the next attempt at once.
+func (l logFS) Open(name string, opts ...vfs.OpenOption) (vfs.File, error) {
+	if strings.HasSuffix(name, ".sst") && slices.Contains(opts, vfs.SequentialReadsOption) {
+		l.store.pause()
+	}
+	return l.FS.Open(name, opts...)
 }
 
 func (l logFS) ReuseForWrite(old, name string, category vfs.DiskWriteCategory) (vfs.File, error) {

@@ -5,9 +5,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 )
@@ -224,4 +228,59 @@ func TestScrubChecksPlaces(t *testing.T) {
 			t.Errorf("vnode %d is quarantined: %v", v, got)
 		}
 	}
+}
+
+// failures counts the compactions that Pebble says failed.
+type failures struct {
+	slog.Handler
+	count *atomic.Int64
+}
+
+func (f failures) Enabled(context.Context, slog.Level) bool { return true }
+
+func (f failures) Handle(_ context.Context, r slog.Record) error {
+	if r.Message == "flush or compaction failed" && f.count.Add(1) > 1000 {
+		panic("compactions are tried without end") // virtual time would stand still
+	}
+	return nil
+}
+
+// A compaction that meets damage in the first block it reads, before it has created
+// a table, is not tried again at once.
+func TestACompactionThatFailsRests(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		fs := vfs.NewMem()
+		s := open(t, fs)
+		flush := func(keys int) {
+			var writes []Write
+			for i := range keys {
+				_, k := rotKey(i)
+				writes = append(writes, Write{Namespace: 1, Vnode: 1, Key: k, Record: rotValue(i)})
+			}
+			put(t, s, writes...)
+			if err := s.db.Flush(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		flush(100)
+		closeStore(t, s)
+		path, _ := largestTable(t, fs)
+		rot(t, fs, path, 4)
+
+		failed := failures{slog.DiscardHandler, new(atomic.Int64)}
+		cfg := testConfig(t, fs)
+		cfg.Logger = slog.New(failed)
+		s, err := Open(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 4 { // as many tables as begin a compaction
+			flush(1)
+		}
+		time.Sleep(10 * time.Second)
+		if n := failed.count.Load(); n < 5 || n > 15 {
+			t.Errorf("%d attempts in 10 s", n)
+		}
+		closeStore(t, s)
+	})
 }
