@@ -169,13 +169,38 @@ func (r *rig) client(opts ...client.Option) *client.Client {
 // control returns the control service at one process.
 func (r *rig) control(name string) adminv1.ControlServiceClient {
 	r.t.Helper()
+	return adminv1.NewControlServiceClient(r.conn(name))
+}
+
+// conn returns a connection to one process.
+func (r *rig) conn(name string) *grpc.ClientConn {
+	r.t.Helper()
 	i := slices.IndexFunc(r.status(), func(p devcluster.Status) bool { return p.Name == name })
 	cc, err := rpc.Transport{Dial: rpc.NetDialer}.NewConn(r.status()[i].ClientAddr)
 	if err != nil {
 		r.t.Fatal(err)
 	}
 	r.t.Cleanup(func() { cc.Close() })
-	return adminv1.NewControlServiceClient(cc)
+	return cc
+}
+
+// disturb kills or pauses a process for a moment.
+func (r *rig) disturb(name string) {
+	r.t.Helper()
+	moment := time.Duration(200+r.rng.IntN(1000)) * time.Millisecond
+	if r.rng.IntN(2) == 0 {
+		r.kill(name)
+		time.Sleep(moment)
+		r.up(name)
+		return
+	}
+	if err := r.cluster.Pause(context.Background(), name); err != nil {
+		r.t.Fatal(err)
+	}
+	time.Sleep(moment)
+	if err := r.cluster.Resume(context.Background(), name); err != nil {
+		r.t.Fatal(err)
+	}
 }
 
 // eventually waits until check returns "", and fails with what it returned last.
