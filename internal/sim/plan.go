@@ -15,8 +15,6 @@ type track struct {
 	name  string
 	every time.Duration
 	fault func(*faults, *rand.Rand)
-	// asked is set for tracks that run only where they are asked for by name.
-	asked bool
 }
 
 // tracks are all there are.
@@ -46,17 +44,15 @@ var tracks = []track{
 	{name: "no-orchestrators", every: 90 * time.Second, fault: (*faults).noOrchestrators},
 	{name: "namespaces", every: 20 * time.Second, fault: (*faults).changeNamespace},
 	{name: "unheard-changes", every: 30 * time.Second, fault: (*faults).changeUnheard},
-	{name: "lost-disks", every: 60 * time.Second, fault: (*faults).lostDisk, asked: true},
-	{name: "flipped-bits", every: 60 * time.Second, fault: (*faults).flipBit, asked: true},
+	{name: "lost-disks", every: 60 * time.Second, fault: (*faults).lostDisk},
+	{name: "flipped-bits", every: 60 * time.Second, fault: (*faults).flipBit},
 }
 
-// Tracks returns the names of the tracks of faults that run by default.
+// Tracks returns the names of the tracks of faults.
 func Tracks() []string {
 	var out []string
 	for _, t := range tracks {
-		if !t.asked {
-			out = append(out, t.name)
-		}
+		out = append(out, t.name)
 	}
 	return out
 }
@@ -125,21 +121,17 @@ func ParseRunConfig(s string) (RunConfig, error) {
 	return c, nil
 }
 
-// ParseFaults reads names of tracks of faults, separated by commas; "all" stands for
-// all that there are, "" for none.
+// ParseFaults reads names of tracks of faults, separated by commas; "" stands for none.
 func ParseFaults(s string) ([]string, error) {
-	out := []string{}
+	out, known := []string{}, Tracks()
 	for name := range strings.SplitSeq(s, ",") {
-		known := false
-		for _, t := range tracks {
-			if name == t.name || name == "all" {
-				out = append(out, t.name)
-				known = true
-			}
+		if name == "" {
+			continue
 		}
-		if !known && name != "" {
+		if !slices.Contains(known, name) {
 			return nil, fmt.Errorf("there are no faults %q", name)
 		}
+		out = append(out, name)
 	}
 	return out, nil
 }

@@ -29,7 +29,7 @@ const (
 	envSeeds   = "KVASIR_SIM_SEEDS"   // "12": so many seeds from envFirst on
 	envFirst   = "KVASIR_SIM_FIRST"   // first seed
 	envMinutes = "KVASIR_SIM_MINUTES" // of load for each seed
-	envFaults  = "KVASIR_SIM_FAULTS"  // names of tracks of faults, "all"; else the usual ones
+	envFaults  = "KVASIR_SIM_FAULTS"  // names of tracks of faults; else all of them
 	envSeed    = "KVASIR_SIM_SEED"    // in a process of its own: its seed
 	envResult  = "KVASIR_SIM_RESULT"  // and the file for its report
 )
