@@ -80,7 +80,7 @@ type Checker struct {
 		byVersion map[client.Version]*Op
 		issued    map[uint64][]issued
 		latest    map[string]client.Version
-		lost      bool
+		lost      time.Time            // when a replica last lost its disk
 		rotten    map[uint64]bool      // replicas that may lack what bit rot took
 		mended    map[uint64]time.Time // when they had got it back
 		epochs    map[uint64]uint64    // that nodes were seen to serve by
@@ -110,13 +110,18 @@ func NewChecker(h *History, slack time.Duration) *Checker {
 }
 
 // DiskLost tells that a replica lost its disk: what one replica alone had
-// acknowledged may be gone from now on.
+// acknowledged, or acknowledges to an operation under way, may be gone from now on.
 func (c *Checker) DiskLost() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.mu.lost = true
+	c.mu.lost = time.Now()
 	for _, r := range c.mu.registers {
 		r.acked[1] = r.acked[2]
+	}
+	for _, places := range c.mu.own {
+		for _, o := range places {
+			o.acked[1] = o.acked[2]
+		}
 	}
 }
 
@@ -233,7 +238,11 @@ func (c *Checker) wrote(op *Op) {
 	c.inEpoch(op)
 	f := floor{version: v, tombstone: op.Kind == OpDelete, expires: expiresAt(op, v), by: op}
 	r, o := c.register(op.Place), c.ownOf(op.Client, op.Place)
-	for w := 1; w <= op.Receipt.Needed && w < len(r.acked); w++ {
+	least := 1
+	if !op.Invoked.After(c.mu.lost) {
+		least = 2
+	}
+	for w := least; w <= op.Receipt.Needed && w < len(r.acked); w++ {
 		r.acked[w] = r.acked[w].raise(f)
 		o.acked[w] = o.acked[w].raise(f)
 	}
@@ -331,7 +340,7 @@ func (c *Checker) read(op *Op) {
 		}
 	}
 	overlap := op.Receipt.Needed > 1 && op.Receipt.Strength != client.Eventual && !op.Unmended
-	if overlap && (op.Receipt.Strength == client.Strong || !c.mu.lost) {
+	if overlap && (op.Receipt.Strength == client.Strong || c.mu.lost.IsZero()) {
 		c.atLeast(3, op, o.read, "read by this client before")
 		if w := op.Receipt.N - op.Receipt.Needed + 1; w < len(o.acked) {
 			c.atLeast(3, op, o.acked[w], "written by this client before")

@@ -113,7 +113,11 @@ func (r *run) starting(name string) {
 	if err != nil || left.incarnation == 0 || !left.whole() {
 		r.history.Note("the disk of %s: %s", name, describeRemains(left, err))
 	}
-	if err != nil || left.lostTail != "" || left.incarnation == 0 && r.damage.of(name) {
+	damaged := r.damage.of(name)
+	if err != nil || left.lostTail != "" || left.incarnation == 0 && damaged {
+		if !damaged {
+			r.history.violate(18, "the disk of %s, which no fault has damaged: %s", name, describeRemains(left, err))
+		}
 		r.mu.Lock()
 		delete(r.mu.left, name)
 		r.mu.Unlock()

@@ -119,10 +119,14 @@ func (f *faults) lostDisk(rng *rand.Rand) {
 }
 
 // replaced waits until the successor of a data directory votes, and reports whether it
-// does before faults end.
+// does before faults end. The node must not serve as before.
 func (f *faults) replaced(name string, old uint64) bool {
 	for time.Now().Before(f.until) {
 		time.Sleep(time.Second)
+		if f.serves(name, old) {
+			f.r.history.violate(18, "%s serves as incarnation %d, whose disk is lost or damaged", name, old)
+			return false
+		}
 		t := f.r.topologies.latest()
 		if n := t.Resolve(name); t.Node(old) == nil && n != nil && !incoming(t, n.Incarnation) {
 			f.r.history.Note("the successor of %s votes", name)
@@ -130,6 +134,15 @@ func (f *faults) replaced(name string, old uint64) bool {
 		}
 	}
 	return false
+}
+
+// serves reports whether a node says that it serves as an incarnation.
+func (f *faults) serves(name string, incarnation uint64) bool {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	resp, err := adminv1.NewStatusServiceClient(f.r.conns[name]).GetNodeStatus(ctx, &adminv1.GetNodeStatusRequest{})
+	s := resp.GetStatus()
+	return err == nil && s.GetState() == adminv1.NodeStatus_STATE_SERVING && s.GetIncarnation() == incarnation
 }
 
 // incoming reports whether a node is about to take slots over.

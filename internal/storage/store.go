@@ -24,7 +24,6 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs"
 
 	"github.com/kvasirdb/kvasir/internal/hlc"
-	"github.com/kvasirdb/kvasir/internal/mutant"
 	"github.com/kvasirdb/kvasir/internal/record"
 )
 
@@ -258,7 +257,7 @@ func (s *Store) checkTail(fresh bool, markErr error) error {
 		s.lostTail = "damaged bytes were found in the store, so some of what it held is lost"
 	case m.lostTail:
 		s.lostTail = "the write-ahead log had lost its tail at an earlier start"
-	case tail < m.tail && !mutant.On("lost-tail-unnoticed"):
+	case tail < m.tail:
 		s.lostTail = fmt.Sprintf("the write-ahead log in %s ends at mark %d, but mark %d had been synced", s.cfg.Dir, tail, m.tail)
 	}
 	err = s.mark.update(func(m *mark) {

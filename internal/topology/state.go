@@ -231,10 +231,11 @@ func (d *draft) admit(n Node, r *topologyv1.Register) error {
 	d.nextIncarnation++
 	if i := slices.IndexFunc(d.Topology.Nodes, func(o Node) bool { return o.Name == n.Name }); i >= 0 && mutant.On("duplicate-incarnation") {
 		n.Incarnation = d.Topology.Nodes[i].Incarnation
-		d.Topology.Nodes = slices.Delete(d.Topology.Nodes, i, i+1)
+		d.Topology.Nodes[i] = n
+	} else {
+		d.Topology.Nodes = append(d.Topology.Nodes, n)
 	}
 	d.boots[n.Incarnation] = boot{r.GetBoot(), r.GetBootId()}
-	d.Topology.Nodes = append(d.Topology.Nodes, n)
 	d.result.Incarnation = n.Incarnation
 	d.changed = true
 	return nil
