@@ -82,12 +82,13 @@ func (s modelState) settled() uint8 {
 	return live[0]
 }
 
-// broken says what is wrong with a state, the loss of one disk included.
+// broken says what is wrong with a state, the loss of one disk included, or of the one
+// record on it to bit rot.
 func (s modelState) broken() string {
-	for lost := -1; lost < 3; lost++ {
+	for lost := -1; lost < 6; lost++ {
 		c := s
 		if lost >= 0 {
-			c.held[lost], c.learned[lost] = none, false
+			c.held[lost%3], c.learned[lost%3] = none, lost >= 3 && s.learned[lost%3]
 		}
 		switch live := c.settled(); {
 		case live == 99:

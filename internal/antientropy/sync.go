@@ -284,7 +284,7 @@ func (c *comparison) join(ctx context.Context, node uint64, entries []*replicav1
 	}
 	_, err := c.r.call(ctx, c.topology, node, &replicav1.Call{Operation: &replicav1.Call_Apply{Apply: &replicav1.Apply{
 		Namespace: c.place.Namespace, Vnode: c.place.Vnode, Source: replicav1.Source_SOURCE_REPAIR, Entries: entries,
-		ReadAt: uint64(c.readAt),
+		ReadAt: uint64(c.readAt), Certificate: uint64(c.certificate),
 	}}})
 	return err
 }

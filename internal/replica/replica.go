@@ -305,7 +305,7 @@ func (f *frame) accept(c *replicav1.Call, op *replicav1.Apply) ([]storage.Write,
 		}
 		newest, oldest = max(newest, rec.Version.Time), min(oldest, rec.Version.Time)
 		writes = append(writes, storage.Write{Namespace: op.GetNamespace(), Vnode: op.GetVnode(), Key: e.GetKey(), Record: e.GetRecord(), Repair: repair,
-			ReadAt: hlc.Timestamp(op.GetReadAt())})
+			ReadAt: hlc.Timestamp(op.GetReadAt()), Certificate: hlc.Timestamp(op.GetCertificate())})
 	}
 	if !repair {
 		if err := f.promised(op, oldest); err != nil {

@@ -22,7 +22,8 @@ type Write struct {
 	// records has a word in it: see Store.Apply.
 	Repair bool
 	// ReadAt is when a repair's record was read, by the reader's clock; 0 is now.
-	ReadAt hlc.Timestamp
+	// Certificate is the greatest that the reader knew before it read.
+	ReadAt, Certificate hlc.Timestamp
 }
 
 // Commit is a batch that has been applied. Whoever applied it must call Wait.

@@ -37,11 +37,12 @@ const RepairHorizon = 2 * time.Minute
 // collected reports whether a repair must not be joined. Its key is absent, and either
 // it is dead at or below the certificate, so it has been removed here already; or it
 // was read before all endpoints were found equal up to the certificate, so it brings
-// nothing that this one lacks, but perhaps what has been deleted since.
+// nothing that this one lacks, but perhaps what has been deleted since. What was read
+// after that is joined: bit rot may have taken it from this one.
 // REQUIRES: the latch of key is held.
 func (s *Store) collected(b *pebble.Batch, key string, rec record.Record, w Write) bool {
 	certificate := s.Collection(w.Namespace, w.Vnode).Certificate
-	old := w.ReadAt != 0 && rec.Version.Time <= certificate && w.ReadAt <= hlc.At(certificate.Millis()+RepairHorizon.Milliseconds())
+	old := w.ReadAt != 0 && rec.Version.Time <= certificate && w.Certificate < certificate && w.ReadAt <= hlc.At(certificate.Millis()+RepairHorizon.Milliseconds())
 	if !old && !deadAt(rec, certificate) {
 		return false
 	}

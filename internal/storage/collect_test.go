@@ -219,6 +219,17 @@ func TestRepairsReadBeforeACertificateAreSkipped(t *testing.T) {
 	put(t, s, dated("present", value(5, "newer"), horizon))
 	wantRecord(t, s, "present", value(5, "newer"))
 	put(t, s, dated("young", value(uint64(c)+1, "young"), horizon))
+	// Who read it knew of an earlier certificate, or of this one: then bit rot may have
+	// taken the record here.
+	knew := func(key string, certificate hlc.Timestamp) Write {
+		w := dated(key, value(5, "old"), horizon)
+		w.Certificate = certificate
+		return w
+	}
+	put(t, s, knew("lost", c-1))
+	wantAbsent(t, s, "lost")
+	put(t, s, knew("lost", c))
+	wantRecord(t, s, "lost", value(5, "old"))
 	wantRecord(t, s, "young", value(uint64(c)+1, "young"))
 	// What is read later is joined: a replica that lost its disk has to have it.
 	put(t, s, dated("k", value(5, "old"), horizon+1))

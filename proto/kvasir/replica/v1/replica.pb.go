@@ -199,7 +199,10 @@ type Apply struct {
 	HintTargets []uint64 `protobuf:"varint,5,rep,packed,name=hint_targets,json=hintTargets,proto3" json:"hint_targets,omitempty"`
 	// For repairs: the sender's hybrid clock before it read the records that it brings;
 	// 0 when they may be taken to be of now.
-	ReadAt        uint64 `protobuf:"fixed64,6,opt,name=read_at,json=readAt,proto3" json:"read_at,omitempty"`
+	ReadAt uint64 `protobuf:"fixed64,6,opt,name=read_at,json=readAt,proto3" json:"read_at,omitempty"`
+	// For repairs: the greatest certificate of the vnode that the sender knew before it
+	// read; 0 for none.
+	Certificate   uint64 `protobuf:"fixed64,7,opt,name=certificate,proto3" json:"certificate,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -272,6 +275,13 @@ func (x *Apply) GetHintTargets() []uint64 {
 func (x *Apply) GetReadAt() uint64 {
 	if x != nil {
 		return x.ReadAt
+	}
+	return 0
+}
+
+func (x *Apply) GetCertificate() uint64 {
+	if x != nil {
+		return x.Certificate
 	}
 	return 0
 }
@@ -1698,14 +1708,15 @@ const file_kvasir_replica_v1_replica_proto_rawDesc = "" +
 	"\x1fkvasir/replica/v1/replica.proto\x12\x11kvasir.replica.v1\x1a\x18kvasir/kv/v1/error.proto\"1\n" +
 	"\x05Entry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\fR\x03key\x12\x16\n" +
-	"\x06record\x18\x02 \x01(\fR\x06record\"\xde\x01\n" +
+	"\x06record\x18\x02 \x01(\fR\x06record\"\x80\x02\n" +
 	"\x05Apply\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\rR\tnamespace\x12\x14\n" +
 	"\x05vnode\x18\x02 \x01(\rR\x05vnode\x121\n" +
 	"\x06source\x18\x03 \x01(\x0e2\x19.kvasir.replica.v1.SourceR\x06source\x122\n" +
 	"\aentries\x18\x04 \x03(\v2\x18.kvasir.replica.v1.EntryR\aentries\x12!\n" +
 	"\fhint_targets\x18\x05 \x03(\x04R\vhintTargets\x12\x17\n" +
-	"\aread_at\x18\x06 \x01(\x06R\x06readAt\"0\n" +
+	"\aread_at\x18\x06 \x01(\x06R\x06readAt\x12 \n" +
+	"\vcertificate\x18\a \x01(\x06R\vcertificate\"0\n" +
 	"\vApplyResult\x12!\n" +
 	"\fcredit_bytes\x18\x01 \x01(\x04R\vcreditBytes\"m\n" +
 	"\x04Read\x12\x1c\n" +
