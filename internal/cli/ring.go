@@ -21,9 +21,10 @@ func (a *App) ringCommand() *cobra.Command {
 		Long: `Shows which nodes hold which keys. The hash of a key is its token on the ring. The ring
 is cut into vnodes, equal slices; a vnode's slots say which nodes hold it.`,
 		Example: `  kvctl ring describe greeting
-  kvctl ring distribution`,
+  kvctl ring distribution
+  kvctl ring plan --add 1`,
 	}
-	cmd.AddCommand(a.ringShow(), a.ringDescribe(), a.ringDistribution())
+	cmd.AddCommand(a.ringShow(), a.ringDescribe(), a.ringDistribution(), a.ringPlan())
 	return cmd
 }
 

@@ -22,6 +22,10 @@ type Assignment [][]uint64
 // ErrTooFewNodes is returned when a vnode would need one node twice.
 var ErrTooFewNodes = errors.New("fewer nodes than slots")
 
+func tooFew(slots, nodes int) error {
+	return fmt.Errorf("%w: %d slots, %d nodes", ErrTooFewNodes, slots, nodes)
+}
+
 // horizon is how many slots are planned ahead: a choice that is even for three
 // replicas can make five uneven.
 const horizon = 5
@@ -46,7 +50,7 @@ const attempts = 8
 // "Semi-matchings for bipartite graphs and load balancing", 2006).
 func Widen(current Assignment, vnodes int, nodes []Node, width int) (Assignment, error) {
 	if width > len(nodes) {
-		return nil, fmt.Errorf("%w: %d slots, %d nodes", ErrTooFewNodes, width, len(nodes))
+		return nil, tooFew(width, len(nodes))
 	}
 	sorted := slices.Clone(nodes)
 	slices.SortFunc(sorted, func(a, b Node) int { return cmp.Compare(a.ID, b.ID) })

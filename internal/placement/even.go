@@ -1,0 +1,582 @@
+package placement
+
+import (
+	"cmp"
+	"slices"
+)
+
+// Even returns an assignment to these nodes, which may be others than those of the
+// current one: some new, some gone. A 0 in current is a slot without a node. What
+// holds of the result for each N in uses, which must not exceed the slots of a vnode:
+//
+//   - the first N slots of a vnode lie in distinct zones where there are that many
+//     zones with a node; otherwise no zone has two more of them than another one with
+//     a free node;
+//   - nodes have the same number of first N slots within one, within each zone and
+//     over all of those whose zones do not force another share: see Share.
+//
+// Few slots change: those that must, for their node is gone or their zones changed,
+// and those that a node with too many hands to one with too few. Each goes to a node
+// that its vnode does not name yet, so that it can move while all others stay.
+//
+// Nodes are evened out along shortest cost-reducing paths (Harvey, Ladner, Lovász,
+// Tamir, "Semi-matchings for bipartite graphs and load balancing", 2006), from nodes
+// above their share to nodes below.
+func Even(current Assignment, nodes []Node, uses []int) (Assignment, error) {
+	e, err := newEvening(current, nodes, uses)
+	if err != nil {
+		return nil, err
+	}
+	for v := range e.slots {
+		e.mend(v)
+	}
+	for g := range e.groups {
+		e.balance(g)
+	}
+	return e.assignment(), nil
+}
+
+// Split returns an assignment in which every node without slots takes half of those of
+// one that has most, of which zones let it take half; nothing else moves but what must.
+// It is the cheapest way to add a node, and leaves three nodes and one as 33/17/33/17%.
+// Otherwise it is as Even.
+func Split(current Assignment, nodes []Node, uses []int) (Assignment, error) {
+	e, err := newEvening(current, nodes, uses)
+	if err != nil {
+		return nil, err
+	}
+	for v := range e.slots {
+		e.mend(v)
+	}
+	load := e.groups[len(e.groups)-1].load
+	for n := range e.nodes {
+		if load[n] > 0 {
+			continue
+		}
+		var best []int // the fullest donors
+		most := 0
+		for donor := range e.nodes {
+			if half := load[donor] / 2; half >= max(most, 1) && len(e.takeable(donor, n)) >= half {
+				if half > most {
+					best = best[:0]
+				}
+				most = half
+				best = append(best, donor)
+			}
+		}
+		if len(best) == 0 {
+			continue // zones give it no half of anything
+		}
+		donor := best[len(best)/2]
+		for _, g := range e.groups {
+			half := 0
+			for _, p := range e.holds[donor] {
+				if e.slots[p.vnode][p.slot] == donor && p.slot >= g.first && p.slot < g.n {
+					half++
+				}
+			}
+			half /= 2
+			for _, p := range e.takeable(donor, n) {
+				if half > 0 && p.slot >= g.first && p.slot < g.n {
+					e.set(p, n)
+					half--
+				}
+			}
+		}
+	}
+	return e.assignment(), nil
+}
+
+// takeable returns the places that one node could take from another, from the end of
+// the ring on.
+func (e *evening) takeable(from, to int) (out []place) {
+	for v := len(e.slots) - 1; v >= 0; v-- {
+		for s, n := range e.slots[v] {
+			if n == from && e.allowed(place{v, s}, to) {
+				out = append(out, place{v, s})
+			}
+		}
+	}
+	return out
+}
+
+// Bounds is a share of slots, of a node or of a zone.
+type Bounds struct{ Least, Most int }
+
+// Share is what a node should have of the first N slots of all vnodes.
+type Share struct {
+	Bounds
+	// Forced is set where the zones leave no choice: every vnode needs the node's zone
+	// more often, or can use it less often, than its nodes would have it.
+	Forced bool
+}
+
+// Shares returns what each zone's nodes should have of the first n slots of so many
+// vnodes.
+//
+// In each vnode a zone can have level or level+1 of the slots, or all of its nodes
+// where it has no more; what lies between is filled so that all nodes have the same.
+func Shares(nodes []Node, vnodes, n int) map[string]Share {
+	z := newZones(nodes)
+	out := make(map[string]Share, len(z.names))
+	for i, s := range z.shares(vnodes, n) {
+		out[z.names[i]] = s
+	}
+	return out
+}
+
+// zones holds the nodes' zones by index.
+type zones struct {
+	names []string
+	size  []int
+	of    []int // by node
+}
+
+func newZones(nodes []Node) *zones {
+	z := &zones{of: make([]int, len(nodes))}
+	index := map[string]int{}
+	for i, n := range nodes {
+		at, ok := index[n.Zone]
+		if !ok {
+			at = len(z.names)
+			index[n.Zone] = at
+			z.names, z.size = append(z.names, n.Zone), append(z.size, 0)
+		}
+		z.of[i] = at
+		z.size[at]++
+	}
+	return z
+}
+
+// bounds returns how many of a vnode's first n slots may lie in each zone.
+func (z *zones) bounds(n int) []Bounds {
+	level := 0
+	for ; ; level++ {
+		sum := 0
+		for _, size := range z.size {
+			sum += min(size, level+1)
+		}
+		if sum > n || level >= n {
+			break
+		}
+	}
+	out := make([]Bounds, len(z.size))
+	for i, size := range z.size {
+		out[i] = Bounds{min(size, level), min(size, level+1)}
+	}
+	return out
+}
+
+// shares fills zones like the items of a row: all take an equal part for each of
+// their nodes; those that get too little or too much are set to their bound, the
+// kind that is off by more in all first, and the rest is divided again.
+func (z *zones) shares(vnodes, n int) []Share {
+	bounds := z.bounds(n)
+	out := make([]Share, len(z.size))
+	free := make([]bool, len(z.size))
+	rest, among := vnodes*n, 0
+	for i, size := range z.size {
+		free[i] = true
+		among += size
+	}
+	for among > 0 {
+		// off sums by how much the parts lie below their bounds, times among.
+		off := 0
+		var low, high []int
+		for i, size := range z.size {
+			if !free[i] {
+				continue
+			}
+			part := size * rest
+			if d := vnodes*bounds[i].Least*among - part; d > 0 {
+				low, off = append(low, i), off+d
+			}
+			if d := part - vnodes*bounds[i].Most*among; d > 0 {
+				high, off = append(high, i), off-d
+			}
+		}
+		if len(low)+len(high) == 0 {
+			break
+		}
+		set := low
+		if off < 0 || len(low) == 0 {
+			set = high
+		}
+		for _, i := range set {
+			all := vnodes * bounds[i].Least
+			if off < 0 || len(low) == 0 {
+				all = vnodes * bounds[i].Most
+			}
+			out[i] = Share{portion(all, z.size[i]), true}
+			free[i] = false
+			rest -= all
+			among -= z.size[i]
+		}
+	}
+	for i := range out {
+		if free[i] {
+			out[i] = Share{portion(rest, among), false}
+		}
+	}
+	return out
+}
+
+// portion is a fair part of a whole.
+func portion(all, among int) Bounds { return Bounds{all / among, (all + among - 1) / among} }
+
+// place is a slot of a vnode.
+type place struct{ vnode, slot int }
+
+// group is the slots that one of the uses has more than the one before it.
+type group struct {
+	first, n int // slots first to n-1
+	zone     []Bounds
+	share    []Share // by zone
+	load     []int   // by node, of the first n slots
+}
+
+// evening is an assignment that is being evened out. Nodes and zones are indexes; a
+// slot without a node has none.
+type evening struct {
+	*zones
+	nodes  []Node
+	slots  [][]int
+	was    [][]int // slots at first
+	moves  []int   // by vnode: how many of its slots have changed
+	groups []*group
+	// holds are the places of each node, and some that it has handed on.
+	holds [][]place
+	// swaps is set once nodes may take another slot of a vnode than they had.
+	swaps bool
+}
+
+const none = -1
+
+func newEvening(current Assignment, nodes []Node, uses []int) (*evening, error) {
+	sorted := slices.Clone(nodes)
+	slices.SortFunc(sorted, func(a, b Node) int { return cmp.Compare(a.ID, b.ID) })
+	e := &evening{zones: newZones(sorted), nodes: sorted, slots: make([][]int, len(current)), holds: make([][]place, len(nodes))}
+	index := make(map[uint64]int, len(nodes))
+	for i, n := range sorted {
+		index[n.ID] = i
+	}
+	width := 0
+	for v, ids := range current {
+		e.slots[v] = make([]int, len(ids))
+		width = max(width, len(ids))
+		for s, id := range ids {
+			e.slots[v][s] = none
+			if n, ok := index[id]; ok {
+				e.slots[v][s] = n
+				e.holds[n] = append(e.holds[n], place{v, s})
+			}
+		}
+	}
+	if width > len(nodes) {
+		return nil, tooFew(width, len(nodes))
+	}
+	uses = slices.Clone(uses)
+	uses = append(uses, width) // what nobody uses yet must have nodes too
+	slices.Sort(uses)
+	e.moves = make([]int, len(e.slots))
+	for _, slots := range e.slots {
+		e.was = append(e.was, slices.Clone(slots))
+	}
+	first := 0
+	for _, n := range slices.Compact(uses) {
+		g := &group{first: first, n: n, zone: e.bounds(n), share: e.shares(len(current), n), load: make([]int, len(nodes))}
+		for _, slots := range e.slots {
+			for _, node := range slots[:n] {
+				if node != none {
+					g.load[node]++
+				}
+			}
+		}
+		e.groups = append(e.groups, g)
+		first = n
+	}
+	return e, nil
+}
+
+func (e *evening) assignment() Assignment {
+	out := make(Assignment, len(e.slots))
+	for v, slots := range e.slots {
+		for _, n := range slots {
+			out[v] = append(out[v], e.nodes[n].ID)
+		}
+	}
+	return out
+}
+
+// set gives a slot another node, or none.
+func (e *evening) set(p place, node int) {
+	old := e.slots[p.vnode][p.slot]
+	was := e.moved(p)
+	e.slots[p.vnode][p.slot] = node
+	switch now := e.moved(p); {
+	case now && !was:
+		e.moves[p.vnode]++
+	case was && !now:
+		e.moves[p.vnode]--
+	}
+	if node != none {
+		e.holds[node] = append(e.holds[node], p)
+	}
+	for _, g := range e.groups {
+		if p.slot >= g.n {
+			continue
+		}
+		if old != none {
+			g.load[old]--
+		}
+		if node != none {
+			g.load[node]++
+		}
+	}
+}
+
+// moved reports whether a slot has another node than at first.
+func (e *evening) moved(p place) bool {
+	return e.slots[p.vnode][p.slot] != e.was[p.vnode][p.slot]
+}
+
+// within counts how many of a vnode's first n slots lie in a zone.
+func (e *evening) within(vnode, n, zone int) (count int) {
+	for _, node := range e.slots[vnode][:n] {
+		if node != none && e.of[node] == zone {
+			count++
+		}
+	}
+	return count
+}
+
+// mend gives nodes to the slots of a vnode that have none, and others to those that
+// its zones have too many of.
+func (e *evening) mend(v int) {
+	for _, g := range e.groups {
+		for zone, b := range g.zone {
+			for e.within(v, g.n, zone) > b.Most && e.drop(v, g, func(z int) bool { return z == zone }) {
+			}
+		}
+		lacks := 0
+		for zone, b := range g.zone {
+			lacks += max(0, b.Least-e.within(v, g.n, zone))
+		}
+		for _, node := range e.slots[v][g.first:g.n] {
+			if node == none {
+				lacks--
+			}
+		}
+		for lacks > 0 && e.drop(v, g, func(z int) bool { return e.within(v, g.n, z) > g.zone[z].Least }) {
+			lacks--
+		}
+		for s := g.first; s < g.n; s++ {
+			if e.slots[v][s] != none {
+				continue
+			}
+			n := e.choose(place{v, s}, g)
+			if behind := slices.Index(e.slots[v], n); behind >= 0 {
+				e.set(place{v, behind}, none)
+			}
+			e.set(place{v, s}, n)
+		}
+	}
+}
+
+// drop takes a slot of a group from the fullest node in one of some zones.
+func (e *evening) drop(v int, g *group, from func(zone int) bool) bool {
+	drop := none
+	for s := g.first; s < g.n; s++ {
+		if n := e.slots[v][s]; n != none && from(e.of[n]) && (drop == none || g.load[n] > g.load[e.slots[v][drop]]) {
+			drop = s
+		}
+	}
+	if drop == none {
+		return false
+	}
+	e.set(place{v, drop}, none)
+	return true
+}
+
+// choose returns the node to get a slot of a group: one that the vnode does not name,
+// in a zone that it needs, else in one that it may use, else in any; of these the one
+// that is furthest below its share. Where only slots behind the group have nodes of such
+// zones, one is taken from there.
+func (e *evening) choose(p place, g *group) int {
+	const usable, full = 1, 2
+	state := make([]int, len(e.names))
+	for zone, b := range g.zone {
+		switch have := e.within(p.vnode, g.n, zone); {
+		case have < b.Least:
+		case have < b.Most:
+			state[zone] = usable
+		default:
+			state[zone] = full
+		}
+	}
+	best, rank := none, 0
+	for i := range e.nodes {
+		n := (i + p.vnode) % len(e.nodes) // equals in turn
+		r := 2 * state[e.of[n]]
+		if e.named(p, n) {
+			if state[e.of[n]] == full || slices.Index(e.slots[p.vnode], n) < g.n {
+				continue
+			}
+			r++
+		}
+		if best == none || cmp.Or(cmp.Compare(r, rank), cmp.Compare(e.above(g, n), e.above(g, best))) < 0 {
+			best, rank = n, r
+		}
+	}
+	return best
+}
+
+// above is by how much a node exceeds its share.
+func (e *evening) above(g *group, n int) int { return g.load[n] - g.share[e.of[n]].Most }
+
+// named reports whether a vnode names a node already, or did so at first for another
+// slot: it would move for nothing.
+func (e *evening) named(p place, node int) bool {
+	at := slices.Index(e.was[p.vnode], node)
+	return at >= 0 && at != p.slot || slices.Contains(e.slots[p.vnode], node)
+}
+
+// inTurn reports whether the slots of a vnode can move one after the other without a
+// node being there twice, when one of them goes to a node.
+func (e *evening) inTurn(p place, node int) bool {
+	to := slices.Clone(e.slots[p.vnode])
+	to[p.slot] = node
+	at := slices.Clone(e.was[p.vnode])
+	for left := len(to); ; {
+		before := left
+		left = 0
+		for s, n := range to {
+			switch {
+			case n == none || at[s] == n:
+			case slices.Contains(at, n):
+				left++
+			default:
+				at[s] = n
+			}
+		}
+		if left == 0 || left == before {
+			return left == 0
+		}
+	}
+}
+
+// allowed reports whether a slot may go to another node.
+func (e *evening) allowed(p place, to int) bool {
+	slots := e.slots[p.vnode]
+	if e.named(p, to) && !(e.swaps && !slices.Contains(slots, to) && e.inTurn(p, to)) {
+		return false
+	}
+	a, b := e.of[slots[p.slot]], e.of[to]
+	if a == b {
+		return true
+	}
+	for _, g := range e.groups {
+		if p.slot < g.n && (e.within(p.vnode, g.n, a) <= g.zone[a].Least || e.within(p.vnode, g.n, b) >= g.zone[b].Most) {
+			return false
+		}
+	}
+	return true
+}
+
+// balance brings every node's load of a group to its share, as far as there is a way:
+// by slots that move anyway, else by others of the group, else by those before it too,
+// at last by nodes that change slots within a vnode.
+func (e *evening) balance(group int) {
+	g := e.groups[group]
+	least := func(n int) int { return g.share[e.of[n]].Least }
+	most := func(n int) int { return g.share[e.of[n]].Most }
+	below := func(n int) bool { return g.load[n] < least(n) }
+	ofGroup := func(p place) bool { return p.slot >= g.first && p.slot < g.n }
+	any := func(p place) bool { return p.slot < g.n }
+	for pass, may := range []func(place) bool{func(p place) bool { return ofGroup(p) && e.moved(p) }, ofGroup, any, any} {
+		e.swaps = pass == 3
+		for n := range e.nodes {
+			for g.load[n] > most(n) && (e.shed(may, []int{n}, below) || e.shed(may, []int{n}, func(n int) bool { return g.load[n] < most(n) })) {
+			}
+		}
+		for n := range e.nodes {
+			for below(n) {
+				var from []int
+				for m := range e.nodes {
+					if g.load[m] > least(m) {
+						from = append(from, m)
+					}
+				}
+				if !e.shed(may, from, func(m int) bool { return m == n }) {
+					break
+				}
+			}
+		}
+	}
+}
+
+// shed searches breadth first for the shortest way by which one of some nodes hands a
+// slot to a node that takes it, if need be through others, and goes it. Slots are those
+// that may move.
+func (e *evening) shed(may func(place) bool, from []int, takes func(node int) bool) bool {
+	type step struct {
+		from int
+		by   place
+	}
+	came := make([]*step, len(e.nodes))
+	unseen := make([][]int, len(e.names)) // by zone
+	starts := make([]bool, len(e.nodes))
+	for _, n := range from {
+		starts[n] = true
+	}
+	// Nodes that take one come first in each zone.
+	for _, wanted := range []bool{true, false} {
+		for n, zone := range e.of {
+			if !starts[n] && takes(n) == wanted {
+				unseen[zone] = append(unseen[zone], n)
+			}
+		}
+	}
+	// used reports whether a vnode is on the way to a node: one that changed would not
+	// be what the search saw.
+	used := func(n, vnode int) bool {
+		for s := came[n]; s != nil; n, s = s.from, came[s.from] {
+			if s.by.vnode == vnode {
+				return true
+			}
+		}
+		return false
+	}
+	queue := slices.Clone(from)
+	for len(queue) > 0 {
+		n := queue[0]
+		queue = queue[1:]
+		e.holds[n] = slices.DeleteFunc(e.holds[n], func(p place) bool { return e.slots[p.vnode][p.slot] != n })
+		// One move in each of two vnodes is done sooner than two in one of them.
+		slices.SortStableFunc(e.holds[n], func(a, b place) int { return cmp.Compare(e.moves[a.vnode], e.moves[b.vnode]) })
+		for _, p := range e.holds[n] {
+			if !may(p) || used(n, p.vnode) {
+				continue
+			}
+			for zone := range unseen {
+				left := unseen[zone][:0]
+				for _, to := range unseen[zone] {
+					if !e.allowed(p, to) {
+						left = append(left, to)
+						continue
+					}
+					came[to] = &step{n, p}
+					if takes(to) {
+						for s := came[to]; s != nil; to, s = s.from, came[s.from] {
+							e.set(s.by, to)
+						}
+						return true
+					}
+					queue = append(queue, to)
+				}
+				unseen[zone] = left
+			}
+		}
+	}
+	return false
+}
