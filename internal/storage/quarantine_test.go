@@ -13,6 +13,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/vfs"
 )
 
@@ -283,4 +284,30 @@ func TestACompactionThatFailsRests(t *testing.T) {
 		}
 		closeStore(t, s)
 	})
+}
+
+// What is left of a table around a stretch that was cut out is checked up to where it
+// ends.
+func TestScrubFindsRotBesideACut(t *testing.T) {
+	lower, _ := vnodeRange(1, 2, nil, nil)
+	_, upper := vnodeRange(1, 3, nil, nil)
+	for _, tenth := range []int{1, 6} { // what is cut out lies between
+		fs := rotStore(t)
+		path, size := largestTable(t, fs)
+		s := open(t, fs)
+		if err := s.db.Excise(t.Context(), pebble.KeyRange{Start: lower, End: upper}); err != nil {
+			t.Fatal(err)
+		}
+		closeStore(t, s)
+		rot(t, fs, path, size*tenth/10)
+		s = open(t, fs)
+		if _, err := s.Scrub(t.Context(), freely, anyKey); err != nil {
+			t.Fatal(err)
+		}
+		q := s.quarantines.load()
+		if len(q) != 1 || bytes.Compare(q[0].lower, upper) < 0 && bytes.Compare(lower, q[0].upper) < 0 {
+			t.Errorf("in the %d. tenth: quarantines are %v", tenth, q)
+		}
+		closeStore(t, s)
+	}
 }

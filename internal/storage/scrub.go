@@ -273,6 +273,9 @@ func (t *table) walk(ctx context.Context, r *sstable.Reader, forward bool) (soun
 	first, next := it.First, it.Next
 	if !forward {
 		first, next = it.Last, it.Prev
+		if upper != nil { // then Last panics
+			first = seek(it.SeekLT, upper)
+		}
 	}
 	for n, kv := 0, first(); kv != nil; n, kv = n+1, next() {
 		if n%1024 == 1023 && ctx.Err() != nil {
@@ -288,6 +291,11 @@ func (t *table) walk(ctx context.Context, r *sstable.Reader, forward bool) (soun
 		sound = append(sound[:0], kv.K.UserKey...)
 	}
 	return sound, it.Error()
+}
+
+// seek binds a seek, whose types have no public names, to a key.
+func seek[F ~uint8, T any](to func([]byte, F) T, key []byte) func() T {
+	return func() T { return to(key, 0) }
 }
 
 // checkRecord says what is wrong with a key and what is stored under it.
