@@ -16,8 +16,8 @@ import (
 //     over all of those whose zones do not force another share: see Share.
 //
 // Few slots change: those that must, for their node is gone or their zones changed,
-// and those that a node with too many hands to one with too few. Each goes to a node
-// that its vnode does not name yet, so that it can move while all others stay.
+// and those that a node with too many hands to one with too few. They can move one
+// after the other, with no node in a vnode twice.
 //
 // Nodes are evened out along shortest cost-reducing paths (Harvey, Ladner, Lovász,
 // Tamir, "Semi-matchings for bipartite graphs and load balancing", 2006), from nodes
@@ -68,18 +68,16 @@ func Split(current Assignment, nodes []Node, uses []int) (Assignment, error) {
 			continue // zones give it no half of anything
 		}
 		donor := best[len(best)/2]
-		for _, g := range e.groups {
-			half := 0
-			for _, p := range e.holds[donor] {
-				if e.slots[p.vnode][p.slot] == donor && p.slot >= g.first && p.slot < g.n {
-					half++
-				}
-			}
-			half /= 2
+		halves := make([]int, len(e.groups))
+		for i, before := 0, 0; i < len(halves); i++ {
+			halves[i] = (e.groups[i].load[donor] - before) / 2
+			before = e.groups[i].load[donor]
+		}
+		for i, g := range e.groups {
 			for _, p := range e.takeable(donor, n) {
-				if half > 0 && p.slot >= g.first && p.slot < g.n {
+				if halves[i] > 0 && p.slot >= g.first && p.slot < g.n {
 					e.set(p, n)
-					half--
+					halves[i]--
 				}
 			}
 		}
@@ -492,8 +490,8 @@ func (e *evening) balance(group int) {
 	most := func(n int) int { return g.share[e.of[n]].Most }
 	below := func(n int) bool { return g.load[n] < least(n) }
 	ofGroup := func(p place) bool { return p.slot >= g.first && p.slot < g.n }
-	any := func(p place) bool { return p.slot < g.n }
-	for pass, may := range []func(place) bool{func(p place) bool { return ofGroup(p) && e.moved(p) }, ofGroup, any, any} {
+	within := func(p place) bool { return p.slot < g.n }
+	for pass, may := range []func(place) bool{func(p place) bool { return ofGroup(p) && e.moved(p) }, ofGroup, within, within} {
 		e.swaps = pass == 3
 		for n := range e.nodes {
 			for g.load[n] > most(n) && (e.shed(may, []int{n}, below) || e.shed(may, []int{n}, func(n int) bool { return g.load[n] < most(n) })) {
@@ -540,7 +538,7 @@ func (e *evening) shed(may func(place) bool, from []int, takes func(node int) bo
 	// used reports whether a vnode is on the way to a node: one that changed would not
 	// be what the search saw.
 	used := func(n, vnode int) bool {
-		for s := came[n]; s != nil; n, s = s.from, came[s.from] {
+		for s := came[n]; s != nil; s = came[s.from] {
 			if s.by.vnode == vnode {
 				return true
 			}
