@@ -380,7 +380,7 @@ func TestCertificatesNameTheirEndpoints(t *testing.T) {
 			time.Sleep(time.Second)
 		}
 		promise := c.nodes[0].store.Collection(1, 0).Promise
-		c.move(append(stableSlots(1, 2), &topologyv1.Slot{Node: 3, Incoming: 4, Phase: topologyv1.Phase_PHASE_WRITE_BOTH_READ_OLD})...)
+		c.move(append(stableSlots(1, 2), &topologyv1.Slot{Node: 3, Incoming: 4, Phase: topologyv1.Phase_PHASE_WRITE_BOTH_READ_OLD, Since: 1})...)
 		time.Sleep(10 * time.Minute)
 		c.wantOnDisk(1, 1, 2, 3)
 		if s := c.nodes[0].store.Collection(1, 0); s.Certificate != 0 || s.Promise != promise {
@@ -497,7 +497,7 @@ func TestExplainCollection(t *testing.T) {
 		time.Sleep(time.Minute)
 		c.set(false, 3)
 		want(explain(""), "n1 has not promised", "n2 has not promised", "n3 has not promised")
-		c.move(append(stableSlots(1, 2), &topologyv1.Slot{Node: 3, Incoming: 4, Phase: topologyv1.Phase_PHASE_WRITE_BOTH_READ_OLD})...)
+		c.move(append(stableSlots(1, 2), &topologyv1.Slot{Node: 3, Incoming: 4, Phase: topologyv1.Phase_PHASE_WRITE_BOTH_READ_OLD, Since: 1})...)
 		if res := explain(""); !strings.Contains(res.GetPinnedBy()[0], "moving between nodes") {
 			t.Errorf("%q", res.GetPinnedBy())
 		}

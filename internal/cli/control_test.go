@@ -261,6 +261,7 @@ func TestRing(t *testing.T) {
 	f.mu.Lock()
 	f.mu.topology.Ring[3].Slots[1].Incoming = 3
 	f.mu.topology.Ring[3].Slots[1].Phase = topologyv1.Phase_PHASE_WRITE_BOTH_READ_OLD
+	f.mu.topology.Ring[3].Slots[1].Since = 1
 	for _, v := range f.mu.topology.GetRing() {
 		v.Slots = v.Slots[:3]
 	}

@@ -353,17 +353,37 @@ func (w *write) send() {
 	deadline := time.Now().Add(w.c.cfg.WriteTimeout)
 	for _, n := range live {
 		w.trace.add(kvv1.TraceEvent_KIND_SENT, w.name(n), "")
-		apply := &replicav1.Apply{Namespace: w.namespace.ID, Vnode: w.vnode, Source: w.source, Entries: w.entries, ReadAt: uint64(w.readAt)}
-		if n == w.carrier {
-			apply.HintTargets = w.hinted
-		}
-		call := &replicav1.Call{Epoch: w.topology.Epoch, Operation: &replicav1.Call_Apply{Apply: apply}}
-		err := w.c.cfg.Peers.Go(n, call, deadline, func(_ *replicav1.Reply, err error) { w.answered(n, err) })
-		if err != nil {
-			w.answered(n, err)
-		}
+		w.sendTo(n, deadline, openingPause)
 	}
 	w.settle() // for the sending itself
+}
+
+// A newcomer takes no records until it knows what its sources have promised, which is
+// soon after it learnt of its vnode. It is asked again after these pauses, each twice
+// as long as the one before.
+const (
+	openingPause    = 50 * time.Millisecond
+	maxOpeningPause = 400 * time.Millisecond
+)
+
+// sendTo sends the records to a target, once more after a pause where it is not ready
+// for the vnode.
+func (w *write) sendTo(n uint64, deadline time.Time, pause time.Duration) {
+	apply := &replicav1.Apply{Namespace: w.namespace.ID, Vnode: w.vnode, Source: w.source, Entries: w.entries, ReadAt: uint64(w.readAt)}
+	if n == w.carrier {
+		apply.HintTargets = w.hinted
+	}
+	call := &replicav1.Call{Epoch: w.topology.Epoch, Operation: &replicav1.Call_Apply{Apply: apply}}
+	err := w.c.cfg.Peers.Go(n, call, deadline, func(_ *replicav1.Reply, err error) {
+		if err != nil && rpc.AsError(err).Reason == rpc.ReasonNotReady && pause <= maxOpeningPause {
+			time.AfterFunc(pause, func() { w.sendTo(n, deadline, 2*pause) })
+			return
+		}
+		w.answered(n, err)
+	})
+	if err != nil {
+		w.answered(n, err)
+	}
 }
 
 func (w *write) name(node uint64) string { return w.topology.NodeName(node) }

@@ -230,6 +230,27 @@ func TestWriteDuringAMove(t *testing.T) {
 	}
 }
 
+// A newcomer that does not take records yet is asked again, so that a move costs no
+// write although another replica is down.
+func TestWriteWaitsForANewcomer(t *testing.T) {
+	run(t, 4, func(s *topology.NamespaceSettings) { s.N = ptr(3) }, func(t *testing.T, c *cluster) {
+		c.setRing(func(int) []topology.Slot {
+			return []topology.Slot{{Node: 1, Incoming: 4, Phase: topology.WriteBothReadOld}, {Node: 2, Phase: topology.Stable}, {Node: 3, Phase: topology.Stable}}
+		})
+		c.publish()
+		c.set(down, 3)
+		c.nodes[3].closed.Store(true)
+		time.AfterFunc(300*time.Millisecond, func() { c.nodes[3].closed.Store(false) })
+		c.nodes[1].mustPut("k", "v", "")
+		if c.nodes[3].own("k") == nil {
+			t.Error("the newcomer has no record")
+		}
+		c.nodes[3].closed.Store(true)
+		_, err := c.nodes[1].put("k", "w", "")
+		wantError(t, err, codes.Unavailable, rpc.ReasonOutcomeUnknown)
+	})
+}
+
 // A replica ahead refuses what matters to it; the coordinator follows.
 func TestCoordinatorFollowsTheTopology(t *testing.T) {
 	run(t, 4, func(s *topology.NamespaceSettings) { s.N = ptr(3) }, func(t *testing.T, c *cluster) {

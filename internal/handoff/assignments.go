@@ -18,7 +18,7 @@ const metaAssignments = "assignments"
 // assignment is a vnode that the node is to be filled with, as it is on disk.
 type assignment struct {
 	Vnode uint32 `json:"vnode"`
-	// Epoch is the one in which the node became incoming on the vnode.
+	// Epoch is the one in which the node became incoming on the vnode, topology.Slot.Since.
 	Epoch    uint64 `json:"epoch"`
 	Complete bool   `json:"complete,omitempty"`
 }
@@ -75,10 +75,8 @@ func (a *Assignments) Prepare(self uint64, next *topology.Topology) error {
 	defer func() { a.writing <- struct{}{} }()
 	all := a.all()
 	var fresh []uint32
-	for v := range next.Incoming(self) {
-		// The slots of a vnode in transition change by the transition's steps only, so
-		// another epoch is another assignment.
-		if epoch := next.Ring[v].ChangedEpoch; all[v].Epoch != epoch {
+	for v, slot := range next.Incoming(self) {
+		if epoch := next.Ring[v].Slots[slot].Since; all[v].Epoch != epoch {
 			all[v] = assignment{Vnode: v, Epoch: epoch}
 			fresh = append(fresh, v)
 		}
@@ -131,11 +129,34 @@ func (a *Assignments) complete(done assignment) error {
 
 // Open reports whether a vnode takes records of a namespace. Until then writes count
 // for nothing here, so that those of the epoch that assigned the vnode are held by
-// enough of its other replicas to meet the reads of the epoch before.
+// enough of its other replicas to meet the reads of the epoch before. What is complete
+// has been open, before a restart perhaps.
 func (a *Assignments) Open(namespace, vnode uint32) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return a.mu.open[storage.Place{Namespace: namespace, Vnode: vnode}]
+	return a.mu.byVnode[vnode].Complete || a.mu.open[storage.Place{Namespace: namespace, Vnode: vnode}]
+}
+
+// Sweep removes the records of places that the node does not hold any more, which
+// needed tells. It looks again when no assignment can come in between: a place that is
+// being assigned is left to Prepare.
+func (a *Assignments) Sweep(needed func(storage.Place) bool) (swept []storage.Place, _ error) {
+	<-a.writing
+	defer func() { a.writing <- struct{}{} }()
+	held, err := a.store.Held()
+	if err != nil {
+		return nil, err
+	}
+	all := a.all()
+	for _, p := range held {
+		if _, assigned := all[p.Vnode]; !assigned && !needed(p) {
+			swept = append(swept, p)
+		}
+	}
+	if len(swept) == 0 {
+		return nil, nil
+	}
+	return swept, a.store.Wipe(swept)
 }
 
 // open lets a vnode take records of a namespace, if it is still assigned so.

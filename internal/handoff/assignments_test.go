@@ -2,6 +2,7 @@ package handoff
 
 import (
 	"log/slog"
+	"slices"
 	"testing"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
@@ -19,7 +20,7 @@ func assigned(t *testing.T, epoch, since uint64) *topology.Topology {
 	pb.Epoch = epoch
 	for _, v := range pb.Ring {
 		if v.ChangedEpoch = since; since != 0 {
-			v.Slots[2] = &topologyv1.Slot{Node: 3, Incoming: 4, Phase: topologyv1.Phase_PHASE_WRITE_NEW_READ_NONE}
+			v.Slots[2] = &topologyv1.Slot{Node: 3, Incoming: 4, Phase: topologyv1.Phase_PHASE_WRITE_NEW_READ_NONE, Since: since}
 		}
 	}
 	top, err := topology.FromProto(pb)
@@ -81,6 +82,18 @@ func TestAssignmentsAreWipedOnce(t *testing.T) {
 	prepare(a, assigned(t, 10, 10), 0, "newly assigned")
 	write()
 	prepare(a, assigned(t, 12, 10), 2, "a later topology with the same assignment")
+	later := assigned(t, 13, 10).Proto()
+	for _, v := range later.GetRing() {
+		v.ChangedEpoch, v.Slots[2].Phase = 13, topologyv1.Phase_PHASE_WRITE_BOTH_READ_NEW
+	}
+	phase, err := topology.FromProto(later)
+	if err != nil {
+		t.Fatal(err)
+	}
+	prepare(a, phase, 2, "another phase of the same assignment")
+	if swept, err := a.Sweep(func(storage.Place) bool { return false }); err != nil || len(swept) != 0 {
+		t.Fatalf("what is being filled was swept: %v, %v", swept, err)
+	}
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -100,5 +113,13 @@ func TestAssignmentsAreWipedOnce(t *testing.T) {
 	if err := a.Settle(4, assigned(t, 13, 0)); err != nil || len(a.Fillings()) != 0 {
 		t.Fatalf("%v, fillings %+v", err, a.Fillings())
 	}
-	prepare(load(), assigned(t, 20, 20), 0, "assigned anew")
+	a = load()
+	swept, err := a.Sweep(func(p storage.Place) bool { return p.Vnode == 1 })
+	if want := []storage.Place{{Namespace: 1, Vnode: 0}}; err != nil || !slices.Equal(swept, want) || records() != 1 {
+		t.Fatalf("swept %v, %v, %d records are left", swept, err, records())
+	}
+	prepare(a, assigned(t, 20, 20), 0, "assigned anew")
+	if err := a.complete(assignment{Vnode: 0, Epoch: 20}); err != nil || !a.Open(1, 0) || !load().Open(1, 0) {
+		t.Errorf("what is complete is open, also after a restart: %v", err)
+	}
 }

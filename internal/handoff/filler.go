@@ -52,9 +52,10 @@ const (
 	pageBytes   = 1 << 20
 )
 
-// Filler fills the vnodes that its node is incoming on, by joining what N−q+1 of the
-// other voting slots hold, q being a majority: every write that a majority has
-// acknowledged is in one of them.
+// Filler fills the vnodes that its node is incoming on: with what the old node of the
+// slot holds, or, where that is dead, by joining what N−q+1 of the other voting slots
+// hold, q being a majority: every write that a majority has acknowledged is in one of
+// them.
 type Filler struct {
 	cfg     FillerConfig
 	limiter *rate.Limiter
@@ -127,7 +128,7 @@ func (f *Filler) jobs(t *topology.Topology) []job {
 	var out []job
 	all := f.cfg.Assignments.all()
 	for v, slot := range t.Incoming(f.cfg.Self) {
-		if as, ok := all[v]; ok && as.Epoch == t.Ring[v].ChangedEpoch {
+		if as, ok := all[v]; ok && as.Epoch == t.Ring[v].Slots[slot].Since {
 			out = append(out, job{as, slot})
 		}
 	}
@@ -176,8 +177,20 @@ func (f *Filler) isOpen(t *topology.Topology, j job) bool {
 	return true
 }
 
-// sourcesNeeded is N−q+1.
-func sourcesNeeded(n int) int { return n - quorum.Majority.Need(n) + 1 }
+// fromOld reports whether a job is the move of a slot whose old node lives, and has
+// all that the slot stands for.
+func (f *Filler) fromOld(t *topology.Topology, j job) bool {
+	s := t.Ring[j.Vnode].Slots[j.slot]
+	return s.Incoming == f.cfg.Self && s.Phase == topology.WriteBothReadOld && j.Epoch == s.Since
+}
+
+// sourcesNeeded is N−q+1, or the old node alone.
+func (f *Filler) sourcesNeeded(t *topology.Topology, j job, ns *topology.Namespace) int {
+	if f.fromOld(t, j) {
+		return 1
+	}
+	return ns.N - quorum.Majority.Need(ns.N) + 1
+}
 
 // askDrained asks the nodes that may be sources, and that are not known to have taken
 // in the jobs' epochs, how far they are.
@@ -185,7 +198,7 @@ func (f *Filler) askDrained(ctx context.Context, t *topology.Topology, jobs []jo
 	ask := map[uint64]bool{}
 	for _, j := range jobs {
 		for _, s := range t.Ring[j.Vnode].Slots {
-			if n := s.Quorum().Read; n != 0 && n != f.cfg.Self && f.drained(n) < j.Epoch && f.cfg.Peers.Alive(n) {
+			if n := s.Quorum().Read; n != 0 && n != f.cfg.Self && f.drained(n) < t.Ring[j.Vnode].ChangedEpoch && f.cfg.Peers.Alive(n) {
 				ask[n] = true
 			}
 		}
@@ -217,25 +230,27 @@ func (f *Filler) drained(node uint64) uint64 {
 func (f *Filler) sources(t *topology.Topology, j job, ns *topology.Namespace, tired map[uint64]bool) ([]uint64, error) {
 	var out []uint64
 	var missing []string
-	readable := 0
+	readable, need := 0, f.sourcesNeeded(t, j, ns)
+	epoch := t.Ring[j.Vnode].ChangedEpoch
 	for i, s := range t.Slots(j.Vnode, ns.N) {
-		if i == j.slot || s.Read == 0 {
+		if (i == j.slot) != f.fromOld(t, j) || s.Read == 0 {
 			continue
 		}
 		readable++
 		switch name := t.NodeName(s.Read); {
 		case !f.cfg.Peers.Alive(s.Read):
 			missing = append(missing, name+" is down")
-		case f.drained(s.Read) < j.Epoch:
-			missing = append(missing, fmt.Sprintf("%s has not taken in epoch %s yet", name, topology.EpochString(j.Epoch)))
+		case f.drained(s.Read) < epoch:
+			missing = append(missing, fmt.Sprintf("%s has not taken in epoch %s yet", name, topology.EpochString(epoch)))
 		case tired[s.Read]:
 			missing = append(missing, name+" failed")
 		default:
 			out = append(out, s.Read)
 		}
 	}
-	need := sourcesNeeded(ns.N)
 	switch {
+	case len(missing) > 0 && f.fromOld(t, j):
+		return nil, errors.New(missing[0])
 	case readable < need:
 		return nil, fmt.Errorf("namespace %s has %d voting replicas of vnode %d left, %d are needed to rebuild another (N=%d): its records may be lost",
 			ns.Name, readable, j.Vnode, need, ns.N)
@@ -247,9 +262,10 @@ func (f *Filler) sources(t *topology.Topology, j job, ns *topology.Namespace, ti
 	return append(out[turn:len(out):len(out)], out[:turn]...), nil
 }
 
-// open lets a vnode take records once the barrier has been passed: N−q+1 of the other
-// slots have taken in its epoch, so no read quorum of an older one can be reached any
-// more. First it takes over what its sources have promised to refuse.
+// open lets a vnode take records once its sources have taken in its epoch: the old
+// node, which then makes no promise without this one any more, or N−q+1 of the other
+// slots, so that no read quorum of an older epoch can be reached any more. First it
+// takes over what they have promised to refuse.
 func (f *Filler) open(ctx context.Context, t *topology.Topology, j job) error {
 	var errs []error
 	for _, ns := range namespaces(t, j) {
@@ -258,7 +274,7 @@ func (f *Filler) open(ctx context.Context, t *topology.Topology, j job) error {
 		}
 		sources, err := f.sources(t, j, ns, nil)
 		if err == nil {
-			err = f.adoptPromises(ctx, t, j, ns, sources[:sourcesNeeded(ns.N)])
+			err = f.adoptPromises(ctx, t, j, ns, sources[:f.sourcesNeeded(t, j, ns)])
 		}
 		if err != nil {
 			errs = append(errs, err)
@@ -322,7 +338,7 @@ func (e localError) Unwrap() error { return e.error }
 func (f *Filler) fillNamespace(ctx context.Context, t *topology.Topology, ns *topology.Namespace, j job) error {
 	done, tired := map[uint64]bool{}, map[uint64]bool{}
 	var last error
-	for len(done) < sourcesNeeded(ns.N) {
+	for len(done) < f.sourcesNeeded(t, j, ns) {
 		sources, err := f.sources(t, j, ns, tired)
 		if err != nil {
 			return errors.Join(last, err)

@@ -451,6 +451,7 @@ func (n *Node) startWorkers(run context.Context) {
 	n.workers.Go(func() { n.scrubber.mend(run) })
 	n.workers.Go(must(run, n.collector.Run))
 	n.workers.Go(must(run, n.filler.Run))
+	n.workers.Go(func() { n.sweep(run) })
 	n.workers.Go(func() { n.topologies.run(run) })
 	n.workers.Go(func() { n.process.run(run, n.everySecond) })
 	n.workers.Go(func() { n.keepRegistered(run) })

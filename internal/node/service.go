@@ -256,6 +256,18 @@ func (s controlService) GetClusterStatus(ctx context.Context, r *adminv1.GetClus
 	return resp, err
 }
 
+func (s controlService) StartOperation(ctx context.Context, r *adminv1.StartOperationRequest) (*adminv1.StartOperationResponse, error) {
+	return forward(ctx, s.node, change, r, adminv1.ControlServiceClient.StartOperation)
+}
+
+func (s controlService) SteerOperation(ctx context.Context, r *adminv1.SteerOperationRequest) (*adminv1.SteerOperationResponse, error) {
+	return forward(ctx, s.node, change, r, adminv1.ControlServiceClient.SteerOperation)
+}
+
+func (s controlService) ListOperations(ctx context.Context, r *adminv1.ListOperationsRequest) (*adminv1.ListOperationsResponse, error) {
+	return forward(ctx, s.node, idempotent, r, adminv1.ControlServiceClient.ListOperations)
+}
+
 // statusService describes this process.
 type statusService struct {
 	adminv1.UnimplementedStatusServiceServer

@@ -68,16 +68,16 @@ func noLeader() *rpc.Error {
 }
 
 // change decides and proposes until no other change comes in between.
-func (o *Orchestrator) change(ctx context.Context, decide func(*topology.Topology) (*topologyv1.Command, error)) (applied, error) {
+func (o *Orchestrator) change(ctx context.Context, decide func(*topology.State) (*topologyv1.Command, error)) (applied, error) {
 	if err := o.behind(ctx); err != nil {
 		return applied{}, err
 	}
 	for tries := 0; ; tries++ {
-		t := o.machine.topology()
-		if t == nil {
+		s := o.machine.state.Load()
+		if s == nil {
 			return applied{}, noLeader()
 		}
-		cmd, err := decide(t)
+		cmd, err := decide(s)
 		if err != nil {
 			return applied{}, err
 		}
@@ -157,7 +157,8 @@ func (s controlService) registerNode(ctx context.Context, r *adminv1.RegisterNod
 		Incarnation: r.GetIncarnation(), Name: r.GetName(), Zone: r.GetZone(), Role: r.GetRole(),
 		Address: r.GetAddress(), AdminAddress: r.GetAdminAddress(), GossipAddress: r.GetGossipAddress(), DataId: r.GetDataId(),
 	}
-	a, err := s.o.change(ctx, func(t *topology.Topology) (*topologyv1.Command, error) {
+	a, err := s.o.change(ctx, func(state *topology.State) (*topologyv1.Command, error) {
+		t := state.Topology
 		if err := nameFree(t, n, s.o.health.state); err != nil {
 			if inc, perr := strconv.ParseUint(err.Details["incarnation"], 10, 64); perr == nil {
 				s.o.health.hurryOne(inc) // what is known of it may be old
@@ -246,8 +247,8 @@ func (s controlService) CreateNamespace(ctx context.Context, r *adminv1.CreateNa
 
 func (s controlService) createNamespace(ctx context.Context, r *adminv1.CreateNamespaceRequest) (*adminv1.CreateNamespaceResponse, error) {
 	var warnings []string
-	a, err := s.o.change(ctx, func(t *topology.Topology) (cmd *topologyv1.Command, err error) {
-		cmd, warnings, err = createNamespace(t, r.GetName(), settings(r.GetSettings()))
+	a, err := s.o.change(ctx, func(state *topology.State) (cmd *topologyv1.Command, err error) {
+		cmd, warnings, err = createNamespace(state, r.GetName(), settings(r.GetSettings()))
 		return cmd, err
 	})
 	if err != nil {
@@ -262,7 +263,8 @@ func (s controlService) UpdateNamespace(ctx context.Context, r *adminv1.UpdateNa
 
 func (s controlService) updateNamespace(ctx context.Context, r *adminv1.UpdateNamespaceRequest) (*adminv1.UpdateNamespaceResponse, error) {
 	var warnings []string
-	a, err := s.o.change(ctx, func(t *topology.Topology) (cmd *topologyv1.Command, err error) {
+	a, err := s.o.change(ctx, func(state *topology.State) (cmd *topologyv1.Command, err error) {
+		t := state.Topology
 		if ns := t.Namespace(r.GetName()); ns != nil && r.GetIfChangedEpoch() != 0 && r.GetIfChangedEpoch() != ns.ChangedEpoch {
 			return nil, rpc.Errorf(codes.Aborted, "NAMESPACE_CHANGED", "namespace %s was changed in epoch %s by somebody else", ns.Name, topology.EpochString(ns.ChangedEpoch)).
 				With("namespace", ns.Name).With("changed_epoch", ns.ChangedEpoch)
@@ -281,7 +283,9 @@ func (s controlService) DropNamespace(ctx context.Context, r *adminv1.DropNamesp
 }
 
 func (s controlService) dropNamespace(ctx context.Context, r *adminv1.DropNamespaceRequest) (*adminv1.DropNamespaceResponse, error) {
-	a, err := s.o.change(ctx, func(t *topology.Topology) (*topologyv1.Command, error) { return dropNamespace(t, r.GetName()) })
+	a, err := s.o.change(ctx, func(state *topology.State) (*topologyv1.Command, error) {
+		return dropNamespace(state.Topology, r.GetName())
+	})
 	if err != nil {
 		return nil, err
 	}

@@ -27,7 +27,7 @@ func decide(s *topology.State, cfg *Config, v view, newID string) (*topologyv1.C
 		}
 		return nil, nil
 	}
-	return replace(s.Topology, v), nil
+	return changeRing(s, v), nil
 }
 
 func found(cfg *Config, id string) *topologyv1.Command {
@@ -127,7 +127,8 @@ func widen(t *topology.Topology, nodes []*topology.Node, width int) (*topologyv1
 
 // createNamespace decides how a namespace is made, with wider vnodes where its N
 // asks for them.
-func createNamespace(t *topology.Topology, name string, set topology.NamespaceSettings) (*topologyv1.Command, []string, error) {
+func createNamespace(s *topology.State, name string, set topology.NamespaceSettings) (*topologyv1.Command, []string, error) {
+	t := s.Topology
 	ns, warnings, err := t.NewNamespace(name, set)
 	if err != nil {
 		return nil, nil, err
@@ -137,8 +138,8 @@ func createNamespace(t *topology.Topology, name string, set topology.NamespaceSe
 		Change:      &topologyv1.Change{Subject: "namespace", Name: name, What: "created: " + ns.Describe()},
 	}
 	if len(t.Ring[0].Slots) < ns.N {
-		if replacing(t) {
-			return nil, nil, rpc.Errorf(codes.FailedPrecondition, "RING_CHANGING", "N=%d needs more slots than the vnodes have, and a node is being replaced: wait until that is done, then try again", ns.N)
+		if changing(s) {
+			return nil, nil, rpc.Errorf(codes.FailedPrecondition, "RING_CHANGING", "N=%d needs more slots than the vnodes have, and the ring is changing: wait until that is done (kvctl operation ls), then try again", ns.N)
 		}
 		ring, err := widen(t, t.Members(), ns.N)
 		if err != nil {

@@ -161,7 +161,7 @@ func TestCreateNamespaceWidensTheRing(t *testing.T) {
 	s, _ = settle(t, s, &cfg)
 	before := s.Topology.Ring
 	five := 5
-	cmd, _, err := createNamespace(s.Topology, "wide", topology.NamespaceSettings{N: &five})
+	cmd, _, err := createNamespace(s, "wide", topology.NamespaceSettings{N: &five})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -179,7 +179,7 @@ func TestCreateNamespaceWidensTheRing(t *testing.T) {
 			}
 		}
 	}
-	if _, _, err := createNamespace(s.Topology, "wide", topology.NamespaceSettings{}); err == nil {
+	if _, _, err := createNamespace(s, "wide", topology.NamespaceSettings{}); err == nil {
 		t.Error("made twice")
 	}
 	if _, _, err := updateNamespace(s.Topology, "nope", topology.NamespaceSettings{}); err == nil {

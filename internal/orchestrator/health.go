@@ -46,6 +46,7 @@ func (v verdict) judge(failure string, gossipDead bool, h topology.HealthChecks)
 // observation is a node as it was last seen.
 type observation struct {
 	verdict verdict
+	changed time.Time           // when its state changed last
 	status  *adminv1.NodeStatus // nil when it never answered
 	at      time.Time           // of status
 }
@@ -233,6 +234,7 @@ func (h *probes) note(n *topology.Node, status *adminv1.NodeStatus, err error, c
 	if obs.verdict.state == before {
 		return
 	}
+	obs.changed = time.Now()
 	h.o.cfg.Logger.Info("node health changed", "node", n.Name, "incarnation", n.Incarnation,
 		"healthy", obs.verdict.state == topologyv1.NodeHealth_STATE_HEALTHY, "reason", obs.verdict.reason)
 	close(h.mu.changed)
@@ -266,6 +268,17 @@ func (h *probes) status(incarnation uint64) *adminv1.NodeStatus { return h.of(in
 // healthy reports whether a node passed its last probes.
 func (h *probes) healthy(incarnation uint64) bool {
 	return h.state(incarnation) == topologyv1.NodeHealth_STATE_HEALTHY
+}
+
+// patience is how long an unhealthy node is waited for that a slot is being moved from:
+// a restart takes less, and what the newcomer has taken in from it stays of use.
+const patience = 20 * time.Second
+
+// view returns what is known of the nodes now.
+func (h *probes) view() view {
+	return view{state: h.state, status: h.status, lost: func(incarnation uint64) bool {
+		return time.Since(h.of(incarnation).changed) > patience
+	}}
 }
 
 func (obs observation) proto(incarnation uint64) *topologyv1.NodeHealth {

@@ -244,7 +244,7 @@ const leadInterval = 200 * time.Millisecond
 
 // hurryInterval is how often the leader has nodes probed while it waits for what they
 // say.
-const hurryInterval = time.Second
+const hurryInterval = 400 * time.Millisecond
 
 // lead runs the leader's control loop whenever this orchestrator leads: observe,
 // decide, propose.
@@ -327,11 +327,11 @@ func (o *Orchestrator) step(run context.Context) {
 		}
 		return
 	}
-	if replacing(o.machine.topology()) && time.Since(o.hurried) >= hurryInterval {
+	if changing(o.machine.state.Load()) && time.Since(o.hurried) >= hurryInterval {
 		o.hurried = time.Now()
 		o.health.hurryAll()
 	}
-	cmd, err := decide(o.machine.state.Load(), &o.cfg, view{o.health.state, o.health.status}, rand.Text())
+	cmd, err := decide(o.machine.state.Load(), &o.cfg, o.health.view(), rand.Text())
 	if err != nil {
 		o.cfg.Logger.Error("cannot decide", "err", err)
 		return

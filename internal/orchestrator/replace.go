@@ -17,6 +17,15 @@ type view struct {
 	// status is what a node last said of itself, nil if nothing. Epochs and complete
 	// fillings only grow within an incarnation, so an old status errs to the safe side.
 	status func(incarnation uint64) *adminv1.NodeStatus
+	// lost reports whether a node has been unhealthy for so long that it is not waited
+	// for.
+	lost func(incarnation uint64) bool
+}
+
+// gone reports whether a node is not waited for: it was removed, another data directory
+// has its name, or it has been unhealthy for long.
+func (v view) gone(t *topology.Topology, incarnation uint64) bool {
+	return t.Node(incarnation) == nil || successor(t, incarnation, v) != nil || v.unhealthy(incarnation) && v.lost(incarnation)
 }
 
 func (v view) healthy(incarnation uint64) bool {
@@ -28,22 +37,6 @@ func (v view) unhealthy(incarnation uint64) bool {
 }
 
 func (v view) epoch(incarnation uint64) uint64 { return v.status(incarnation).GetEpoch() }
-
-// replace returns the next command of the replacement of nodes that lost their data
-// directories, or nil. First what is complete is finished, then what can begin
-// begins. All that a replacement has come to is in the topology and in what the
-// newcomers say, so any leader can go on with it.
-func replace(t *topology.Topology, v view) *topologyv1.Command {
-	if !t.Formed() {
-		return nil
-	}
-	for _, step := range []func(*topology.Topology, view) *topologyv1.Command{finishFilled, beginReplacing, removeReplaced} {
-		if cmd := step(t, v); cmd != nil {
-			return cmd
-		}
-	}
-	return nil
-}
 
 // successor returns the newest data directory under a node's name when that is
 // another one, it is healthy and the node is known not to be. A directory is only
@@ -62,7 +55,8 @@ func successor(t *topology.Topology, incarnation uint64, v view) *topology.Node 
 
 // beginReplacing makes successors incoming on the slots of the nodes whose place
 // they take, one slot of a vnode at a time.
-func beginReplacing(t *topology.Topology, v view) *topologyv1.Command {
+func beginReplacing(s *topology.State, v view) *topologyv1.Command {
+	t := s.Topology
 	b := batch{t: t}
 	for i := range t.Ring {
 		vnode := &t.Ring[i]
@@ -91,77 +85,17 @@ func hasSlot(v *topology.Vnode, incarnation uint64) bool {
 	return slices.ContainsFunc(v.Slots, func(s topology.Slot) bool { return s.Node == incarnation || s.Incoming == incarnation })
 }
 
-// finishFilled makes incoming nodes voters on the vnodes that have come to them.
-func finishFilled(t *topology.Topology, v view) *topologyv1.Command {
-	b := batch{t: t}
-	for i := range t.Ring {
-		j := t.Ring[i].Moving()
-		if j < 0 || t.Ring[i].Slots[j].Phase != topology.WriteNewReadNone || unfinished(t, uint32(i), j, v) != "" {
-			continue
-		}
-		s := t.Ring[i].Slots[j]
-		b.set(uint32(i), j, topology.Slot{Node: s.Incoming, Phase: topology.Stable})
-		b.count(t.NodeName(s.Incoming), fmt.Sprintf("#%d", s.Incoming))
-	}
-	return b.command("%s has been filled and votes on %d vnodes")
-}
-
-// unfinished returns why an incoming node must not become a voter yet, or "".
-//
-// The barrier: the newcomer, all live nodes and, for every namespace that uses the
-// slot, N−q+1 of its other slots with all their endpoints have taken in the epoch and
-// ended what they did under older ones. Then no quorum of an older epoch can be
-// reached any more; see models/barrier.py for what a weaker rule allows.
-func unfinished(t *topology.Topology, vnode uint32, slot int, v view) string {
-	ring := &t.Ring[vnode]
-	incoming, epoch := ring.Slots[slot].Incoming, ring.ChangedEpoch
-	if v.epoch(incoming) < epoch {
-		return fmt.Sprintf("%s has not taken in epoch %s yet", t.NodeName(incoming), topology.EpochString(epoch))
-	}
-	for i := range t.Nodes {
-		if inc := t.Nodes[i].Incarnation; !v.unhealthy(inc) && v.epoch(inc) < epoch {
-			return fmt.Sprintf("%s has not taken in epoch %s yet", t.Nodes[i].Name, topology.EpochString(epoch))
-		}
-	}
-	for i := range t.Namespaces {
-		ns := &t.Namespaces[i]
-		if slot >= ns.N {
-			continue
-		}
-		have, want := 0, ns.N-(ns.N/2+1)+1
-		for j, s := range t.Slots(vnode, ns.N) {
-			if j != slot && taken(s.Write[0], epoch, v) && taken(s.Write[1], epoch, v) {
-				have++
-			}
-		}
-		if have < want {
-			return fmt.Sprintf("%d of the other replicas of namespace %s have taken in epoch %s, %d must have", have, ns.Name, topology.EpochString(epoch), want)
-		}
-	}
-	complete := slices.ContainsFunc(v.status(incoming).GetFillings(), func(f *adminv1.Filling) bool {
-		return f.GetVnode() == vnode && f.GetComplete() && f.GetAssignedEpoch() == epoch
-	})
-	if !complete {
-		return "it is being filled"
-	}
-	return ""
-}
-
-// taken reports whether an endpoint has taken in an epoch; no endpoint has.
-func taken(incarnation, epoch uint64, v view) bool {
-	return incarnation == 0 || v.epoch(incarnation) >= epoch
-}
-
 // removeReplaced takes out the data directories that a newer one under their name
 // has replaced on all their slots.
-func removeReplaced(t *topology.Topology, v view) *topologyv1.Command {
+func removeReplaced(s *topology.State, v view) *topologyv1.Command {
+	t := s.Topology
 	m := &topologyv1.RemoveNodes{}
 	var what []string
 	name := ""
 	for i := range t.Nodes {
 		n := &t.Nodes[i]
 		newest := t.Resolve(n.Name)
-		if newest == n || n.Role != topology.Data || !v.healthy(newest.Incarnation) || t.Names(n.Incarnation) {
+		if newest == n || n.Role != topology.Data || !v.healthy(newest.Incarnation) || t.Names(n.Incarnation) || awaited(s, n.Incarnation) {
 			continue
 		}
 		m.Incarnations = append(m.Incarnations, n.Incarnation)
@@ -178,6 +112,12 @@ func removeReplaced(t *topology.Topology, v view) *topologyv1.Command {
 	}
 }
 
+// awaited reports whether a move of the operation under way names a node.
+func awaited(s *topology.State, incarnation uint64) bool {
+	op := s.Active()
+	return op != nil && slices.ContainsFunc(op.Moves, func(m topology.Move) bool { return !m.Done && m.To == incarnation })
+}
+
 // batch gathers changes of many vnodes into one command.
 type batch struct {
 	t    *topology.Topology
@@ -191,6 +131,12 @@ func (b *batch) set(vnode uint32, slot int, s topology.Slot) {
 	v := topology.Vnode{Slots: slices.Clone(b.t.Ring[vnode].Slots)}
 	v.Slots[slot] = s
 	b.m.Vnodes = append(b.m.Vnodes, &topologyv1.VnodeSlots{Vnode: vnode, Slots: topology.RingProto([]topology.Vnode{v})[0].GetSlots()})
+}
+
+// moved notes what the newcomer took in for the move that the last step set ends.
+func (b *batch) moved(records, bytes uint64) {
+	last := b.m.Vnodes[len(b.m.Vnodes)-1]
+	last.MovedRecords, last.MovedBytes = records, bytes
 }
 
 func (b *batch) count(name, what string) {

@@ -138,7 +138,7 @@ func TestCollectSteps(t *testing.T) {
 	}
 	for _, next := range []*topology.Topology{
 		ring(t, 6, stable(1), stable(2), stable(4)),
-		ring(t, 7, stable(1), stable(2), &topologyv1.Slot{Node: 3, Incoming: 4, Phase: topologyv1.Phase_PHASE_WRITE_BOTH_READ_OLD}),
+		ring(t, 7, stable(1), stable(2), &topologyv1.Slot{Node: 3, Incoming: 4, Phase: topologyv1.Phase_PHASE_WRITE_BOTH_READ_OLD, Since: 7}),
 	} {
 		r.cfg.Fence.Advance(next)
 		if state := call(r, collectCall(replicav1.Collect_STEP_STATE, 0)).GetCollect(); state.GetCertificate() != 0 || state.GetPromise() != 55 {

@@ -1,6 +1,7 @@
 package storage
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -22,26 +23,21 @@ func (s *Store) WipeVnodes(vnodes []uint32, name string, value []byte) error {
 	if err != nil {
 		return err
 	}
-	b := s.db.NewBatch()
-	defer b.Close()
-	errs := []error{b.Set(metaKey(name), value, nil)}
-	wiped := map[vnodeID]bool{}
+	var places []Place
 	for _, ns := range namespaces {
 		for _, v := range vnodes {
-			lower, upper := vnodeRange(ns, v, nil, nil)
-			defer s.latches.suspend(lower, upper)()
-			errs = append(errs, b.DeleteRange(lower, upper, nil))
-			wiped[vnodeID{ns, v}] = true
+			places = append(places, Place{ns, v})
 		}
 	}
-	if err := errors.Join(errs...); err != nil {
+	b := s.db.NewBatch()
+	defer b.Close()
+	if err := b.Set(metaKey(name), value, nil); err != nil {
 		return err
 	}
-	if err := s.commit(func() error { return b.Commit(pebble.Sync) }); err != nil {
-		return fmt.Errorf("wipe %d vnodes: %w", len(vnodes), err)
+	if err := s.wipe(b, places); err != nil {
+		return err
 	}
-	s.unmarked.Store(true)
-	s.trees.forget(func(id vnodeID) bool { return wiped[id] })
+	// Without records too there may be certificates.
 	s.Collections(func(namespace, vnode uint32, _ Collection) bool {
 		if slices.Contains(vnodes, vnode) {
 			err = errors.Join(err, s.VoidCertificate(namespace, vnode))
@@ -49,6 +45,63 @@ func (s *Store) WipeVnodes(vnodes []uint32, name string, value []byte) error {
 		return true
 	})
 	return err
+}
+
+// Wipe removes all records of some places, and their certificates, and returns when
+// that is on disk. Promises are kept.
+// REQUIRES: the places are not in use.
+func (s *Store) Wipe(places []Place) error {
+	b := s.db.NewBatch()
+	defer b.Close()
+	err := s.wipe(b, places)
+	for _, p := range places {
+		err = errors.Join(err, s.VoidCertificate(p.Namespace, p.Vnode))
+	}
+	return err
+}
+
+func (s *Store) wipe(b *pebble.Batch, places []Place) error {
+	var errs []error
+	wiped := map[vnodeID]bool{}
+	for _, p := range places {
+		lower, upper := vnodeRange(p.Namespace, p.Vnode, nil, nil)
+		defer s.latches.suspend(lower, upper)()
+		errs = append(errs, b.DeleteRange(lower, upper, nil))
+		wiped[vnodeID{p.Namespace, p.Vnode}] = true
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	if err := s.commit(func() error { return b.Commit(pebble.Sync) }); err != nil {
+		return fmt.Errorf("wipe %d vnodes: %w", len(places), err)
+	}
+	s.unmarked.Store(true)
+	s.trees.forget(func(id vnodeID) bool { return wiped[id] })
+	return nil
+}
+
+// Held returns the places that have records, dead ones included, in order.
+func (s *Store) Held() ([]Place, error) {
+	it, err := s.db.NewIter(&pebble.IterOptions{LowerBound: []byte{kindRecord}, UpperBound: []byte{kindRecord + 1}})
+	if err != nil {
+		return nil, readError(err)
+	}
+	defer it.Close()
+	var out []Place
+	for valid := it.First(); valid; {
+		k := it.Key()
+		if len(k) < recordPrefixLen {
+			return nil, fmt.Errorf("%w: key %x", ErrCorrupt, k)
+		}
+		p := Place{binary.BigEndian.Uint32(k[1:]), binary.BigEndian.Uint32(k[5:])}
+		out = append(out, p)
+		_, upper := vnodeRange(p.Namespace, p.Vnode, nil, nil)
+		valid = it.SeekGE(upper)
+	}
+	if err := it.Error(); err != nil {
+		return nil, readError(err)
+	}
+	return out, nil
 }
 
 // asidePrefix begins the names of directories that hold a store that was set aside.

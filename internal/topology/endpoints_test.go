@@ -16,9 +16,9 @@ func TestEndpoints(t *testing.T) {
 		stable bool
 	}{
 		{[]Slot{stable(3), stable(1), stable(2)}, 3, []uint64{1, 2, 3}, true},
-		{[]Slot{stable(3), stable(1), {1, 4, WriteBothReadOld}}, 2, []uint64{1, 3}, true},
-		{[]Slot{stable(3), {2, 4, WriteBothReadNew}}, 2, []uint64{2, 3, 4}, false},
-		{[]Slot{stable(3), {2, 4, WriteNewReadNone}}, 2, []uint64{3, 4}, false},
+		{[]Slot{stable(3), stable(1), {Node: 1, Incoming: 4, Phase: WriteBothReadOld}}, 2, []uint64{1, 3}, true},
+		{[]Slot{stable(3), {Node: 2, Incoming: 4, Phase: WriteBothReadNew}}, 2, []uint64{2, 3, 4}, false},
+		{[]Slot{stable(3), {Node: 2, Incoming: 4, Phase: WriteNewReadNone}}, 2, []uint64{3, 4}, false},
 	} {
 		top := &Topology{Ring: []Vnode{{Slots: c.slots}}}
 		top.index()

@@ -28,6 +28,10 @@ func replacing(old, incoming uint64) topology.Slot {
 	return topology.Slot{Node: old, Incoming: incoming, Phase: topology.WriteNewReadNone}
 }
 
+func moving(old, incoming uint64, phase topology.Phase) topology.Slot {
+	return topology.Slot{Node: old, Incoming: incoming, Phase: phase}
+}
+
 // wiped registers a new data directory under a node's name.
 func wiped(name string, n int) *topologyv1.Mutation {
 	m := register(name, 0, 1, "a")
@@ -71,6 +75,40 @@ func TestReplacingANode(t *testing.T) {
 	}
 }
 
+// A move there and back again: what a slot is written and read at, and since when.
+func TestMovingASlot(t *testing.T) {
+	c := formed(t)
+	c.must(register("n4", 0, 1, "d"))
+	set := func(s topology.Slot) topology.Slot {
+		c.must(setVnode(1, s, stable(2), stable(3)))
+		return c.state.Topology.Ring[1].Slots[0]
+	}
+	begun := set(moving(1, 4, topology.WriteBothReadOld))
+	if q := begun.Quorum(); begun.Since != c.state.Topology.Epoch || q.Read != 1 || q.Write != [2]uint64{1, 4} {
+		t.Errorf("at first %+v, %+v in epoch %d", begun, q, c.state.Topology.Epoch)
+	}
+	if s := set(moving(1, 4, topology.WriteBothReadNew)); s.Since != begun.Since || s.Quorum().Read != 4 {
+		t.Errorf("when filled %+v", s)
+	}
+	if s := set(moving(1, 4, topology.WriteBothReadOld)); s.Since != begun.Since || c.state.Topology.Ring[1].ChangedEpoch == begun.Since {
+		t.Errorf("on the way back %+v", s)
+	}
+	if s := set(stable(1)); s != stable(1) {
+		t.Errorf("taken back: %+v", s)
+	}
+	again := set(moving(1, 4, topology.WriteBothReadOld))
+	if again.Since == begun.Since {
+		t.Errorf("another assignment of the same node cannot be told from the first: %+v", again)
+	}
+	if s := set(moving(1, 4, topology.WriteNewReadNone)); s.Since != again.Since || s.Quorum().Read != 0 {
+		t.Errorf("when the old node died %+v", s)
+	}
+	if s := set(moving(1, 1, topology.WriteNewReadNone)); s.Since == again.Since || s.Quorum().Write != [2]uint64{1} {
+		t.Errorf("when the old node came back %+v", s)
+	}
+	set(stable(1))
+}
+
 func TestStepsThatAreRefused(t *testing.T) {
 	c := formed(t)
 	c.must(wiped("n1", 2))
@@ -89,6 +127,7 @@ func TestStepsThatAreRefused(t *testing.T) {
 		{"another old node", setVnode(1, replacing(5, 4), stable(2), stable(3)), topology.Precondition, "BAD_STEP"},
 		{"to another than the incoming", setVnode(1, stable(5), stable(2), stable(3)), topology.Precondition, "BAD_STEP"},
 		{"fewer slots", setVnode(0, stable(1), stable(2)), topology.Precondition, "BAD_STEP"},
+		{"read before it is written", setVnode(0, moving(1, 4, topology.WriteBothReadNew), stable(2), stable(3)), topology.Precondition, "BAD_STEP"},
 		{"a slot's own neighbour", setVnode(0, replacing(1, 2), stable(2), stable(3)), topology.Invalid, "INVALID_TOPOLOGY"},
 		{"a stranger", setVnode(0, replacing(1, 9), stable(2), stable(3)), topology.Invalid, "INVALID_TOPOLOGY"},
 		{"no such vnode", setVnode(4, replacing(1, 4), stable(2), stable(3)), topology.Invalid, "UNKNOWN_VNODE"},
@@ -131,7 +170,13 @@ func TestRandomReplacements(t *testing.T) {
 			default:
 				slots := slices.Clone(before.Ring[v].Slots)
 				s := &slots[rng.IntN(len(slots))]
-				switch rng.IntN(4) {
+				switch rng.IntN(6) {
+				case 4:
+					*s = moving(s.Node, any(), topology.WriteBothReadOld+topology.Phase(rng.IntN(3)))
+				case 5:
+					if s.Incoming != 0 {
+						*s = moving(s.Node, s.Incoming, topology.WriteBothReadOld+topology.Phase(rng.IntN(3)))
+					}
 				case 0:
 					*s = stable(any())
 				case 1:
@@ -182,7 +227,14 @@ func checkNeighbours(t *testing.T, seed uint64, before, after topology.Vnode) {
 			continue
 		}
 		changed++
-		if r := b.Quorum().Read; r != 0 && r != a.Incoming {
+		if b.Phase == topology.Stable && b.Node == a.Incoming && a.Phase == topology.WriteBothReadOld {
+			t.Fatalf("seed %d: a newcomer became the only writer before it was read: %+v, %+v", seed, a, b)
+		}
+		if (b.Since != 0) != (b.Incoming != 0) || b.Incoming == a.Incoming && b.Since != a.Since {
+			t.Fatalf("seed %d: since is wrong: %+v, %+v", seed, a, b)
+		}
+		old := a.Phase != topology.WriteNewReadNone && b.Quorum().Read == a.Node
+		if r := b.Quorum().Read; r != 0 && r != a.Incoming && !old {
 			t.Fatalf("seed %d: #%d became a voter and was not incoming before (invariant 8): %+v, %+v", seed, r, a, b)
 		}
 	}

@@ -99,7 +99,7 @@ func (n *Node) Proto() *topologyv1.Node {
 func vnodeFromProto(v *topologyv1.Vnode) Vnode {
 	out := Vnode{ChangedEpoch: v.GetChangedEpoch()}
 	for _, s := range v.GetSlots() {
-		out.Slots = append(out.Slots, Slot{Node: s.GetNode(), Incoming: s.GetIncoming(), Phase: Phase(s.GetPhase())})
+		out.Slots = append(out.Slots, Slot{Node: s.GetNode(), Incoming: s.GetIncoming(), Phase: Phase(s.GetPhase()), Since: s.GetSince()})
 	}
 	return out
 }
@@ -110,7 +110,7 @@ func RingProto(ring []Vnode) []*topologyv1.Vnode {
 	for i := range ring {
 		v := &topologyv1.Vnode{ChangedEpoch: ring[i].ChangedEpoch}
 		for _, s := range ring[i].Slots {
-			v.Slots = append(v.Slots, &topologyv1.Slot{Node: s.Node, Incoming: s.Incoming, Phase: topologyv1.Phase(s.Phase)})
+			v.Slots = append(v.Slots, &topologyv1.Slot{Node: s.Node, Incoming: s.Incoming, Phase: topologyv1.Phase(s.Phase), Since: s.Since})
 		}
 		out = append(out, v)
 	}

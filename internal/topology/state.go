@@ -33,9 +33,13 @@ type boot struct {
 type State struct {
 	Topology *Topology
 	// History holds the newest changes, oldest first.
-	History         []Change
+	History []Change
+	// Operations are the one that has not ended, if any, and the newest that have,
+	// oldest first.
+	Operations      []Operation
 	nextIncarnation uint64
 	nextNamespace   uint32
+	nextOperation   uint64
 	boots           map[uint64]boot
 }
 
@@ -46,6 +50,8 @@ type Result struct {
 	Incarnation uint64
 	// Namespace is set by the creation or update of one.
 	Namespace *Namespace
+	// Operation is set where one was started or steered.
+	Operation *Operation
 }
 
 // Apply returns the state after a command. A command that is refused changes
@@ -62,14 +68,15 @@ func (s *State) Apply(cmd *topologyv1.Command) (*State, Result, error) {
 	next := s.draft()
 	d := draft{State: next}
 	for _, m := range cmd.GetMutations() {
-		if err := d.mutate(m); err != nil {
+		if err := d.mutate(m, int64(cmd.GetChange().GetAtMs())); err != nil {
 			return s, Result{}, err
 		}
 	}
-	if d.changed {
-		next.note(cmd.GetChange())
-	} else {
+	if !d.changed {
 		next.Topology.Epoch = s.Topology.Epoch
+	}
+	if d.changed || d.noted {
+		next.note(cmd.GetChange())
 	}
 	next.Topology.index()
 	if err := next.Topology.validate(); err != nil {
@@ -119,6 +126,10 @@ func (s *State) draft() *State {
 	next := *s
 	next.Topology = &t
 	next.History = slices.Clone(s.History)
+	next.Operations = slices.Clone(s.Operations)
+	for i := range next.Operations {
+		next.Operations[i].Moves = slices.Clone(next.Operations[i].Moves)
+	}
 	next.boots = make(map[uint64]boot, len(s.boots)+1)
 	for k, v := range s.boots {
 		next.boots[k] = v
@@ -146,12 +157,13 @@ func (s *State) note(c *topologyv1.Change) {
 // draft is a state while a command is applied to it.
 type draft struct {
 	*State
-	// changed is set when the topology differs from the one before.
-	changed bool
-	result  Result
+	// changed is set when the topology differs from the one before, noted when only
+	// what the orchestrators know does.
+	changed, noted bool
+	result         Result
 }
 
-func (d *draft) mutate(m *topologyv1.Mutation) error {
+func (d *draft) mutate(m *topologyv1.Mutation, atMillis int64) error {
 	switch m := m.GetKind().(type) {
 	case *topologyv1.Mutation_Found:
 		return refuse(Exists, "ALREADY_FOUNDED", "the cluster has been founded already")
@@ -173,6 +185,10 @@ func (d *draft) mutate(m *topologyv1.Mutation) error {
 		return d.setVnodes(m.SetVnodes)
 	case *topologyv1.Mutation_RemoveNodes:
 		return d.removeNodes(m.RemoveNodes)
+	case *topologyv1.Mutation_StartOperation:
+		return d.startOperation(m.StartOperation, atMillis)
+	case *topologyv1.Mutation_SteerOperation:
+		return d.steerOperation(m.SteerOperation, atMillis)
 	}
 	return refuse(Invalid, "UNKNOWN_MUTATION", "the change is of a kind this software does not know: upgrade every orchestrator first")
 }
@@ -248,6 +264,11 @@ func (d *draft) setRing(r *topologyv1.SetRing) {
 	for i, pb := range r.GetRing() {
 		v := vnodeFromProto(pb)
 		v.ChangedEpoch = d.Topology.Epoch
+		for j := range v.Slots {
+			if s := &v.Slots[j]; s.Incoming != 0 && s.Since == 0 {
+				s.Since = d.Topology.Epoch
+			}
+		}
 		if i < len(old) && slices.Equal(old[i].Slots, v.Slots) {
 			v.ChangedEpoch = old[i].ChangedEpoch
 		} else {
@@ -330,6 +351,7 @@ func (s *State) Proto() *topologyv1.ControlState {
 		Topology:        s.Topology.Proto(),
 		NextIncarnation: s.nextIncarnation,
 		NextNamespace:   s.nextNamespace,
+		NextOperation:   s.nextOperation,
 	}
 	for _, n := range s.Topology.Nodes {
 		b := s.boots[n.Incarnation]
@@ -337,6 +359,9 @@ func (s *State) Proto() *topologyv1.ControlState {
 	}
 	for _, c := range s.History {
 		pb.History = append(pb.History, c.Proto())
+	}
+	for i := range s.Operations {
+		pb.Operations = append(pb.Operations, s.Operations[i].Proto())
 	}
 	return pb
 }
@@ -356,6 +381,7 @@ func StateFromProto(pb *topologyv1.ControlState) (*State, error) {
 		Topology:        t,
 		nextIncarnation: pb.GetNextIncarnation(),
 		nextNamespace:   pb.GetNextNamespace(),
+		nextOperation:   pb.GetNextOperation(),
 		boots:           map[uint64]boot{},
 	}
 	for _, n := range t.Nodes {
@@ -368,6 +394,9 @@ func StateFromProto(pb *topologyv1.ControlState) (*State, error) {
 	}
 	for _, c := range pb.GetHistory() {
 		s.History = append(s.History, Change{Epoch: c.GetEpoch(), AtMillis: int64(c.GetAtMs()), Subject: c.GetSubject(), Name: c.GetName(), What: c.GetWhat()})
+	}
+	for _, o := range pb.GetOperations() {
+		s.Operations = append(s.Operations, operationFromProto(o))
 	}
 	return s, nil
 }

@@ -82,12 +82,15 @@ func (p Phase) String() string {
 	return fmt.Sprintf("phase(%d)", uint8(p))
 }
 
-// Slot is one replica position of a vnode. Nodes are incarnations; Incoming is 0
-// unless the phase is a move's.
+// Slot is one replica position of a vnode. Nodes are incarnations; Incoming and Since
+// are 0 unless the phase is a move's.
 type Slot struct {
 	Node     uint64
 	Incoming uint64
 	Phase    Phase
+	// Since is the epoch in which the incoming node became one. It stays while the phase
+	// changes, and so tells one assignment from a later one.
+	Since uint64
 }
 
 // Quorum returns the slot as requests see it.
@@ -448,8 +451,8 @@ func (t *Topology) validateVnode(i, width int) error {
 		if !moving && s.Phase != Stable {
 			return fmt.Errorf("vnode %d slot %d: unknown %s", i, j, s.Phase)
 		}
-		if moving != (s.Incoming != 0) {
-			return fmt.Errorf("vnode %d slot %d: phase %q with incoming node %d", i, j, s.Phase, s.Incoming)
+		if moving != (s.Incoming != 0) || moving != (s.Since != 0) {
+			return fmt.Errorf("vnode %d slot %d: phase %q with incoming node %d since epoch %d", i, j, s.Phase, s.Incoming, s.Since)
 		}
 		for _, n := range []uint64{s.Node, s.Incoming} {
 			if n == 0 && n == s.Incoming {
@@ -462,6 +465,9 @@ func (t *Topology) validateVnode(i, width int) error {
 			}
 			if node != nil && node.Role != Data {
 				return fmt.Errorf("vnode %d slot %d: node %s is not a data node", i, j, node.Name)
+			}
+			if dead && s.Node == s.Incoming {
+				continue // it comes back, empty, to the slot it had
 			}
 			if slices.Contains(seen, n) {
 				return fmt.Errorf("vnode %d: node #%d has two slots (invariant 9)", i, n)

@@ -218,7 +218,7 @@ func TestRingIsValidated(t *testing.T) {
 	}
 	c := formed(t)
 	c.must(register("n4", 0, 1, "a"))
-	c.must(movingRing(topology.Slot{Node: 1, Incoming: 4, Phase: topology.WriteBothReadNew}))
+	c.must(movingRing(topology.Slot{Node: 1, Incoming: 4, Phase: topology.WriteBothReadNew, Since: 1}))
 	if !c.state.Topology.Owns(4, 0, 3) || !c.state.Topology.Owns(1, 0, 3) {
 		t.Error("both endpoints of a moving slot own the vnode")
 	}
@@ -227,7 +227,7 @@ func TestRingIsValidated(t *testing.T) {
 func movingRing(first topology.Slot) *topologyv1.Mutation {
 	m := setRing(4, 1, 2, 3)
 	for _, v := range m.GetSetRing().Ring {
-		v.Slots[0] = &topologyv1.Slot{Node: first.Node, Incoming: first.Incoming, Phase: topologyv1.Phase(first.Phase)}
+		v.Slots[0] = &topologyv1.Slot{Node: first.Node, Incoming: first.Incoming, Phase: topologyv1.Phase(first.Phase), Since: first.Since}
 	}
 	return m
 }

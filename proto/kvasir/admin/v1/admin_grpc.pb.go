@@ -25,6 +25,9 @@ const (
 	ControlService_DropNamespace_FullMethodName    = "/kvasir.admin.v1.ControlService/DropNamespace"
 	ControlService_ListChanges_FullMethodName      = "/kvasir.admin.v1.ControlService/ListChanges"
 	ControlService_GetClusterStatus_FullMethodName = "/kvasir.admin.v1.ControlService/GetClusterStatus"
+	ControlService_StartOperation_FullMethodName   = "/kvasir.admin.v1.ControlService/StartOperation"
+	ControlService_SteerOperation_FullMethodName   = "/kvasir.admin.v1.ControlService/SteerOperation"
+	ControlService_ListOperations_FullMethodName   = "/kvasir.admin.v1.ControlService/ListOperations"
 )
 
 // ControlServiceClient is the client API for ControlService service.
@@ -41,6 +44,9 @@ type ControlServiceClient interface {
 	DropNamespace(ctx context.Context, in *DropNamespaceRequest, opts ...grpc.CallOption) (*DropNamespaceResponse, error)
 	ListChanges(ctx context.Context, in *ListChangesRequest, opts ...grpc.CallOption) (*ListChangesResponse, error)
 	GetClusterStatus(ctx context.Context, in *GetClusterStatusRequest, opts ...grpc.CallOption) (*GetClusterStatusResponse, error)
+	StartOperation(ctx context.Context, in *StartOperationRequest, opts ...grpc.CallOption) (*StartOperationResponse, error)
+	SteerOperation(ctx context.Context, in *SteerOperationRequest, opts ...grpc.CallOption) (*SteerOperationResponse, error)
+	ListOperations(ctx context.Context, in *ListOperationsRequest, opts ...grpc.CallOption) (*ListOperationsResponse, error)
 }
 
 type controlServiceClient struct {
@@ -111,6 +117,36 @@ func (c *controlServiceClient) GetClusterStatus(ctx context.Context, in *GetClus
 	return out, nil
 }
 
+func (c *controlServiceClient) StartOperation(ctx context.Context, in *StartOperationRequest, opts ...grpc.CallOption) (*StartOperationResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(StartOperationResponse)
+	err := c.cc.Invoke(ctx, ControlService_StartOperation_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *controlServiceClient) SteerOperation(ctx context.Context, in *SteerOperationRequest, opts ...grpc.CallOption) (*SteerOperationResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SteerOperationResponse)
+	err := c.cc.Invoke(ctx, ControlService_SteerOperation_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *controlServiceClient) ListOperations(ctx context.Context, in *ListOperationsRequest, opts ...grpc.CallOption) (*ListOperationsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListOperationsResponse)
+	err := c.cc.Invoke(ctx, ControlService_ListOperations_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ControlServiceServer is the server API for ControlService service.
 // All implementations must embed UnimplementedControlServiceServer
 // for forward compatibility.
@@ -125,6 +161,9 @@ type ControlServiceServer interface {
 	DropNamespace(context.Context, *DropNamespaceRequest) (*DropNamespaceResponse, error)
 	ListChanges(context.Context, *ListChangesRequest) (*ListChangesResponse, error)
 	GetClusterStatus(context.Context, *GetClusterStatusRequest) (*GetClusterStatusResponse, error)
+	StartOperation(context.Context, *StartOperationRequest) (*StartOperationResponse, error)
+	SteerOperation(context.Context, *SteerOperationRequest) (*SteerOperationResponse, error)
+	ListOperations(context.Context, *ListOperationsRequest) (*ListOperationsResponse, error)
 	mustEmbedUnimplementedControlServiceServer()
 }
 
@@ -152,6 +191,15 @@ func (UnimplementedControlServiceServer) ListChanges(context.Context, *ListChang
 }
 func (UnimplementedControlServiceServer) GetClusterStatus(context.Context, *GetClusterStatusRequest) (*GetClusterStatusResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetClusterStatus not implemented")
+}
+func (UnimplementedControlServiceServer) StartOperation(context.Context, *StartOperationRequest) (*StartOperationResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method StartOperation not implemented")
+}
+func (UnimplementedControlServiceServer) SteerOperation(context.Context, *SteerOperationRequest) (*SteerOperationResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method SteerOperation not implemented")
+}
+func (UnimplementedControlServiceServer) ListOperations(context.Context, *ListOperationsRequest) (*ListOperationsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListOperations not implemented")
 }
 func (UnimplementedControlServiceServer) mustEmbedUnimplementedControlServiceServer() {}
 func (UnimplementedControlServiceServer) testEmbeddedByValue()                        {}
@@ -282,6 +330,60 @@ func _ControlService_GetClusterStatus_Handler(srv interface{}, ctx context.Conte
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ControlService_StartOperation_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(StartOperationRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServiceServer).StartOperation(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ControlService_StartOperation_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServiceServer).StartOperation(ctx, req.(*StartOperationRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ControlService_SteerOperation_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SteerOperationRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServiceServer).SteerOperation(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ControlService_SteerOperation_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServiceServer).SteerOperation(ctx, req.(*SteerOperationRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ControlService_ListOperations_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListOperationsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServiceServer).ListOperations(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ControlService_ListOperations_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServiceServer).ListOperations(ctx, req.(*ListOperationsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // ControlService_ServiceDesc is the grpc.ServiceDesc for ControlService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -313,6 +415,18 @@ var ControlService_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "GetClusterStatus",
 			Handler:    _ControlService_GetClusterStatus_Handler,
 		},
+		{
+			MethodName: "StartOperation",
+			Handler:    _ControlService_StartOperation_Handler,
+		},
+		{
+			MethodName: "SteerOperation",
+			Handler:    _ControlService_SteerOperation_Handler,
+		},
+		{
+			MethodName: "ListOperations",
+			Handler:    _ControlService_ListOperations_Handler,
+		},
 	},
 	Streams:  []grpc.StreamDesc{},
 	Metadata: "kvasir/admin/v1/admin.proto",
@@ -321,6 +435,7 @@ var ControlService_ServiceDesc = grpc.ServiceDesc{
 const (
 	StatusService_GetNodeStatus_FullMethodName         = "/kvasir.admin.v1.StatusService/GetNodeStatus"
 	StatusService_GetOrchestratorStatus_FullMethodName = "/kvasir.admin.v1.StatusService/GetOrchestratorStatus"
+	StatusService_GetNodeUse_FullMethodName            = "/kvasir.admin.v1.StatusService/GetNodeUse"
 )
 
 // StatusServiceClient is the client API for StatusService service.
@@ -331,6 +446,7 @@ const (
 type StatusServiceClient interface {
 	GetNodeStatus(ctx context.Context, in *GetNodeStatusRequest, opts ...grpc.CallOption) (*GetNodeStatusResponse, error)
 	GetOrchestratorStatus(ctx context.Context, in *GetOrchestratorStatusRequest, opts ...grpc.CallOption) (*GetOrchestratorStatusResponse, error)
+	GetNodeUse(ctx context.Context, in *GetNodeUseRequest, opts ...grpc.CallOption) (*GetNodeUseResponse, error)
 }
 
 type statusServiceClient struct {
@@ -361,6 +477,16 @@ func (c *statusServiceClient) GetOrchestratorStatus(ctx context.Context, in *Get
 	return out, nil
 }
 
+func (c *statusServiceClient) GetNodeUse(ctx context.Context, in *GetNodeUseRequest, opts ...grpc.CallOption) (*GetNodeUseResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GetNodeUseResponse)
+	err := c.cc.Invoke(ctx, StatusService_GetNodeUse_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // StatusServiceServer is the server API for StatusService service.
 // All implementations must embed UnimplementedStatusServiceServer
 // for forward compatibility.
@@ -369,6 +495,7 @@ func (c *statusServiceClient) GetOrchestratorStatus(ctx context.Context, in *Get
 type StatusServiceServer interface {
 	GetNodeStatus(context.Context, *GetNodeStatusRequest) (*GetNodeStatusResponse, error)
 	GetOrchestratorStatus(context.Context, *GetOrchestratorStatusRequest) (*GetOrchestratorStatusResponse, error)
+	GetNodeUse(context.Context, *GetNodeUseRequest) (*GetNodeUseResponse, error)
 	mustEmbedUnimplementedStatusServiceServer()
 }
 
@@ -384,6 +511,9 @@ func (UnimplementedStatusServiceServer) GetNodeStatus(context.Context, *GetNodeS
 }
 func (UnimplementedStatusServiceServer) GetOrchestratorStatus(context.Context, *GetOrchestratorStatusRequest) (*GetOrchestratorStatusResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetOrchestratorStatus not implemented")
+}
+func (UnimplementedStatusServiceServer) GetNodeUse(context.Context, *GetNodeUseRequest) (*GetNodeUseResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetNodeUse not implemented")
 }
 func (UnimplementedStatusServiceServer) mustEmbedUnimplementedStatusServiceServer() {}
 func (UnimplementedStatusServiceServer) testEmbeddedByValue()                       {}
@@ -442,6 +572,24 @@ func _StatusService_GetOrchestratorStatus_Handler(srv interface{}, ctx context.C
 	return interceptor(ctx, in, info, handler)
 }
 
+func _StatusService_GetNodeUse_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetNodeUseRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(StatusServiceServer).GetNodeUse(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: StatusService_GetNodeUse_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(StatusServiceServer).GetNodeUse(ctx, req.(*GetNodeUseRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // StatusService_ServiceDesc is the grpc.ServiceDesc for StatusService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -456,6 +604,10 @@ var StatusService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetOrchestratorStatus",
 			Handler:    _StatusService_GetOrchestratorStatus_Handler,
+		},
+		{
+			MethodName: "GetNodeUse",
+			Handler:    _StatusService_GetNodeUse_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

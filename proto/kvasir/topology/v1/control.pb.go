@@ -21,6 +21,66 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type Operation_State int32
+
+const (
+	Operation_STATE_UNSPECIFIED Operation_State = 0
+	Operation_STATE_RUNNING     Operation_State = 1
+	// Moves that have begun go on; no other begins.
+	Operation_STATE_PAUSED Operation_State = 2
+	// Moves that have begun are taken back.
+	Operation_STATE_ABORTING Operation_State = 3
+	Operation_STATE_DONE     Operation_State = 4
+	Operation_STATE_ABORTED  Operation_State = 5
+)
+
+// Enum value maps for Operation_State.
+var (
+	Operation_State_name = map[int32]string{
+		0: "STATE_UNSPECIFIED",
+		1: "STATE_RUNNING",
+		2: "STATE_PAUSED",
+		3: "STATE_ABORTING",
+		4: "STATE_DONE",
+		5: "STATE_ABORTED",
+	}
+	Operation_State_value = map[string]int32{
+		"STATE_UNSPECIFIED": 0,
+		"STATE_RUNNING":     1,
+		"STATE_PAUSED":      2,
+		"STATE_ABORTING":    3,
+		"STATE_DONE":        4,
+		"STATE_ABORTED":     5,
+	}
+)
+
+func (x Operation_State) Enum() *Operation_State {
+	p := new(Operation_State)
+	*p = x
+	return p
+}
+
+func (x Operation_State) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Operation_State) Descriptor() protoreflect.EnumDescriptor {
+	return file_kvasir_topology_v1_control_proto_enumTypes[0].Descriptor()
+}
+
+func (Operation_State) Type() protoreflect.EnumType {
+	return &file_kvasir_topology_v1_control_proto_enumTypes[0]
+}
+
+func (x Operation_State) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Operation_State.Descriptor instead.
+func (Operation_State) EnumDescriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{14, 0}
+}
+
 // ControlState is what the orchestrators agree on: the topology, and what only
 // they need to know. It is the content of a Raft snapshot.
 type ControlState struct {
@@ -31,7 +91,10 @@ type ControlState struct {
 	NextNamespace   uint32  `protobuf:"varint,3,opt,name=next_namespace,json=nextNamespace,proto3" json:"next_namespace,omitempty"`
 	Boots           []*Boot `protobuf:"bytes,4,rep,name=boots,proto3" json:"boots,omitempty"`
 	// The newest changes, oldest first.
-	History       []*Change `protobuf:"bytes,5,rep,name=history,proto3" json:"history,omitempty"`
+	History []*Change `protobuf:"bytes,5,rep,name=history,proto3" json:"history,omitempty"`
+	// The operations under way and the newest of those that have ended, oldest first.
+	Operations    []*Operation `protobuf:"bytes,6,rep,name=operations,proto3" json:"operations,omitempty"`
+	NextOperation uint64       `protobuf:"varint,7,opt,name=next_operation,json=nextOperation,proto3" json:"next_operation,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -99,6 +162,20 @@ func (x *ControlState) GetHistory() []*Change {
 		return x.History
 	}
 	return nil
+}
+
+func (x *ControlState) GetOperations() []*Operation {
+	if x != nil {
+		return x.Operations
+	}
+	return nil
+}
+
+func (x *ControlState) GetNextOperation() uint64 {
+	if x != nil {
+		return x.NextOperation
+	}
+	return 0
 }
 
 // Boot is the last start of a node that the orchestrators know of.
@@ -318,6 +395,8 @@ type Mutation struct {
 	//	*Mutation_SetOrchestrators
 	//	*Mutation_SetVnodes
 	//	*Mutation_RemoveNodes
+	//	*Mutation_StartOperation
+	//	*Mutation_SteerOperation
 	Kind          isMutation_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -441,6 +520,24 @@ func (x *Mutation) GetRemoveNodes() *RemoveNodes {
 	return nil
 }
 
+func (x *Mutation) GetStartOperation() *StartOperation {
+	if x != nil {
+		if x, ok := x.Kind.(*Mutation_StartOperation); ok {
+			return x.StartOperation
+		}
+	}
+	return nil
+}
+
+func (x *Mutation) GetSteerOperation() *SteerOperation {
+	if x != nil {
+		if x, ok := x.Kind.(*Mutation_SteerOperation); ok {
+			return x.SteerOperation
+		}
+	}
+	return nil
+}
+
 type isMutation_Kind interface {
 	isMutation_Kind()
 }
@@ -481,6 +578,14 @@ type Mutation_RemoveNodes struct {
 	RemoveNodes *RemoveNodes `protobuf:"bytes,9,opt,name=remove_nodes,json=removeNodes,proto3,oneof"`
 }
 
+type Mutation_StartOperation struct {
+	StartOperation *StartOperation `protobuf:"bytes,10,opt,name=start_operation,json=startOperation,proto3,oneof"`
+}
+
+type Mutation_SteerOperation struct {
+	SteerOperation *SteerOperation `protobuf:"bytes,11,opt,name=steer_operation,json=steerOperation,proto3,oneof"`
+}
+
 func (*Mutation_Found) isMutation_Kind() {}
 
 func (*Mutation_Register) isMutation_Kind() {}
@@ -498,6 +603,10 @@ func (*Mutation_SetOrchestrators) isMutation_Kind() {}
 func (*Mutation_SetVnodes) isMutation_Kind() {}
 
 func (*Mutation_RemoveNodes) isMutation_Kind() {}
+
+func (*Mutation_StartOperation) isMutation_Kind() {}
+
+func (*Mutation_SteerOperation) isMutation_Kind() {}
 
 // Found makes the cluster.
 type Found struct {
@@ -720,9 +829,12 @@ func (x *SetVnodes) GetVnodes() []*VnodeSlots {
 }
 
 type VnodeSlots struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Vnode         uint32                 `protobuf:"varint,1,opt,name=vnode,proto3" json:"vnode,omitempty"`
-	Slots         []*Slot                `protobuf:"bytes,2,rep,name=slots,proto3" json:"slots,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Vnode uint32                 `protobuf:"varint,1,opt,name=vnode,proto3" json:"vnode,omitempty"`
+	Slots []*Slot                `protobuf:"bytes,2,rep,name=slots,proto3" json:"slots,omitempty"`
+	// Where the step ends a move: what the newcomer took in for it.
+	MovedRecords  uint64 `protobuf:"varint,3,opt,name=moved_records,json=movedRecords,proto3" json:"moved_records,omitempty"`
+	MovedBytes    uint64 `protobuf:"varint,4,opt,name=moved_bytes,json=movedBytes,proto3" json:"moved_bytes,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -771,6 +883,20 @@ func (x *VnodeSlots) GetSlots() []*Slot {
 	return nil
 }
 
+func (x *VnodeSlots) GetMovedRecords() uint64 {
+	if x != nil {
+		return x.MovedRecords
+	}
+	return 0
+}
+
+func (x *VnodeSlots) GetMovedBytes() uint64 {
+	if x != nil {
+		return x.MovedBytes
+	}
+	return 0
+}
+
 // RemoveNodes takes data directories out of the cluster, for good.
 type RemoveNodes struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -816,6 +942,304 @@ func (x *RemoveNodes) GetIncarnations() []uint64 {
 	return nil
 }
 
+// StartOperation begins a change of the ring. Its identifier, state and times are
+// filled in.
+type StartOperation struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Operation     *Operation             `protobuf:"bytes,1,opt,name=operation,proto3" json:"operation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StartOperation) Reset() {
+	*x = StartOperation{}
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StartOperation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StartOperation) ProtoMessage() {}
+
+func (x *StartOperation) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StartOperation.ProtoReflect.Descriptor instead.
+func (*StartOperation) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *StartOperation) GetOperation() *Operation {
+	if x != nil {
+		return x.Operation
+	}
+	return nil
+}
+
+// SteerOperation pauses, resumes, aborts or ends an operation.
+type SteerOperation struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	State         Operation_State        `protobuf:"varint,2,opt,name=state,proto3,enum=kvasir.topology.v1.Operation_State" json:"state,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SteerOperation) Reset() {
+	*x = SteerOperation{}
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SteerOperation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SteerOperation) ProtoMessage() {}
+
+func (x *SteerOperation) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SteerOperation.ProtoReflect.Descriptor instead.
+func (*SteerOperation) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *SteerOperation) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *SteerOperation) GetState() Operation_State {
+	if x != nil {
+		return x.State
+	}
+	return Operation_STATE_UNSPECIFIED
+}
+
+// Move takes one slot of a vnode from a node to another one.
+type Move struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Vnode         uint32                 `protobuf:"varint,1,opt,name=vnode,proto3" json:"vnode,omitempty"`
+	Slot          uint32                 `protobuf:"varint,2,opt,name=slot,proto3" json:"slot,omitempty"`
+	From          uint64                 `protobuf:"varint,3,opt,name=from,proto3" json:"from,omitempty"`
+	To            uint64                 `protobuf:"varint,4,opt,name=to,proto3" json:"to,omitempty"`
+	Done          bool                   `protobuf:"varint,5,opt,name=done,proto3" json:"done,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Move) Reset() {
+	*x = Move{}
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Move) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Move) ProtoMessage() {}
+
+func (x *Move) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Move.ProtoReflect.Descriptor instead.
+func (*Move) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *Move) GetVnode() uint32 {
+	if x != nil {
+		return x.Vnode
+	}
+	return 0
+}
+
+func (x *Move) GetSlot() uint32 {
+	if x != nil {
+		return x.Slot
+	}
+	return 0
+}
+
+func (x *Move) GetFrom() uint64 {
+	if x != nil {
+		return x.From
+	}
+	return 0
+}
+
+func (x *Move) GetTo() uint64 {
+	if x != nil {
+		return x.To
+	}
+	return 0
+}
+
+func (x *Move) GetDone() bool {
+	if x != nil {
+		return x.Done
+	}
+	return false
+}
+
+// Operation is a change of the ring that takes many steps.
+type Operation struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	// "apply", "drain", "decommission" or "replace".
+	Kind string `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	// What it is for, in words.
+	Title string          `protobuf:"bytes,3,opt,name=title,proto3" json:"title,omitempty"`
+	State Operation_State `protobuf:"varint,4,opt,name=state,proto3,enum=kvasir.topology.v1.Operation_State" json:"state,omitempty"`
+	// In the order in which they are begun.
+	Moves []*Move `protobuf:"bytes,5,rep,name=moves,proto3" json:"moves,omitempty"`
+	// Nodes that leave the cluster when all moves are done.
+	Remove []uint64 `protobuf:"varint,6,rep,packed,name=remove,proto3" json:"remove,omitempty"`
+	// Milliseconds since 1970.
+	StartedMs     uint64 `protobuf:"varint,7,opt,name=started_ms,json=startedMs,proto3" json:"started_ms,omitempty"`
+	EndedMs       uint64 `protobuf:"varint,8,opt,name=ended_ms,json=endedMs,proto3" json:"ended_ms,omitempty"`
+	MovedRecords  uint64 `protobuf:"varint,9,opt,name=moved_records,json=movedRecords,proto3" json:"moved_records,omitempty"`
+	MovedBytes    uint64 `protobuf:"varint,10,opt,name=moved_bytes,json=movedBytes,proto3" json:"moved_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Operation) Reset() {
+	*x = Operation{}
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Operation) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Operation) ProtoMessage() {}
+
+func (x *Operation) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Operation.ProtoReflect.Descriptor instead.
+func (*Operation) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *Operation) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *Operation) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Operation) GetTitle() string {
+	if x != nil {
+		return x.Title
+	}
+	return ""
+}
+
+func (x *Operation) GetState() Operation_State {
+	if x != nil {
+		return x.State
+	}
+	return Operation_STATE_UNSPECIFIED
+}
+
+func (x *Operation) GetMoves() []*Move {
+	if x != nil {
+		return x.Moves
+	}
+	return nil
+}
+
+func (x *Operation) GetRemove() []uint64 {
+	if x != nil {
+		return x.Remove
+	}
+	return nil
+}
+
+func (x *Operation) GetStartedMs() uint64 {
+	if x != nil {
+		return x.StartedMs
+	}
+	return 0
+}
+
+func (x *Operation) GetEndedMs() uint64 {
+	if x != nil {
+		return x.EndedMs
+	}
+	return 0
+}
+
+func (x *Operation) GetMovedRecords() uint64 {
+	if x != nil {
+		return x.MovedRecords
+	}
+	return 0
+}
+
+func (x *Operation) GetMovedBytes() uint64 {
+	if x != nil {
+		return x.MovedBytes
+	}
+	return 0
+}
+
 type CreateNamespace struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Namespace     *Namespace             `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
@@ -825,7 +1249,7 @@ type CreateNamespace struct {
 
 func (x *CreateNamespace) Reset() {
 	*x = CreateNamespace{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[11]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -837,7 +1261,7 @@ func (x *CreateNamespace) String() string {
 func (*CreateNamespace) ProtoMessage() {}
 
 func (x *CreateNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[11]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -850,7 +1274,7 @@ func (x *CreateNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNamespace.ProtoReflect.Descriptor instead.
 func (*CreateNamespace) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{11}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *CreateNamespace) GetNamespace() *Namespace {
@@ -869,7 +1293,7 @@ type UpdateNamespace struct {
 
 func (x *UpdateNamespace) Reset() {
 	*x = UpdateNamespace{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[12]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -881,7 +1305,7 @@ func (x *UpdateNamespace) String() string {
 func (*UpdateNamespace) ProtoMessage() {}
 
 func (x *UpdateNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[12]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -894,7 +1318,7 @@ func (x *UpdateNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNamespace.ProtoReflect.Descriptor instead.
 func (*UpdateNamespace) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{12}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *UpdateNamespace) GetNamespace() *Namespace {
@@ -913,7 +1337,7 @@ type DropNamespace struct {
 
 func (x *DropNamespace) Reset() {
 	*x = DropNamespace{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[13]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -925,7 +1349,7 @@ func (x *DropNamespace) String() string {
 func (*DropNamespace) ProtoMessage() {}
 
 func (x *DropNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[13]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -938,7 +1362,7 @@ func (x *DropNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DropNamespace.ProtoReflect.Descriptor instead.
 func (*DropNamespace) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{13}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *DropNamespace) GetId() uint32 {
@@ -957,7 +1381,7 @@ type SetOrchestrators struct {
 
 func (x *SetOrchestrators) Reset() {
 	*x = SetOrchestrators{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[14]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -969,7 +1393,7 @@ func (x *SetOrchestrators) String() string {
 func (*SetOrchestrators) ProtoMessage() {}
 
 func (x *SetOrchestrators) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[14]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -982,7 +1406,7 @@ func (x *SetOrchestrators) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetOrchestrators.ProtoReflect.Descriptor instead.
 func (*SetOrchestrators) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{14}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *SetOrchestrators) GetOrchestrators() []*Orchestrator {
@@ -996,13 +1420,17 @@ var File_kvasir_topology_v1_control_proto protoreflect.FileDescriptor
 
 const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\n" +
-	" kvasir/topology/v1/control.proto\x12\x12kvasir.topology.v1\x1a!kvasir/topology/v1/topology.proto\"\x80\x02\n" +
+	" kvasir/topology/v1/control.proto\x12\x12kvasir.topology.v1\x1a!kvasir/topology/v1/topology.proto\"\xe6\x02\n" +
 	"\fControlState\x128\n" +
 	"\btopology\x18\x01 \x01(\v2\x1c.kvasir.topology.v1.TopologyR\btopology\x12)\n" +
 	"\x10next_incarnation\x18\x02 \x01(\x04R\x0fnextIncarnation\x12%\n" +
 	"\x0enext_namespace\x18\x03 \x01(\rR\rnextNamespace\x12.\n" +
 	"\x05boots\x18\x04 \x03(\v2\x18.kvasir.topology.v1.BootR\x05boots\x124\n" +
-	"\ahistory\x18\x05 \x03(\v2\x1a.kvasir.topology.v1.ChangeR\ahistory\"W\n" +
+	"\ahistory\x18\x05 \x03(\v2\x1a.kvasir.topology.v1.ChangeR\ahistory\x12=\n" +
+	"\n" +
+	"operations\x18\x06 \x03(\v2\x1d.kvasir.topology.v1.OperationR\n" +
+	"operations\x12%\n" +
+	"\x0enext_operation\x18\a \x01(\x04R\rnextOperation\"W\n" +
 	"\x04Boot\x12 \n" +
 	"\vincarnation\x18\x01 \x01(\x04R\vincarnation\x12\x14\n" +
 	"\x05count\x18\x02 \x01(\x04R\x05count\x12\x17\n" +
@@ -1016,7 +1444,7 @@ const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\aCommand\x12!\n" +
 	"\fexpect_epoch\x18\x01 \x01(\x06R\vexpectEpoch\x122\n" +
 	"\x06change\x18\x02 \x01(\v2\x1a.kvasir.topology.v1.ChangeR\x06change\x12:\n" +
-	"\tmutations\x18\x03 \x03(\v2\x1c.kvasir.topology.v1.MutationR\tmutations\"\x86\x05\n" +
+	"\tmutations\x18\x03 \x03(\v2\x1c.kvasir.topology.v1.MutationR\tmutations\"\xa4\x06\n" +
 	"\bMutation\x121\n" +
 	"\x05found\x18\x01 \x01(\v2\x19.kvasir.topology.v1.FoundH\x00R\x05found\x12:\n" +
 	"\bregister\x18\x02 \x01(\v2\x1c.kvasir.topology.v1.RegisterH\x00R\bregister\x128\n" +
@@ -1027,7 +1455,10 @@ const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\x11set_orchestrators\x18\a \x01(\v2$.kvasir.topology.v1.SetOrchestratorsH\x00R\x10setOrchestrators\x12>\n" +
 	"\n" +
 	"set_vnodes\x18\b \x01(\v2\x1d.kvasir.topology.v1.SetVnodesH\x00R\tsetVnodes\x12D\n" +
-	"\fremove_nodes\x18\t \x01(\v2\x1f.kvasir.topology.v1.RemoveNodesH\x00R\vremoveNodesB\x06\n" +
+	"\fremove_nodes\x18\t \x01(\v2\x1f.kvasir.topology.v1.RemoveNodesH\x00R\vremoveNodes\x12M\n" +
+	"\x0fstart_operation\x18\n" +
+	" \x01(\v2\".kvasir.topology.v1.StartOperationH\x00R\x0estartOperation\x12M\n" +
+	"\x0fsteer_operation\x18\v \x01(\v2\".kvasir.topology.v1.SteerOperationH\x00R\x0esteerOperationB\x06\n" +
 	"\x04kind\"\x9f\x01\n" +
 	"\x05Found\x12\x1d\n" +
 	"\n" +
@@ -1042,13 +1473,49 @@ const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\aSetRing\x12-\n" +
 	"\x04ring\x18\x01 \x03(\v2\x19.kvasir.topology.v1.VnodeR\x04ring\"C\n" +
 	"\tSetVnodes\x126\n" +
-	"\x06vnodes\x18\x01 \x03(\v2\x1e.kvasir.topology.v1.VnodeSlotsR\x06vnodes\"R\n" +
+	"\x06vnodes\x18\x01 \x03(\v2\x1e.kvasir.topology.v1.VnodeSlotsR\x06vnodes\"\x98\x01\n" +
 	"\n" +
 	"VnodeSlots\x12\x14\n" +
 	"\x05vnode\x18\x01 \x01(\rR\x05vnode\x12.\n" +
-	"\x05slots\x18\x02 \x03(\v2\x18.kvasir.topology.v1.SlotR\x05slots\"1\n" +
+	"\x05slots\x18\x02 \x03(\v2\x18.kvasir.topology.v1.SlotR\x05slots\x12#\n" +
+	"\rmoved_records\x18\x03 \x01(\x04R\fmovedRecords\x12\x1f\n" +
+	"\vmoved_bytes\x18\x04 \x01(\x04R\n" +
+	"movedBytes\"1\n" +
 	"\vRemoveNodes\x12\"\n" +
-	"\fincarnations\x18\x01 \x03(\x04R\fincarnations\"N\n" +
+	"\fincarnations\x18\x01 \x03(\x04R\fincarnations\"M\n" +
+	"\x0eStartOperation\x12;\n" +
+	"\toperation\x18\x01 \x01(\v2\x1d.kvasir.topology.v1.OperationR\toperation\"[\n" +
+	"\x0eSteerOperation\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x129\n" +
+	"\x05state\x18\x02 \x01(\x0e2#.kvasir.topology.v1.Operation.StateR\x05state\"h\n" +
+	"\x04Move\x12\x14\n" +
+	"\x05vnode\x18\x01 \x01(\rR\x05vnode\x12\x12\n" +
+	"\x04slot\x18\x02 \x01(\rR\x04slot\x12\x12\n" +
+	"\x04from\x18\x03 \x01(\x04R\x04from\x12\x0e\n" +
+	"\x02to\x18\x04 \x01(\x04R\x02to\x12\x12\n" +
+	"\x04done\x18\x05 \x01(\bR\x04done\"\xc4\x03\n" +
+	"\tOperation\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x14\n" +
+	"\x05title\x18\x03 \x01(\tR\x05title\x129\n" +
+	"\x05state\x18\x04 \x01(\x0e2#.kvasir.topology.v1.Operation.StateR\x05state\x12.\n" +
+	"\x05moves\x18\x05 \x03(\v2\x18.kvasir.topology.v1.MoveR\x05moves\x12\x16\n" +
+	"\x06remove\x18\x06 \x03(\x04R\x06remove\x12\x1d\n" +
+	"\n" +
+	"started_ms\x18\a \x01(\x04R\tstartedMs\x12\x19\n" +
+	"\bended_ms\x18\b \x01(\x04R\aendedMs\x12#\n" +
+	"\rmoved_records\x18\t \x01(\x04R\fmovedRecords\x12\x1f\n" +
+	"\vmoved_bytes\x18\n" +
+	" \x01(\x04R\n" +
+	"movedBytes\"z\n" +
+	"\x05State\x12\x15\n" +
+	"\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n" +
+	"\rSTATE_RUNNING\x10\x01\x12\x10\n" +
+	"\fSTATE_PAUSED\x10\x02\x12\x12\n" +
+	"\x0eSTATE_ABORTING\x10\x03\x12\x0e\n" +
+	"\n" +
+	"STATE_DONE\x10\x04\x12\x11\n" +
+	"\rSTATE_ABORTED\x10\x05\"N\n" +
 	"\x0fCreateNamespace\x12;\n" +
 	"\tnamespace\x18\x01 \x01(\v2\x1d.kvasir.topology.v1.NamespaceR\tnamespace\"N\n" +
 	"\x0fUpdateNamespace\x12;\n" +
@@ -1070,59 +1537,72 @@ func file_kvasir_topology_v1_control_proto_rawDescGZIP() []byte {
 	return file_kvasir_topology_v1_control_proto_rawDescData
 }
 
-var file_kvasir_topology_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_kvasir_topology_v1_control_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_kvasir_topology_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_kvasir_topology_v1_control_proto_goTypes = []any{
-	(*ControlState)(nil),     // 0: kvasir.topology.v1.ControlState
-	(*Boot)(nil),             // 1: kvasir.topology.v1.Boot
-	(*Change)(nil),           // 2: kvasir.topology.v1.Change
-	(*Command)(nil),          // 3: kvasir.topology.v1.Command
-	(*Mutation)(nil),         // 4: kvasir.topology.v1.Mutation
-	(*Found)(nil),            // 5: kvasir.topology.v1.Found
-	(*Register)(nil),         // 6: kvasir.topology.v1.Register
-	(*SetRing)(nil),          // 7: kvasir.topology.v1.SetRing
-	(*SetVnodes)(nil),        // 8: kvasir.topology.v1.SetVnodes
-	(*VnodeSlots)(nil),       // 9: kvasir.topology.v1.VnodeSlots
-	(*RemoveNodes)(nil),      // 10: kvasir.topology.v1.RemoveNodes
-	(*CreateNamespace)(nil),  // 11: kvasir.topology.v1.CreateNamespace
-	(*UpdateNamespace)(nil),  // 12: kvasir.topology.v1.UpdateNamespace
-	(*DropNamespace)(nil),    // 13: kvasir.topology.v1.DropNamespace
-	(*SetOrchestrators)(nil), // 14: kvasir.topology.v1.SetOrchestrators
-	(*Topology)(nil),         // 15: kvasir.topology.v1.Topology
-	(*Settings)(nil),         // 16: kvasir.topology.v1.Settings
-	(*Node)(nil),             // 17: kvasir.topology.v1.Node
-	(*Vnode)(nil),            // 18: kvasir.topology.v1.Vnode
-	(*Slot)(nil),             // 19: kvasir.topology.v1.Slot
-	(*Namespace)(nil),        // 20: kvasir.topology.v1.Namespace
-	(*Orchestrator)(nil),     // 21: kvasir.topology.v1.Orchestrator
+	(Operation_State)(0),     // 0: kvasir.topology.v1.Operation.State
+	(*ControlState)(nil),     // 1: kvasir.topology.v1.ControlState
+	(*Boot)(nil),             // 2: kvasir.topology.v1.Boot
+	(*Change)(nil),           // 3: kvasir.topology.v1.Change
+	(*Command)(nil),          // 4: kvasir.topology.v1.Command
+	(*Mutation)(nil),         // 5: kvasir.topology.v1.Mutation
+	(*Found)(nil),            // 6: kvasir.topology.v1.Found
+	(*Register)(nil),         // 7: kvasir.topology.v1.Register
+	(*SetRing)(nil),          // 8: kvasir.topology.v1.SetRing
+	(*SetVnodes)(nil),        // 9: kvasir.topology.v1.SetVnodes
+	(*VnodeSlots)(nil),       // 10: kvasir.topology.v1.VnodeSlots
+	(*RemoveNodes)(nil),      // 11: kvasir.topology.v1.RemoveNodes
+	(*StartOperation)(nil),   // 12: kvasir.topology.v1.StartOperation
+	(*SteerOperation)(nil),   // 13: kvasir.topology.v1.SteerOperation
+	(*Move)(nil),             // 14: kvasir.topology.v1.Move
+	(*Operation)(nil),        // 15: kvasir.topology.v1.Operation
+	(*CreateNamespace)(nil),  // 16: kvasir.topology.v1.CreateNamespace
+	(*UpdateNamespace)(nil),  // 17: kvasir.topology.v1.UpdateNamespace
+	(*DropNamespace)(nil),    // 18: kvasir.topology.v1.DropNamespace
+	(*SetOrchestrators)(nil), // 19: kvasir.topology.v1.SetOrchestrators
+	(*Topology)(nil),         // 20: kvasir.topology.v1.Topology
+	(*Settings)(nil),         // 21: kvasir.topology.v1.Settings
+	(*Node)(nil),             // 22: kvasir.topology.v1.Node
+	(*Vnode)(nil),            // 23: kvasir.topology.v1.Vnode
+	(*Slot)(nil),             // 24: kvasir.topology.v1.Slot
+	(*Namespace)(nil),        // 25: kvasir.topology.v1.Namespace
+	(*Orchestrator)(nil),     // 26: kvasir.topology.v1.Orchestrator
 }
 var file_kvasir_topology_v1_control_proto_depIdxs = []int32{
-	15, // 0: kvasir.topology.v1.ControlState.topology:type_name -> kvasir.topology.v1.Topology
-	1,  // 1: kvasir.topology.v1.ControlState.boots:type_name -> kvasir.topology.v1.Boot
-	2,  // 2: kvasir.topology.v1.ControlState.history:type_name -> kvasir.topology.v1.Change
-	2,  // 3: kvasir.topology.v1.Command.change:type_name -> kvasir.topology.v1.Change
-	4,  // 4: kvasir.topology.v1.Command.mutations:type_name -> kvasir.topology.v1.Mutation
-	5,  // 5: kvasir.topology.v1.Mutation.found:type_name -> kvasir.topology.v1.Found
-	6,  // 6: kvasir.topology.v1.Mutation.register:type_name -> kvasir.topology.v1.Register
-	7,  // 7: kvasir.topology.v1.Mutation.set_ring:type_name -> kvasir.topology.v1.SetRing
-	11, // 8: kvasir.topology.v1.Mutation.create_namespace:type_name -> kvasir.topology.v1.CreateNamespace
-	12, // 9: kvasir.topology.v1.Mutation.update_namespace:type_name -> kvasir.topology.v1.UpdateNamespace
-	13, // 10: kvasir.topology.v1.Mutation.drop_namespace:type_name -> kvasir.topology.v1.DropNamespace
-	14, // 11: kvasir.topology.v1.Mutation.set_orchestrators:type_name -> kvasir.topology.v1.SetOrchestrators
-	8,  // 12: kvasir.topology.v1.Mutation.set_vnodes:type_name -> kvasir.topology.v1.SetVnodes
-	10, // 13: kvasir.topology.v1.Mutation.remove_nodes:type_name -> kvasir.topology.v1.RemoveNodes
-	16, // 14: kvasir.topology.v1.Found.settings:type_name -> kvasir.topology.v1.Settings
-	17, // 15: kvasir.topology.v1.Register.node:type_name -> kvasir.topology.v1.Node
-	18, // 16: kvasir.topology.v1.SetRing.ring:type_name -> kvasir.topology.v1.Vnode
-	9,  // 17: kvasir.topology.v1.SetVnodes.vnodes:type_name -> kvasir.topology.v1.VnodeSlots
-	19, // 18: kvasir.topology.v1.VnodeSlots.slots:type_name -> kvasir.topology.v1.Slot
-	20, // 19: kvasir.topology.v1.CreateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
-	20, // 20: kvasir.topology.v1.UpdateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
-	21, // 21: kvasir.topology.v1.SetOrchestrators.orchestrators:type_name -> kvasir.topology.v1.Orchestrator
-	22, // [22:22] is the sub-list for method output_type
-	22, // [22:22] is the sub-list for method input_type
-	22, // [22:22] is the sub-list for extension type_name
-	22, // [22:22] is the sub-list for extension extendee
-	0,  // [0:22] is the sub-list for field type_name
+	20, // 0: kvasir.topology.v1.ControlState.topology:type_name -> kvasir.topology.v1.Topology
+	2,  // 1: kvasir.topology.v1.ControlState.boots:type_name -> kvasir.topology.v1.Boot
+	3,  // 2: kvasir.topology.v1.ControlState.history:type_name -> kvasir.topology.v1.Change
+	15, // 3: kvasir.topology.v1.ControlState.operations:type_name -> kvasir.topology.v1.Operation
+	3,  // 4: kvasir.topology.v1.Command.change:type_name -> kvasir.topology.v1.Change
+	5,  // 5: kvasir.topology.v1.Command.mutations:type_name -> kvasir.topology.v1.Mutation
+	6,  // 6: kvasir.topology.v1.Mutation.found:type_name -> kvasir.topology.v1.Found
+	7,  // 7: kvasir.topology.v1.Mutation.register:type_name -> kvasir.topology.v1.Register
+	8,  // 8: kvasir.topology.v1.Mutation.set_ring:type_name -> kvasir.topology.v1.SetRing
+	16, // 9: kvasir.topology.v1.Mutation.create_namespace:type_name -> kvasir.topology.v1.CreateNamespace
+	17, // 10: kvasir.topology.v1.Mutation.update_namespace:type_name -> kvasir.topology.v1.UpdateNamespace
+	18, // 11: kvasir.topology.v1.Mutation.drop_namespace:type_name -> kvasir.topology.v1.DropNamespace
+	19, // 12: kvasir.topology.v1.Mutation.set_orchestrators:type_name -> kvasir.topology.v1.SetOrchestrators
+	9,  // 13: kvasir.topology.v1.Mutation.set_vnodes:type_name -> kvasir.topology.v1.SetVnodes
+	11, // 14: kvasir.topology.v1.Mutation.remove_nodes:type_name -> kvasir.topology.v1.RemoveNodes
+	12, // 15: kvasir.topology.v1.Mutation.start_operation:type_name -> kvasir.topology.v1.StartOperation
+	13, // 16: kvasir.topology.v1.Mutation.steer_operation:type_name -> kvasir.topology.v1.SteerOperation
+	21, // 17: kvasir.topology.v1.Found.settings:type_name -> kvasir.topology.v1.Settings
+	22, // 18: kvasir.topology.v1.Register.node:type_name -> kvasir.topology.v1.Node
+	23, // 19: kvasir.topology.v1.SetRing.ring:type_name -> kvasir.topology.v1.Vnode
+	10, // 20: kvasir.topology.v1.SetVnodes.vnodes:type_name -> kvasir.topology.v1.VnodeSlots
+	24, // 21: kvasir.topology.v1.VnodeSlots.slots:type_name -> kvasir.topology.v1.Slot
+	15, // 22: kvasir.topology.v1.StartOperation.operation:type_name -> kvasir.topology.v1.Operation
+	0,  // 23: kvasir.topology.v1.SteerOperation.state:type_name -> kvasir.topology.v1.Operation.State
+	0,  // 24: kvasir.topology.v1.Operation.state:type_name -> kvasir.topology.v1.Operation.State
+	14, // 25: kvasir.topology.v1.Operation.moves:type_name -> kvasir.topology.v1.Move
+	25, // 26: kvasir.topology.v1.CreateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
+	25, // 27: kvasir.topology.v1.UpdateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
+	26, // 28: kvasir.topology.v1.SetOrchestrators.orchestrators:type_name -> kvasir.topology.v1.Orchestrator
+	29, // [29:29] is the sub-list for method output_type
+	29, // [29:29] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_kvasir_topology_v1_control_proto_init() }
@@ -1141,19 +1621,22 @@ func file_kvasir_topology_v1_control_proto_init() {
 		(*Mutation_SetOrchestrators)(nil),
 		(*Mutation_SetVnodes)(nil),
 		(*Mutation_RemoveNodes)(nil),
+		(*Mutation_StartOperation)(nil),
+		(*Mutation_SteerOperation)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kvasir_topology_v1_control_proto_rawDesc), len(file_kvasir_topology_v1_control_proto_rawDesc)),
-			NumEnums:      0,
-			NumMessages:   15,
+			NumEnums:      1,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
 		GoTypes:           file_kvasir_topology_v1_control_proto_goTypes,
 		DependencyIndexes: file_kvasir_topology_v1_control_proto_depIdxs,
+		EnumInfos:         file_kvasir_topology_v1_control_proto_enumTypes,
 		MessageInfos:      file_kvasir_topology_v1_control_proto_msgTypes,
 	}.Build()
 	File_kvasir_topology_v1_control_proto = out.File

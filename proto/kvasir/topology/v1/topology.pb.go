@@ -330,10 +330,12 @@ func (x *Node) GetDataId() string {
 }
 
 type Slot struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Node          uint64                 `protobuf:"varint,1,opt,name=node,proto3" json:"node,omitempty"`
-	Incoming      uint64                 `protobuf:"varint,2,opt,name=incoming,proto3" json:"incoming,omitempty"`
-	Phase         Phase                  `protobuf:"varint,3,opt,name=phase,proto3,enum=kvasir.topology.v1.Phase" json:"phase,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Node     uint64                 `protobuf:"varint,1,opt,name=node,proto3" json:"node,omitempty"`
+	Incoming uint64                 `protobuf:"varint,2,opt,name=incoming,proto3" json:"incoming,omitempty"`
+	Phase    Phase                  `protobuf:"varint,3,opt,name=phase,proto3,enum=kvasir.topology.v1.Phase" json:"phase,omitempty"`
+	// The epoch in which the incoming node became one; it stays while the phase changes.
+	Since         uint64 `protobuf:"fixed64,4,opt,name=since,proto3" json:"since,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -387,6 +389,13 @@ func (x *Slot) GetPhase() Phase {
 		return x.Phase
 	}
 	return Phase_PHASE_UNSPECIFIED
+}
+
+func (x *Slot) GetSince() uint64 {
+	if x != nil {
+		return x.Since
+	}
+	return 0
 }
 
 type Vnode struct {
@@ -1176,11 +1185,12 @@ const file_kvasir_topology_v1_topology_proto_rawDesc = "" +
 	"\aaddress\x18\x05 \x01(\tR\aaddress\x12#\n" +
 	"\radmin_address\x18\x06 \x01(\tR\fadminAddress\x12%\n" +
 	"\x0egossip_address\x18\a \x01(\tR\rgossipAddress\x12\x17\n" +
-	"\adata_id\x18\b \x01(\tR\x06dataId\"g\n" +
+	"\adata_id\x18\b \x01(\tR\x06dataId\"}\n" +
 	"\x04Slot\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\x04R\x04node\x12\x1a\n" +
 	"\bincoming\x18\x02 \x01(\x04R\bincoming\x12/\n" +
-	"\x05phase\x18\x03 \x01(\x0e2\x19.kvasir.topology.v1.PhaseR\x05phase\"\\\n" +
+	"\x05phase\x18\x03 \x01(\x0e2\x19.kvasir.topology.v1.PhaseR\x05phase\x12\x14\n" +
+	"\x05since\x18\x04 \x01(\x06R\x05since\"\\\n" +
 	"\x05Vnode\x12.\n" +
 	"\x05slots\x18\x01 \x03(\v2\x18.kvasir.topology.v1.SlotR\x05slots\x12#\n" +
 	"\rchanged_epoch\x18\x02 \x01(\x06R\fchangedEpoch\"\xe7\x02\n" +

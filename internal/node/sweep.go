@@ -1,0 +1,55 @@
+package node
+
+import (
+	"context"
+	"time"
+
+	"github.com/kvasirdb/kvasir/internal/storage"
+	"github.com/kvasirdb/kvasir/internal/topology"
+)
+
+// sweepRetry is the pause before what could not be swept is tried again.
+const sweepRetry = time.Second
+
+// sweep removes the records of vnodes that the node has handed over, whenever the
+// topology has changed, until ctx ends.
+func (n *Node) sweep(ctx context.Context) {
+	for swept := (*topology.Topology)(nil); ctx.Err() == nil; {
+		changed := n.topologies.changed()
+		retry := time.NewTimer(sweepRetry)
+		if t := n.fence.Topology(); t != swept && n.sweepUnder(t) {
+			swept = t
+			retry.Stop()
+		}
+		select {
+		case <-ctx.Done():
+		case <-changed:
+		case <-retry.C:
+		}
+		retry.Stop()
+	}
+}
+
+// sweepUnder removes what the node holds and is no endpoint of under a topology, and
+// reports whether that is done.
+func (n *Node) sweepUnder(t *topology.Topology) bool {
+	if !t.Formed() || t.Node(n.id.Incarnation) == nil {
+		return true
+	}
+	if n.fence.Drained() < t.Epoch {
+		return false // requests under older epochs may still want it
+	}
+	swept, err := n.assignments.Sweep(func(p storage.Place) bool {
+		// What a transition may yet go back to, or is to be rebuilt from, stays.
+		t, ns := n.fence.Topology(), n.fence.Topology().NamespaceByID(p.Namespace)
+		return ns == nil || int(p.Vnode) >= len(t.Ring) || t.Ring[p.Vnode].Moving() >= 0 || t.Owns(n.id.Incarnation, p.Vnode, ns.N)
+	})
+	if err != nil {
+		n.cfg.Logger.Error("cannot delete what the node has handed over", "err", err)
+		return false
+	}
+	if len(swept) > 0 {
+		n.cfg.Logger.Info("deleted what the node has handed over", "places", len(swept), "epoch", topology.EpochString(t.Epoch))
+	}
+	return true
+}

@@ -1,0 +1,292 @@
+package topology
+
+import (
+	"fmt"
+	"slices"
+
+	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
+)
+
+// OperationState is what an operation is doing.
+type OperationState uint8
+
+// The states of an operation. Their numbers are those of the wire format.
+const (
+	Running OperationState = iota + 1
+	// Paused: moves that have begun go on, no other begins.
+	Paused
+	// Aborting: moves that have begun are taken back.
+	Aborting
+	Done
+	Aborted
+)
+
+// String names a state.
+func (s OperationState) String() string {
+	switch s {
+	case Running:
+		return "running"
+	case Paused:
+		return "paused"
+	case Aborting:
+		return "aborting"
+	case Done:
+		return "done"
+	case Aborted:
+		return "aborted"
+	}
+	return fmt.Sprintf("operation-state(%d)", uint8(s))
+}
+
+// Ended reports whether nothing will change any more.
+func (s OperationState) Ended() bool { return s == Done || s == Aborted }
+
+// Move takes one slot of a vnode from a node to another one.
+type Move struct {
+	Vnode    uint32
+	Slot     int
+	From, To uint64
+	Done     bool
+}
+
+// Operation is a change of the ring that takes many steps. What has come of its moves
+// is in the ring, so any leader can go on with it.
+type Operation struct {
+	ID uint64
+	// Kind is apply, drain, decommission or replace, Title what it is for, in words.
+	Kind, Title string
+	State       OperationState
+	// Moves are begun in this order.
+	Moves []Move
+	// Remove are the nodes that leave the cluster when all moves are done.
+	Remove []uint64
+	// StartedMillis and EndedMillis are milliseconds since 1970, EndedMillis 0 before
+	// the end.
+	StartedMillis, EndedMillis int64
+	// MovedRecords and MovedBytes were taken in by newcomers for the moves that are done.
+	MovedRecords, MovedBytes uint64
+}
+
+// maxEnded is how many operations are kept that have ended.
+const maxEnded = 50
+
+// Left returns how many moves are not done.
+func (o *Operation) Left() int {
+	n := 0
+	for _, m := range o.Moves {
+		if !m.Done {
+			n++
+		}
+	}
+	return n
+}
+
+// Operation returns the operation of an identifier, or nil.
+func (s *State) Operation(id uint64) *Operation {
+	for i := range s.Operations {
+		if s.Operations[i].ID == id {
+			return &s.Operations[i]
+		}
+	}
+	return nil
+}
+
+// Active returns the operation that has not ended, or nil. There is one at most.
+func (s *State) Active() *Operation {
+	i := slices.IndexFunc(s.Operations, func(o Operation) bool { return !o.State.Ended() })
+	if i < 0 {
+		return nil
+	}
+	return &s.Operations[i]
+}
+
+// startOperation checks and adds an operation.
+func (d *draft) startOperation(pb *topologyv1.StartOperation, atMillis int64) error {
+	if a := d.Active(); a != nil {
+		return refuse(Conflict, "OPERATION_RUNNING", fmt.Sprintf("operation %d (%s) is %s: wait for its end, or abort it", a.ID, a.Title, a.State), "operation", a.ID)
+	}
+	op := operationFromProto(pb.GetOperation())
+	op.ID, op.State, op.StartedMillis, op.EndedMillis, op.MovedRecords, op.MovedBytes = d.nextOperation+1, Running, atMillis, 0, 0, 0
+	for i := range op.Moves {
+		op.Moves[i].Done = false
+	}
+	if len(op.Moves) == 0 && len(op.Remove) == 0 {
+		return refuse(Invalid, "NOTHING_TO_DO", "the operation has no moves and removes no node")
+	}
+	after, err := d.Topology.checkMoves(op.Moves)
+	if err != nil {
+		return err
+	}
+	for _, inc := range op.Remove {
+		n := d.Topology.Node(inc)
+		if n == nil {
+			return refuse(NotFound, "NODE_NOT_FOUND", fmt.Sprintf("there is no node #%d", inc), "incarnation", inc)
+		}
+		if v := slices.IndexFunc(after, func(slots []uint64) bool { return slices.Contains(slots, inc) }); v >= 0 {
+			return refuse(Invalid, "NODE_HAS_SLOTS", fmt.Sprintf("node %s, #%d, would still have a slot of vnode %d", n.Name, inc, v), "incarnation", inc)
+		}
+	}
+	d.nextOperation = op.ID
+	d.Operations = append(d.Operations, op)
+	d.result.Operation = &d.Operations[len(d.Operations)-1]
+	d.noted = true
+	return nil
+}
+
+// checkMoves returns the nodes of all slots after some moves, or why these cannot be
+// made, each after those before it.
+func (t *Topology) checkMoves(moves []Move) (after [][]uint64, _ error) {
+	for i := range t.Ring {
+		var nodes []uint64
+		for _, s := range t.Ring[i].Slots {
+			if s.Phase == Stable {
+				nodes = append(nodes, s.Node)
+			} else {
+				nodes = append(nodes, s.Incoming)
+			}
+		}
+		after = append(after, nodes)
+	}
+	for _, m := range moves {
+		bad := func(format string, args ...any) error {
+			return refuse(Invalid, "BAD_MOVE", fmt.Sprintf("vnode %d slot %d: ", m.Vnode, m.Slot)+fmt.Sprintf(format, args...), "vnode", m.Vnode)
+		}
+		if int(m.Vnode) >= len(after) || m.Slot < 0 || m.Slot >= len(after[m.Vnode]) {
+			return nil, bad("there is no such slot")
+		}
+		nodes := after[m.Vnode]
+		switch to := t.Node(m.To); {
+		case nodes[m.Slot] != m.From:
+			return nil, bad("it is at %s, not %s", t.NodeName(nodes[m.Slot]), t.NodeName(m.From))
+		case to == nil || to.Role != Data:
+			return nil, bad("%s is no data node", t.NodeName(m.To))
+		case slices.Contains(nodes, m.To):
+			return nil, bad("%s has a slot of the vnode already", t.NodeName(m.To))
+		}
+		nodes[m.Slot] = m.To
+	}
+	return after, nil
+}
+
+// steerOperation changes the state of an operation.
+func (d *draft) steerOperation(pb *topologyv1.SteerOperation, atMillis int64) error {
+	op := d.Operation(pb.GetId())
+	if op == nil {
+		return refuse(NotFound, "OPERATION_NOT_FOUND", fmt.Sprintf("there is no operation %d", pb.GetId()), "operation", pb.GetId())
+	}
+	next := OperationState(pb.GetState())
+	d.result.Operation = op
+	if op.State == next {
+		return nil
+	}
+	if !d.mayBecome(op, next) {
+		return refuse(Precondition, "OPERATION_STATE", fmt.Sprintf("operation %d is %s and cannot become %s", op.ID, op.State, next), "operation", op.ID, "state", op.State)
+	}
+	op.State = next
+	d.noted = true
+	if next.Ended() {
+		op.EndedMillis = atMillis
+		d.forgetEnded()
+	}
+	return nil
+}
+
+func (d *draft) mayBecome(op *Operation, next OperationState) bool {
+	switch next {
+	case Running:
+		return op.State == Paused
+	case Paused:
+		return op.State == Running
+	case Aborting:
+		return op.State == Running || op.State == Paused
+	case Done:
+		return op.State == Running && op.Left() == 0
+	case Aborted:
+		return op.State == Aborting
+	}
+	return false
+}
+
+// forgetEnded forgets the oldest operations that have ended where there are too many.
+func (d *draft) forgetEnded() {
+	ended := 0
+	for _, o := range d.Operations {
+		if o.State.Ended() {
+			ended++
+		}
+	}
+	keep := d.result.Operation.ID
+	d.Operations = slices.DeleteFunc(d.Operations, func(o Operation) bool {
+		if ended <= maxEnded || !o.State.Ended() {
+			return false
+		}
+		ended--
+		return true
+	})
+	d.result.Operation = d.Operation(keep)
+}
+
+// noteStep notes what a step of a vnode means for the moves of the active operation.
+func (d *draft) noteStep(vnode uint32, old, next *Vnode, pb *topologyv1.VnodeSlots) {
+	op := d.Active()
+	if op == nil {
+		return
+	}
+	for j := range next.Slots {
+		a, b := old.Slots[j], next.Slots[j]
+		if a == b {
+			continue
+		}
+		for k := range op.Moves {
+			m := &op.Moves[k]
+			if m.Vnode != vnode || m.Slot != j || m.Done {
+				continue
+			}
+			if b.Phase != Stable {
+				m.To = b.Incoming // itself, or the data directory that took its place
+			} else if b.Node == m.To && m.To != m.From {
+				m.Done = true
+				op.MovedRecords += pb.GetMovedRecords()
+				op.MovedBytes += pb.GetMovedBytes()
+			}
+			break
+		}
+	}
+}
+
+// needs returns the active operation that has a move to a node left, or 0.
+func (d *draft) needs(incarnation uint64) uint64 {
+	if op := d.Active(); op != nil && op.State != Aborting &&
+		slices.ContainsFunc(op.Moves, func(m Move) bool { return !m.Done && m.To == incarnation }) {
+		return op.ID
+	}
+	return 0
+}
+
+// Proto converts an operation to its wire form.
+func (o *Operation) Proto() *topologyv1.Operation {
+	pb := &topologyv1.Operation{
+		Id: o.ID, Kind: o.Kind, Title: o.Title, State: topologyv1.Operation_State(o.State), Remove: o.Remove,
+		StartedMs: uint64(o.StartedMillis), EndedMs: uint64(o.EndedMillis), MovedRecords: o.MovedRecords, MovedBytes: o.MovedBytes,
+	}
+	for _, m := range o.Moves {
+		pb.Moves = append(pb.Moves, m.Proto())
+	}
+	return pb
+}
+
+// Proto converts a move to its wire form.
+func (m Move) Proto() *topologyv1.Move {
+	return &topologyv1.Move{Vnode: m.Vnode, Slot: uint32(m.Slot), From: m.From, To: m.To, Done: m.Done}
+}
+
+func operationFromProto(pb *topologyv1.Operation) Operation {
+	o := Operation{
+		ID: pb.GetId(), Kind: pb.GetKind(), Title: pb.GetTitle(), State: OperationState(pb.GetState()), Remove: slices.Clone(pb.GetRemove()),
+		StartedMillis: int64(pb.GetStartedMs()), EndedMillis: int64(pb.GetEndedMs()), MovedRecords: pb.GetMovedRecords(), MovedBytes: pb.GetMovedBytes(),
+	}
+	for _, m := range pb.GetMoves() {
+		o.Moves = append(o.Moves, Move{Vnode: m.GetVnode(), Slot: int(m.GetSlot()), From: m.GetFrom(), To: m.GetTo(), Done: m.GetDone()})
+	}
+	return o
+}
