@@ -60,6 +60,12 @@ type rig struct {
 
 func start(t *testing.T, nodes, orchestrators int) *rig {
 	t.Helper()
+	return startIn(t, nodes, orchestrators, min(nodes, 3))
+}
+
+// startIn starts a cluster in so many zones.
+func startIn(t *testing.T, nodes, orchestrators, zones int) *rig {
+	t.Helper()
 	bin, err := binaries()
 	if err != nil {
 		t.Fatal(err)
@@ -75,7 +81,7 @@ func start(t *testing.T, nodes, orchestrators int) *rig {
 	dir := t.TempDir()
 	for tries := 0; ; tries++ {
 		r.cluster, err = devcluster.Create(context.Background(), filepath.Join(dir, strconv.Itoa(tries)), devcluster.Settings{
-			Nodes: nodes, Orchestrators: orchestrators, Zones: min(nodes, 3), Port: loopback.Base(t, 10*(nodes+orchestrators)) + 10*orchestrators,
+			Nodes: nodes, Orchestrators: orchestrators, Zones: zones, Port: loopback.Base(t, 10*(nodes+orchestrators)) + 10*orchestrators,
 		}, devcluster.Options{BinDir: bin})
 		var busy *devcluster.PortsBusyError
 		if errors.As(err, &busy) && tries < 5 {

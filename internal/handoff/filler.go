@@ -36,6 +36,8 @@ type FillerConfig struct {
 	// Drained asks a node for the epoch that is on its disk and that none of its
 	// requests runs under an older one than.
 	Drained func(ctx context.Context, node uint64) (uint64, error)
+	// Changed returns a channel that is closed by the next topology.
+	Changed func() <-chan struct{}
 	// Interval is the pause before what could not be done is tried again. Default 300 ms.
 	Interval time.Duration
 	// BytesPerSecond bounds what is pulled, from all sources together. Default 32 MiB.
@@ -97,6 +99,7 @@ func (f *Filler) Run(ctx context.Context) error {
 	tick := time.NewTicker(f.cfg.Interval)
 	defer tick.Stop()
 	for {
+		changed := f.cfg.Changed()
 		t := f.cfg.Fence.Topology()
 		jobs := f.jobs(t)
 		if len(jobs) > 0 {
@@ -112,6 +115,7 @@ func (f *Filler) Run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-changed:
 		case <-tick.C:
 		}
 	}

@@ -300,7 +300,7 @@ func (n *Node) serve(run context.Context) error {
 	})
 	n.filler = handoff.NewFiller(handoff.FillerConfig{
 		Self: n.id.Incarnation, Store: n.store, Assignments: n.assignments, Fence: n.fence, Peers: n.peers, Logger: cfg.Logger, Metrics: n.registry,
-		Drained: n.peers.drained,
+		Drained: n.peers.drained, Changed: n.topologies.changed,
 	})
 	n.scrubber = newScrubber(n)
 	n.describe(n.registry)

@@ -242,9 +242,11 @@ func (o *Orchestrator) leaderAddress() (string, bool) {
 // told.
 const leadInterval = 200 * time.Millisecond
 
-// hurryInterval is how often the leader has nodes probed while it waits for what they
-// say.
-const hurryInterval = 400 * time.Millisecond
+// hurryInterval is how often the leader has so many nodes probed while it waits for
+// what they say: of many less often, as each probe is a connection.
+func hurryInterval(nodes int) time.Duration {
+	return max(200*time.Millisecond, time.Duration(nodes)*2*time.Millisecond)
+}
 
 // lead runs the leader's control loop whenever this orchestrator leads: observe,
 // decide, propose.
@@ -327,7 +329,7 @@ func (o *Orchestrator) step(run context.Context) {
 		}
 		return
 	}
-	if changing(o.machine.state.Load()) && time.Since(o.hurried) >= hurryInterval {
+	if s := o.machine.state.Load(); changing(s) && time.Since(o.hurried) >= hurryInterval(len(s.Topology.Nodes)) {
 		o.hurried = time.Now()
 		o.health.hurryAll()
 	}
