@@ -42,6 +42,7 @@ type fake struct {
 		// repairPaused are the nodes whose repair is.
 		repairPaused map[uint64]bool
 		hints        map[uint64]*adminv1.ListHintsResponse
+		operations   []*adminv1.ObservedOperation
 		// controlled: an orchestrator leads.
 		controlled bool
 		puts       []*kvv1.PutRequest

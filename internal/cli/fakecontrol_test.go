@@ -124,6 +124,64 @@ func (n *fakeNode) ListChanges(_ context.Context, r *adminv1.ListChangesRequest)
 	return resp, nil
 }
 
+// StartOperation takes an operation that was made for the present epoch. It ends when
+// it is asked for the second time.
+func (n *fakeNode) StartOperation(_ context.Context, r *adminv1.StartOperationRequest) (*adminv1.StartOperationResponse, error) {
+	f := n.f
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err := f.led(); err != nil {
+		return nil, err
+	}
+	if r.GetEpoch() != f.mu.topology.GetEpoch() {
+		return nil, rpc.Errorf(codes.Aborted, "EPOCH_CHANGED", "the plan was made for epoch %d, the topology is at epoch %d by now: make the plan again", r.GetEpoch(), f.mu.topology.GetEpoch())
+	}
+	op := proto.CloneOf(r.GetOperation())
+	op.Id, op.State, op.StartedMs = uint64(len(f.mu.operations)+1), topologyv1.Operation_STATE_RUNNING, 1772366400000
+	f.mu.operations = append(f.mu.operations, &adminv1.ObservedOperation{Operation: op})
+	return &adminv1.StartOperationResponse{Operation: proto.CloneOf(op)}, nil
+}
+
+func (n *fakeNode) SteerOperation(_ context.Context, r *adminv1.SteerOperationRequest) (*adminv1.SteerOperationResponse, error) {
+	f := n.f
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, o := range f.mu.operations {
+		if op := o.GetOperation(); op.GetId() == r.GetId() {
+			op.State = r.GetState()
+			return &adminv1.SteerOperationResponse{Operation: proto.CloneOf(op)}, nil
+		}
+	}
+	return nil, rpc.Errorf(codes.NotFound, "OPERATION_NOT_FOUND", "there is no operation %d", r.GetId())
+}
+
+func (n *fakeNode) ListOperations(_ context.Context, r *adminv1.ListOperationsRequest) (*adminv1.ListOperationsResponse, error) {
+	f := n.f
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	resp := &adminv1.ListOperationsResponse{}
+	for _, o := range f.mu.operations {
+		if r.GetId() != 0 && o.GetOperation().GetId() != r.GetId() {
+			continue
+		}
+		resp.Operations = append(resp.Operations, proto.CloneOf(o))
+		switch op := o.GetOperation(); {
+		case r.GetId() == 0:
+		case op.GetState() == topologyv1.Operation_STATE_RUNNING:
+			op.State, op.EndedMs, op.MovedBytes, op.MovedRecords = topologyv1.Operation_STATE_DONE, op.GetStartedMs()+61_000, 5<<20, 1234
+			for _, m := range op.GetMoves() {
+				m.Done = true
+			}
+		case op.GetState() == topologyv1.Operation_STATE_ABORTING:
+			op.State, op.EndedMs = topologyv1.Operation_STATE_ABORTED, op.GetStartedMs()+2000
+		}
+	}
+	if r.GetId() != 0 && len(resp.Operations) == 0 {
+		return nil, rpc.Errorf(codes.NotFound, "OPERATION_NOT_FOUND", "there is no operation %d, or it ended long ago", r.GetId())
+	}
+	return resp, nil
+}
+
 func (n *fakeNode) GetClusterStatus(context.Context, *adminv1.GetClusterStatusRequest) (*adminv1.GetClusterStatusResponse, error) {
 	f := n.f
 	f.mu.Lock()

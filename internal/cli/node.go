@@ -16,12 +16,15 @@ import (
 func (a *App) nodeCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "node",
-		Short: "Show the cluster's nodes",
-		Long: `Shows the cluster's nodes. A node is given by its name, or by its incarnation as #17: the
-number that the cluster hands out once for a data directory.`,
+		Short: "Show the cluster's nodes, and have them come and go",
+		Long: `Shows the cluster's nodes, and moves their slots elsewhere. A node is given by its name,
+or by its incarnation as #17: the number that the cluster hands out once for a data
+directory.`,
 		Example: `  kvctl node ls
-  kvctl node status node2`,
+  kvctl node status node2
+  kvctl node drain node2 --wait`,
 	}
+	cmd.AddCommand(a.nodeOperations()...)
 	cmd.AddCommand(
 		&cobra.Command{
 			Use: "ls", Short: "List the nodes with their addresses", Example: "  kvctl node ls -o json",

@@ -17,14 +17,15 @@ import (
 func (a *App) ringCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "ring",
-		Short: "Show which nodes hold which keys",
-		Long: `Shows which nodes hold which keys. The hash of a key is its token on the ring. The ring
+		Short: "Show and change which nodes hold which keys",
+		Long: `Shows and changes which nodes hold which keys. The hash of a key is its token on the ring. The ring
 is cut into vnodes, equal slices; a vnode's slots say which nodes hold it.`,
 		Example: `  kvctl ring describe greeting
   kvctl ring distribution
-  kvctl ring plan --add 1`,
+  kvctl ring plan --add 1
+  kvctl ring apply --add 1 --wait`,
 	}
-	cmd.AddCommand(a.ringShow(), a.ringDescribe(), a.ringDistribution(), a.ringPlan())
+	cmd.AddCommand(a.ringShow(), a.ringDescribe(), a.ringDistribution(), a.ringPlan(), a.ringApply())
 	return cmd
 }
 

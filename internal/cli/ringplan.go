@@ -22,7 +22,12 @@ type planRequest struct {
 	add      string
 	zone     string
 	remove   []string
+	replace  string
 	strategy string
+	// kind is that of the operation that the plan is for; leave says that the removed
+	// nodes leave the cluster.
+	kind  string
+	leave bool
 }
 
 // strategies are the ways to place slots.
@@ -32,7 +37,8 @@ var strategies = map[string]func(placement.Assignment, []placement.Node, []int) 
 }
 
 func (a *App) ringPlan() *cobra.Command {
-	var r planRequest
+	r := planRequest{kind: "apply"}
+	out := ""
 	cmd := &cobra.Command{
 		Use:   "plan",
 		Short: "Show what other nodes would change, without changing it",
@@ -40,14 +46,16 @@ func (a *App) ringPlan() *cobra.Command {
 spread then. Nothing is changed. --add takes names of registered nodes, or how many nodes;
 then spares are taken first, and nodes that are not there yet stand in for the rest, each
 in the zone with the fewest. Without --add and --remove it shows what the strategy would
-change for the nodes that have slots now.
+change for the nodes that have slots now. --replace gives all slots of one node to another.
+What --out writes, or -o json prints, can be made: see kvctl ring apply.
 
 even gives every node the same, as far as zones allow, and moves little more than the
 newcomers' share. split has each newcomer take half of one node's slots: it moves least,
 and leaves three nodes and one at 33, 17, 33 and 17%.`,
 		Example: `  kvctl ring plan --add 1
   kvctl ring plan --add 3 --strategy split
-  kvctl ring plan --add node4,node5 --remove node1`,
+  kvctl ring plan --add node4,node5 --remove node1
+  kvctl ring plan --replace node2=node6 --out plan.json`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			t, err := a.formedTopology(cmd.Context())
 			if err != nil {
@@ -57,20 +65,44 @@ and leaves three nodes and one at 33, 17, 33 and 17%.`,
 			if err != nil {
 				return err
 			}
-			return a.print(d, d.write)
+			if out != "" {
+				if err := writePlan(out, d); err != nil {
+					return err
+				}
+			}
+			return a.print(d, func(w io.Writer) {
+				d.write(w)
+				d.writeNext(w, out)
+			})
 		},
 	}
-	cmd.Flags().StringVar(&r.add, "add", "", "nodes to add: how many, or names with commas")
-	cmd.Flags().StringVar(&r.zone, "zone", "", "zone of the added nodes that are not there yet")
-	cmd.Flags().StringSliceVar(&r.remove, "remove", nil, "nodes to take the slots from, by name")
-	cmd.Flags().StringVar(&r.strategy, "strategy", "even", "even or split")
+	r.addFlags(cmd)
+	cmd.Flags().StringVar(&out, "out", "", "file to write the plan to")
 	return cmd
 }
 
+func (r *planRequest) addFlags(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&r.add, "add", "", "nodes to add: how many, or names with commas")
+	cmd.Flags().StringVar(&r.zone, "zone", "", "zone of the added nodes that are not there yet")
+	cmd.Flags().StringSliceVar(&r.remove, "remove", nil, "nodes to take the slots from, by name")
+	cmd.Flags().StringVar(&r.replace, "replace", "", "OLD=NEW: a node whose slots all go to a spare")
+	cmd.Flags().StringVar(&r.strategy, "strategy", "even", "even or split")
+	cmd.MarkFlagsMutuallyExclusive("replace", "add")
+	cmd.MarkFlagsMutuallyExclusive("replace", "remove")
+	cmd.MarkFlagsMutuallyExclusive("replace", "strategy")
+}
+
+// planFormat is the version of the document that a plan is.
+const planFormat = 1
+
 // planDoc is a plan as a document.
 type planDoc struct {
+	Format   int           `json:"format"`
+	Kind     string        `json:"kind"`
+	Title    string        `json:"title"`
 	Strategy string        `json:"strategy"`
-	Epoch    string        `json:"epoch"`
+	Epoch    uint64        `json:"epoch"`
+	Leave    []nodeRef     `json:"leave"`
 	Nodes    []plannedDoc  `json:"nodes"`
 	Before   evennessDoc   `json:"before"`
 	After    evennessDoc   `json:"after"`
@@ -96,18 +128,25 @@ type evennessDoc struct {
 	Deviation   float64 `json:"standard_deviation"`
 }
 
+// nodeRef names a node; its incarnation is 0 when it is still to be started.
+type nodeRef struct {
+	Node        string `json:"node"`
+	Incarnation uint64 `json:"incarnation"`
+}
+
 type slotMoveDoc struct {
-	Vnode int    `json:"vnode"`
-	Slot  int    `json:"slot"`
-	From  string `json:"from"`
-	To    string `json:"to"`
+	Vnode int     `json:"vnode"`
+	Slot  int     `json:"slot"`
+	From  nodeRef `json:"from"`
+	To    nodeRef `json:"to"`
 }
 
 // planned is a node that a plan is about.
 type planned struct {
 	placement.Node
-	name         string
-	exists, used bool // used: it has slots in the end
+	name string
+	// used: it has slots in the end; removed: they are taken from it.
+	exists, used, removed bool
 }
 
 func planRing(t *topology.Topology, r planRequest) (*planDoc, error) {
@@ -115,9 +154,23 @@ func planRing(t *topology.Topology, r planRequest) (*planDoc, error) {
 	if place == nil {
 		return nil, usagef("there is no strategy %q: use even or split", r.strategy)
 	}
+	if r.replace != "" {
+		old, spare, err := r.replaced(t)
+		if err != nil {
+			return nil, err
+		}
+		place = func(current placement.Assignment, _ []placement.Node, _ []int) (placement.Assignment, error) {
+			return substitute(current, old.Incarnation, spare.Incarnation), nil
+		}
+		r.strategy = "replace"
+	}
 	nodes, err := r.nodes(t)
 	if err != nil {
 		return nil, err
+	}
+	if r.leave && !slices.ContainsFunc(nodes, func(n *planned) bool { return n.removed && t.SlotCounts(quorum.MaxN)[n.ID] > 0 }) {
+		// Spares leave: the others keep what they have.
+		place = func(current placement.Assignment, _ []placement.Node, _ []int) (placement.Assignment, error) { return current, nil }
 	}
 	var current placement.Assignment
 	for i := range t.Ring {
@@ -132,9 +185,12 @@ func planRing(t *topology.Topology, r planRequest) (*planDoc, error) {
 		uses = append(uses, t.Namespaces[i].N)
 	}
 	var members []placement.Node
-	names := map[uint64]string{}
+	refs := map[uint64]nodeRef{}
 	for _, n := range nodes {
-		names[n.ID] = n.name
+		refs[n.ID] = nodeRef{Node: n.name}
+		if n.exists {
+			refs[n.ID] = nodeRef{n.name, n.ID}
+		}
 		if n.used {
 			members = append(members, n.Node)
 		}
@@ -146,7 +202,15 @@ func planRing(t *topology.Topology, r planRequest) (*planDoc, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &planDoc{Strategy: r.strategy, Epoch: topology.EpochString(t.Epoch), Moves: []slotMoveDoc{}, Forced: []string{}}
+	d := &planDoc{
+		Format: planFormat, Kind: r.kind, Title: r.title(), Strategy: r.strategy, Epoch: t.Epoch,
+		Leave: []nodeRef{}, Moves: []slotMoveDoc{}, Forced: []string{},
+	}
+	for _, n := range nodes {
+		if r.leave && n.removed {
+			d.Leave = append(d.Leave, nodeRef{n.name, n.ID})
+		}
+	}
 	before, after := map[uint64]int{}, map[uint64]int{}
 	for v := range next {
 		moves := len(d.Moves)
@@ -155,7 +219,7 @@ func planRing(t *topology.Topology, r planRequest) (*planDoc, error) {
 			before[current[v][s]]++
 			after[n]++
 			if n != current[v][s] {
-				d.Moves = append(d.Moves, slotMoveDoc{v, s, t.NodeName(current[v][s]), names[n]})
+				d.Moves = append(d.Moves, slotMoveDoc{v, s, nodeRef{t.NodeName(current[v][s]), current[v][s]}, refs[n]})
 			}
 		}
 		if len(d.Moves) > moves {
@@ -200,16 +264,23 @@ func (r planRequest) nodes(t *topology.Topology) ([]*planned, error) {
 			zones[n.Zone]++
 		}
 	}
+	if r.replace != "" {
+		old, spare, _ := strings.Cut(r.replace, "=")
+		r.remove, r.add = []string{old}, spare
+	}
 	for _, name := range r.remove {
 		p, err := r.find(t, out, name)
 		if err != nil {
 			return nil, err
 		}
-		if !p.used {
+		p.removed = true
+		if !p.used && !r.leave {
 			return nil, usagef("%s has no slots: there is nothing to remove", p.name)
 		}
-		p.used = false
-		zones[p.Zone]--
+		if p.used {
+			p.used = false
+			zones[p.Zone]--
+		}
 	}
 	count, err := strconv.Atoi(r.add)
 	if r.add != "" && err != nil {
@@ -229,7 +300,7 @@ func (r planRequest) nodes(t *topology.Topology) ([]*planned, error) {
 		return nil, usagef("--add %d: want names, or a number up to %d", count, maxAdded)
 	}
 	for _, p := range out {
-		if count > 0 && !p.used && slots[p.ID] == 0 {
+		if count > 0 && !p.used && !p.removed && slots[p.ID] == 0 {
 			p.used = true
 			zones[p.Zone]++
 			count--
@@ -249,6 +320,64 @@ func (r planRequest) nodes(t *topology.Topology) ([]*planned, error) {
 		out = append(out, &planned{Node: placement.Node{ID: next, Zone: zone}, name: fmt.Sprint("new", i+1), used: true})
 	}
 	return out, nil
+}
+
+// replaced returns the two nodes that --replace names.
+func (r planRequest) replaced(t *topology.Topology) (old, spare *topology.Node, _ error) {
+	from, to, ok := strings.Cut(r.replace, "=")
+	if !ok {
+		return nil, nil, usagef("--replace %s: want OLD=NEW", r.replace)
+	}
+	old, err := resolveNode(t, from)
+	if err != nil {
+		return nil, nil, err
+	}
+	if spare, err = resolveNode(t, to); err != nil {
+		return nil, nil, err
+	}
+	if t.SlotCounts(quorum.MaxN)[old.Incarnation] == 0 {
+		return nil, nil, usagef("%s has no slots: there is nothing to replace", old.Name)
+	}
+	return old, spare, nil
+}
+
+// substitute returns an assignment in which one node has the slots of another.
+func substitute(current placement.Assignment, old, next uint64) placement.Assignment {
+	out := make(placement.Assignment, len(current))
+	for v := range current {
+		out[v] = slices.Clone(current[v])
+		for s, n := range out[v] {
+			if n == old {
+				out[v][s] = next
+			}
+		}
+	}
+	return out
+}
+
+// title says what a plan is for.
+func (r planRequest) title() string {
+	if old, spare, ok := strings.Cut(r.replace, "="); ok {
+		return spare + " takes the place of " + old
+	}
+	var parts []string
+	if r.add != "" && r.add != "0" {
+		parts = append(parts, "add "+r.add)
+	}
+	if len(r.remove) > 0 {
+		parts = append(parts, r.kindVerb()+" "+strings.Join(r.remove, ", "))
+	}
+	if len(parts) == 0 {
+		return "even out the ring"
+	}
+	return strings.Join(parts, ", ")
+}
+
+func (r planRequest) kindVerb() string {
+	if r.kind == "apply" {
+		return "remove"
+	}
+	return r.kind
 }
 
 // maxAdded bounds the nodes that a plan adds.
@@ -299,11 +428,11 @@ func (d *planDoc) write(w io.Writer) {
 	tab.write(w)
 	fmt.Fprintf(w, "\nmax/mean %.2f, then %.2f; standard deviation %.1f slots, then %.1f\n", d.Before.MaxOverMean, d.After.MaxOverMean, d.Before.Deviation, d.After.Deviation)
 	if len(d.Moves) == 0 {
-		fmt.Fprintf(w, "nothing would move: strategy %s, epoch %s\n", d.Strategy, d.Epoch)
+		fmt.Fprintf(w, "nothing would move: strategy %s, epoch %s\n", d.Strategy, topology.EpochString(d.Epoch))
 		return
 	}
 	fmt.Fprintf(w, "%d of %s would move, %s of the data, in %s: strategy %s, epoch %s\n", len(d.Moves), plural(d.Slots, "slot"), share(len(d.Moves)),
-		plural(d.Vnodes, "vnode"), d.Strategy, d.Epoch)
+		plural(d.Vnodes, "vnode"), d.Strategy, topology.EpochString(d.Epoch))
 	if len(d.Forced) > 0 {
 		fmt.Fprintf(w, "every vnode's replicas lie in as many zones as they can: that keeps the nodes of %s from having what all others have\n", zonesText(d.Forced))
 	}

@@ -178,3 +178,21 @@ func dropNamespace(t *topology.Topology, name string) (*topologyv1.Command, erro
 		Mutations:   []*topologyv1.Mutation{{Kind: &topologyv1.Mutation_DropNamespace{DropNamespace: &topologyv1.DropNamespace{Id: ns.ID}}}},
 	}, nil
 }
+
+// trim takes out the slots that no namespace uses any more, so that fewer nodes do.
+func trim(s *topology.State, _ view) *topologyv1.Command {
+	t := s.Topology
+	width := t.Width()
+	if len(t.Ring[0].Slots) <= width || changing(s) {
+		return nil
+	}
+	ring := slices.Clone(t.Ring)
+	for i := range ring {
+		ring[i].Slots = ring[i].Slots[:width:width]
+	}
+	return &topologyv1.Command{
+		ExpectEpoch: t.Epoch,
+		Change:      &topologyv1.Change{Subject: "ring", What: fmt.Sprintf("vnodes have %d slots, as many as namespaces use", width)},
+		Mutations:   []*topologyv1.Mutation{{Kind: &topologyv1.Mutation_SetRing{SetRing: &topologyv1.SetRing{Ring: topology.RingProto(ring)}}}},
+	}
+}

@@ -3,6 +3,7 @@ package orchestrator
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -294,5 +295,37 @@ func TestMachineRestores(t *testing.T) {
 	var r *topology.Refusal
 	if a := newMachine().Apply(1, nil).(applied); !errors.As(a.err, &r) {
 		t.Errorf("error = %v", a.err)
+	}
+}
+
+// A dropped namespace's slots go with it.
+func TestUnusedSlotsAreTrimmed(t *testing.T) {
+	s, cfg := ringOf(t, 5)
+	five := 5
+	cmd, _, err := createNamespace(s, "wide", topology.NamespaceSettings{N: &five})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s, _, err = s.Apply(cmd); err != nil {
+		t.Fatal(err)
+	}
+	if cmd, err = dropNamespace(s.Topology, "wide"); err != nil {
+		t.Fatal(err)
+	}
+	if s, _, err = s.Apply(cmd); err != nil {
+		t.Fatal(err)
+	}
+	before := s.Topology.Ring
+	s, what := next(t, s, cfg, alive(s))
+	if !strings.Contains(what, "vnodes have 3 slots") || len(s.Topology.Ring[0].Slots) != 3 {
+		t.Fatalf("%q: %+v", what, s.Topology.Ring[0])
+	}
+	for v := range before {
+		if !slices.Equal(before[v].Slots[:3], s.Topology.Ring[v].Slots) {
+			t.Errorf("vnode %d was %+v and is %+v", v, before[v], s.Topology.Ring[v])
+		}
+	}
+	if _, what := next(t, s, cfg, alive(s)); what != "" {
+		t.Errorf("and then: %q", what)
 	}
 }

@@ -18,7 +18,7 @@ const movesPerNode = 8
 // the operation under way, or nil. All that a change has come to is in the topology
 // and in what the nodes say, so any leader can go on with it.
 func changeRing(s *topology.State, v view) *topologyv1.Command {
-	for _, step := range []func(*topology.State, view) *topologyv1.Command{advance, beginReplacing, beginMoves, endOperation, removeReplaced} {
+	for _, step := range []func(*topology.State, view) *topologyv1.Command{advance, beginReplacing, beginMoves, endOperation, removeReplaced, trim} {
 		if cmd := step(s, v); cmd != nil {
 			return cmd
 		}

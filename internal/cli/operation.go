@@ -1,0 +1,349 @@
+package cli
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"strconv"
+	"time"
+
+	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
+
+	"github.com/kvasirdb/kvasir/internal/rpc"
+	"github.com/kvasirdb/kvasir/internal/topology"
+	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
+	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
+)
+
+func (a *App) operationCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "operation",
+		Short: "Show and steer changes of the ring",
+		Long: `Shows and steers operations: changes of the ring that take many moves, which kvctl ring
+apply, node drain, node decommission and node replace begin. The orchestrators make them,
+one at a time; they go on when an orchestrator, or a node, dies in the middle.`,
+		Example: `  kvctl operation ls
+  kvctl operation show 3 --wait
+  kvctl operation abort 3`,
+	}
+	var wait bool
+	show := &cobra.Command{
+		Use:   "show ID",
+		Short: "Show how far an operation has come",
+		Long: `Shows how far an operation has come: each move that is under way with its phase, what has
+been copied, and what it waits for.`,
+		Example: `  kvctl operation show 3
+  kvctl operation show 3 --wait
+  kvctl operation show 3 -o json`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			id, err := operationID(args[0])
+			if err != nil {
+				return err
+			}
+			if wait {
+				return a.followOperation(cmd.Context(), id)
+			}
+			o, err := a.operation(cmd.Context(), id)
+			if err != nil {
+				return err
+			}
+			t, err := a.topology(cmd.Context())
+			if err != nil {
+				return err
+			}
+			d := newOperationDoc(t, o)
+			return a.print(d, d.write)
+		},
+	}
+	show.Flags().BoolVar(&wait, "wait", false, "show the progress until the end")
+	cmd.AddCommand(&cobra.Command{
+		Use: "ls", Short: "List the operations", Long: "Lists the operation that is under way, and those that ended last.",
+		Example: "  kvctl operation ls -o json",
+		RunE:    func(cmd *cobra.Command, _ []string) error { return a.operationLs(cmd.Context()) },
+	}, show)
+	for _, v := range []struct {
+		name, short, long string
+		state             topology.OperationState
+	}{
+		{"pause", "Begin no further moves", "Has an operation begin no further moves. Those that are under way go on to their end.", topology.Paused},
+		{"resume", "Go on with what was paused", "Goes on with an operation that was paused.", topology.Running},
+		{"abort", "Take back the moves that are under way", `Ends an operation: moves that are under way are taken back, without loss, moves that are
+done stay done. The ring may be uneven then: kvctl ring plan shows what would even it out.`, topology.Aborting},
+	} {
+		var wait bool
+		c := &cobra.Command{
+			Use: v.name + " ID", Short: v.short, Long: v.long, Example: "  kvctl operation " + v.name + " 3",
+			RunE: func(cmd *cobra.Command, args []string) error {
+				return a.steerOperation(cmd.Context(), args[0], v.state, wait)
+			},
+		}
+		if v.name != "pause" {
+			c.Flags().BoolVar(&wait, "wait", false, "show the progress until the end")
+		}
+		cmd.AddCommand(c)
+	}
+	return cmd
+}
+
+func operationID(s string) (uint64, error) {
+	id, err := strconv.ParseUint(s, 10, 64)
+	if err != nil || id == 0 {
+		return 0, usagef("bad operation %q: want its number, see kvctl operation ls", s)
+	}
+	return id, nil
+}
+
+func (a *App) operations(ctx context.Context, id uint64) ([]*adminv1.ObservedOperation, error) {
+	var resp *adminv1.ListOperationsResponse
+	err := a.control(ctx, question{ask: func(ctx context.Context, cc *grpc.ClientConn) (err error) {
+		resp, err = adminv1.NewControlServiceClient(cc).ListOperations(ctx, &adminv1.ListOperationsRequest{Id: id})
+		return err
+	}})
+	return resp.GetOperations(), err
+}
+
+func (a *App) operation(ctx context.Context, id uint64) (*adminv1.ObservedOperation, error) {
+	all, err := a.operations(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	return all[0], nil
+}
+
+// operationDoc is an operation as a document.
+type operationDoc struct {
+	ID           uint64        `json:"id"`
+	Kind         string        `json:"kind"`
+	Title        string        `json:"title"`
+	State        string        `json:"state"`
+	Moves        int           `json:"moves"`
+	MovesDone    int           `json:"moves_done"`
+	MovedRecords uint64        `json:"moved_records"`
+	MovedBytes   uint64        `json:"moved_bytes"`
+	StartedAt    string        `json:"started_at"`
+	EndedAt      *string       `json:"ended_at"`
+	TookMs       int64         `json:"took_ms"`
+	Moving       []progressDoc `json:"moving"`
+}
+
+type progressDoc struct {
+	Vnode    uint32 `json:"vnode"`
+	Slot     uint32 `json:"slot"`
+	From     string `json:"from"`
+	To       string `json:"to"`
+	Phase    string `json:"phase"`
+	Records  uint64 `json:"records"`
+	Bytes    uint64 `json:"bytes"`
+	WaitsFor string `json:"waits_for"`
+}
+
+func newOperationDoc(t *topology.Topology, o *adminv1.ObservedOperation) *operationDoc {
+	op := o.GetOperation()
+	d := &operationDoc{
+		ID: op.GetId(), Kind: op.GetKind(), Title: op.GetTitle(), State: topology.OperationState(op.GetState()).String(),
+		Moves: len(op.GetMoves()), MovesDone: movesDone(op), MovedRecords: op.GetMovedRecords(), MovedBytes: op.GetMovedBytes(),
+		StartedAt: time.UnixMilli(int64(op.GetStartedMs())).UTC().Format(time.RFC3339Nano), Moving: []progressDoc{},
+	}
+	end := time.Now().UnixMilli()
+	if op.GetEndedMs() > 0 {
+		end = int64(op.GetEndedMs())
+		d.EndedAt = ptr(time.UnixMilli(end).UTC().Format(time.RFC3339Nano))
+	}
+	d.TookMs = max(0, end-int64(op.GetStartedMs()))
+	for _, p := range o.GetMoving() {
+		m := p.GetMove()
+		d.Moving = append(d.Moving, progressDoc{
+			m.GetVnode(), m.GetSlot(), t.NodeName(m.GetFrom()), t.NodeName(m.GetTo()), topology.Phase(p.GetPhase()).String(),
+			p.GetRecords(), p.GetBytes(), p.GetWaitsFor(),
+		})
+	}
+	return d
+}
+
+func movesDone(op *topologyv1.Operation) (n int) {
+	for _, m := range op.GetMoves() {
+		if m.GetDone() {
+			n++
+		}
+	}
+	return n
+}
+
+func (d *operationDoc) write(w io.Writer) {
+	pairs := []string{
+		"operation", fmt.Sprintf("%d, %s", d.ID, d.Kind),
+		"what", d.Title,
+		"state", d.State,
+		"moves", fmt.Sprintf("%d of %d done", d.MovesDone, d.Moves),
+		"copied", fmt.Sprintf("%s, %s", sizeText(d.MovedBytes), plural(d.MovedRecords, "record")),
+		"took", durationText(time.Duration(d.TookMs) * time.Millisecond),
+	}
+	fields(w, pairs...)
+	if len(d.Moving) == 0 {
+		return
+	}
+	fmt.Fprintln(w)
+	tab := newTable(">VNODE", ">SLOT", "FROM", "TO", "PHASE", ">COPIED", "WAITS FOR")
+	for _, p := range d.Moving {
+		tab.add(p.Vnode, p.Slot, p.From, p.To, p.Phase, sizeText(p.Bytes), p.WaitsFor)
+	}
+	tab.write(w)
+}
+
+func (a *App) operationLs(ctx context.Context) error {
+	all, err := a.operations(ctx, 0)
+	if err != nil {
+		return err
+	}
+	t, err := a.topology(ctx)
+	if err != nil {
+		return err
+	}
+	docs := []*operationDoc{}
+	for _, o := range all {
+		docs = append(docs, newOperationDoc(t, o))
+	}
+	return a.print(docs, func(w io.Writer) {
+		if len(docs) == 0 {
+			fmt.Fprintln(w, "the ring has not been changed by an operation yet")
+			return
+		}
+		tab := newTable(">ID", "KIND", "STATE", ">MOVES", ">COPIED", ">TOOK", "WHAT")
+		for _, d := range docs {
+			tab.add(d.ID, d.Kind, d.State, fmt.Sprintf("%d/%d", d.MovesDone, d.Moves), sizeText(d.MovedBytes), durationText(time.Duration(d.TookMs)*time.Millisecond), d.Title)
+		}
+		tab.write(w)
+	})
+}
+
+func (a *App) steerOperation(ctx context.Context, arg string, state topology.OperationState, wait bool) error {
+	id, err := operationID(arg)
+	if err != nil {
+		return err
+	}
+	var resp *adminv1.SteerOperationResponse
+	err = a.control(ctx, question{changes: true, ask: func(ctx context.Context, cc *grpc.ClientConn) (err error) {
+		resp, err = adminv1.NewControlServiceClient(cc).SteerOperation(ctx, &adminv1.SteerOperationRequest{Id: id, State: topologyv1.Operation_State(state)})
+		return err
+	}})
+	if err != nil {
+		return err
+	}
+	return a.tellOperation(ctx, resp.GetOperation(), wait)
+}
+
+// tellOperation says what became of an operation that was begun or steered, or follows it.
+func (a *App) tellOperation(ctx context.Context, op *topologyv1.Operation, wait bool) error {
+	if wait {
+		return a.followOperation(ctx, op.GetId())
+	}
+	t, err := a.topology(ctx)
+	if err != nil {
+		return err
+	}
+	d := newOperationDoc(t, &adminv1.ObservedOperation{Operation: op})
+	return a.print(d, func(w io.Writer) {
+		fmt.Fprintf(w, "operation %d, %s: %s; %d moves\n", d.ID, d.Title, d.State, d.Moves)
+		if !topology.OperationState(op.GetState()).Ended() {
+			fmt.Fprintf(w, "follow it with: kvctl operation show %d --wait\n", d.ID)
+		}
+	})
+}
+
+const (
+	// followEvery is how often an operation is looked at that is waited for, sayEvery how
+	// often its progress is told where there is no terminal.
+	followEvery = 500 * time.Millisecond
+	sayEvery    = 5 * time.Second
+)
+
+// followOperation shows how far an operation has come until it ends, or is paused.
+// While no orchestrator answers it waits: the operation goes on when one does.
+func (a *App) followOperation(ctx context.Context, id uint64) error {
+	said := time.Time{}
+	for {
+		o, err := a.operation(ctx, id)
+		switch {
+		case err != nil && exitCode(err) == exitUnavailable && ctx.Err() == nil:
+			a.followed(fmt.Sprintf("waiting for the orchestrators: %s", rpc.AsError(err).Message), &said)
+		case err != nil:
+			a.unfollow()
+			return err
+		default:
+			state := topology.OperationState(o.GetOperation().GetState())
+			if state.Ended() || state == topology.Paused {
+				a.unfollow()
+				return a.endFollow(ctx, o, state)
+			}
+			a.followed(progressText(o), &said)
+		}
+		select {
+		case <-ctx.Done():
+			a.unfollow()
+			return fmt.Errorf("the operation goes on: %w", ctx.Err())
+		case <-time.After(followEvery):
+		}
+	}
+}
+
+// endFollow prints an operation that is over, or stands still.
+func (a *App) endFollow(ctx context.Context, o *adminv1.ObservedOperation, state topology.OperationState) error {
+	t, err := a.topology(ctx)
+	if err != nil {
+		return err
+	}
+	d := newOperationDoc(t, o)
+	if err := a.print(d, func(w io.Writer) {
+		fmt.Fprintf(w, "operation %d, %s: %s after %s; %d of %d moves, %s copied\n", d.ID, d.Title, d.State,
+			durationText(time.Duration(d.TookMs)*time.Millisecond), d.MovesDone, d.Moves, sizeText(d.MovedBytes))
+	}); err != nil {
+		return err
+	}
+	if state == topology.Aborted {
+		return exitCodeError(exitError)
+	}
+	return nil
+}
+
+// followed shows a line of progress: in place on a terminal, else now and then.
+func (a *App) followed(line string, said *time.Time) {
+	switch {
+	case a.ErrTerminal:
+		fmt.Fprint(a.Stderr, clearLine, line)
+	case time.Since(*said) >= sayEvery:
+		*said = time.Now()
+		fmt.Fprintln(a.Stderr, line)
+	}
+}
+
+func (a *App) unfollow() {
+	if a.ErrTerminal {
+		fmt.Fprint(a.Stderr, clearLine)
+	}
+}
+
+// progressText is how far an operation has come, in a line.
+func progressText(o *adminv1.ObservedOperation) string {
+	op := o.GetOperation()
+	done, all, bytes := movesDone(op), len(op.GetMoves()), op.GetMovedBytes()
+	waits := ""
+	for _, p := range o.GetMoving() {
+		bytes += p.GetBytes()
+		if w := p.GetWaitsFor(); w != "" && (waits == "" || waits == "it is being filled") {
+			waits = w
+		}
+	}
+	share := 1.0
+	if all > 0 {
+		share = float64(done) / float64(all)
+	}
+	text := fmt.Sprintf("operation %d  %s  %d of %d moves  %s", op.GetId(), barOf(share, barWidth), done, all, sizeText(bytes))
+	if elapsed := time.Since(time.UnixMilli(int64(op.GetStartedMs()))); done > 0 && done < all && elapsed > 0 {
+		text += fmt.Sprintf("  about %s left", durationText((elapsed * time.Duration(all-done) / time.Duration(done)).Round(time.Second)))
+	}
+	if waits != "" && waits != "it is being filled" {
+		text += "  waits: " + waits
+	}
+	return text
+}
