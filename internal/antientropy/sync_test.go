@@ -388,7 +388,7 @@ func TestEmptyReplicaIsFilled(t *testing.T) {
 func TestIncomingNodesAreCompared(t *testing.T) {
 	for _, phase := range []topologyv1.Phase{topologyv1.Phase_PHASE_WRITE_BOTH_READ_OLD, topologyv1.Phase_PHASE_WRITE_BOTH_READ_NEW, topologyv1.Phase_PHASE_WRITE_NEW_READ_NONE} {
 		slots := stable(1, 2)
-		slots[1].Incoming, slots[1].Phase = 3, phase
+		slots[1].Incoming, slots[1].Phase, slots[1].Since = 3, phase, 1
 		g := newGroup(t, memory, slots, stable(4, 5))
 		g.members[0].plant(map[string]record.Record{})
 		records := map[string]record.Record{}

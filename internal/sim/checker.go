@@ -84,7 +84,9 @@ type Checker struct {
 		rotten    map[uint64]bool      // replicas that may lack what bit rot took
 		mended    map[uint64]time.Time // when they had got it back
 		epochs    map[uint64]uint64    // that nodes were seen to serve by
-		topology  *topology.Topology
+		// moves are the copies that may have begun anew.
+		moves    map[copyAt]bool
+		topology *topology.Topology
 	}
 }
 
@@ -104,6 +106,7 @@ func NewChecker(h *History, slack time.Duration) *Checker {
 	c.mu.issued = map[uint64][]issued{}
 	c.mu.latest = map[string]client.Version{}
 	c.mu.epochs = map[uint64]uint64{}
+	c.mu.moves = map[copyAt]bool{}
 	c.mu.rotten = map[uint64]bool{}
 	c.mu.mended = map[uint64]time.Time{}
 	return c
@@ -295,8 +298,12 @@ func (c *Checker) refusing(p Place) (out refusing) {
 	}
 	ns, v := t.Namespace(p.Namespace), t.VnodeOf([]byte(p.Key))
 	out.changed = max(ns.ChangedEpoch, t.Ring[v].ChangedEpoch)
-	for _, s := range t.Slots(v, ns.N) {
-		if c.mu.epochs[s.Write[0]] >= out.changed {
+	for i, s := range t.Slots(v, ns.N) {
+		n := s.Write[0]
+		if slot := t.Ring[v].Slots[i]; slot.Phase == topology.WriteNewReadNone {
+			n = slot.Node // which may only be taken for dead
+		}
+		if c.mu.epochs[n] >= out.changed {
 			out.slots++
 		}
 	}
@@ -315,6 +322,27 @@ func (c *Checker) inEpoch(op *Op) {
 	if r.Epoch != 0 && r.Epoch < op.refusing.changed && r.Needed > r.N-op.refusing.slots {
 		c.h.violate(7, "%s: before it began %d slots knew of the change in epoch %d", op, op.refusing.slots, op.refusing.changed)
 	}
+}
+
+// copyAt is a node's copy of a vnode.
+type copyAt struct {
+	incarnation uint64
+	vnode       uint32
+}
+
+// Moves notes that a node may get a vnode that it had before: its copy begins anew then,
+// and what it was says nothing about what it is.
+func (c *Checker) Moves(to uint64, vnode uint32) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.mu.moves[copyAt{to, vnode}] = true
+}
+
+// moved reports whether a node may have got a vnode that it had before.
+func (c *Checker) moved(to uint64, vnode uint32) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.mu.moves[copyAt{to, vnode}]
 }
 
 // Serves notes by which epoch a node serves, and the newest topology.
@@ -362,6 +390,9 @@ func (c *Checker) read(op *Op) {
 func (c *Checker) copied(op *Op) {
 	got := c.found(op, op.Outcome == OK, op.Receipt.Version, op.Found, op.ExpiresAt)
 	if c.mu.rotten[op.Replica] || op.Invoked.Before(c.mu.mended[op.Replica]) {
+		return
+	}
+	if c.mu.topology != nil && c.mu.moves[copyAt{op.Replica, c.mu.topology.VnodeOf([]byte(op.Key))}] {
 		return
 	}
 	c.atLeast(18, op, op.floors.copied, "in this replica before")

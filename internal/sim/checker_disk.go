@@ -63,7 +63,8 @@ func records(s *storage.Store, t *topology.Topology) (disk, map[copyOf]bool, err
 }
 
 // replicasEqual checks invariant 4 on the disks of all nodes, by incarnation, after
-// everything has settled; and that nothing lies there that nobody wrote (17).
+// everything has settled; that nothing lies there that nobody wrote (17), or on a node
+// that is no replica (7).
 func (c *Checker) replicasEqual(t *topology.Topology, disks map[uint64]disk, now time.Time) {
 	for v := range t.Ring {
 		for _, ns := range t.Namespaces {
@@ -74,6 +75,11 @@ func (c *Checker) replicasEqual(t *topology.Topology, disks map[uint64]disk, now
 					if n != 0 && disks[n] != nil {
 						nodes = append(nodes, n)
 					}
+				}
+			}
+			for n, d := range disks {
+				if len(d[at]) > 0 && !slices.Contains(nodes, n) {
+					c.h.violate(7, "%s still holds %d records of vnode %d of namespace %s, which it has handed over", t.NodeName(n), len(d[at]), v, ns.Name)
 				}
 			}
 			keys := map[string]bool{}

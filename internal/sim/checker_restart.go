@@ -10,12 +10,14 @@ import (
 	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/kvasirdb/kvasir/client"
 	"github.com/kvasirdb/kvasir/internal/record"
 	"github.com/kvasirdb/kvasir/internal/storage"
 	"github.com/kvasirdb/kvasir/internal/topology"
 	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
+	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
 )
 
 // remains is what a process that ended left on its disk.
@@ -24,10 +26,18 @@ type remains struct {
 	incarnation uint64
 	lostTail    string
 	reserved    uint64
-	hints       map[uint64]uint64 // by target
+	hints       []hintLeft
 	records     disk
 	// lacking are the places of which records may have been lost to bit rot.
 	lacking map[copyOf]bool
+	// topology is the one that the process went by, nil for a new directory.
+	topology *topologyv1.Topology
+}
+
+// hintLeft is a hint that a process left on its disk.
+type hintLeft struct {
+	target uint64
+	at     copyOf
 }
 
 // whole reports whether nothing is known to be lost.
@@ -40,9 +50,9 @@ func readRemains(d *vfs.MemFS, t *topology.Topology) (*remains, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &remains{lostTail: s.LostTail(), reserved: uint64(s.Reserved()), hints: map[uint64]uint64{}}
+	r := &remains{lostTail: s.LostTail(), reserved: uint64(s.Reserved())}
 	err = s.AllHints(func(h storage.Hint) bool {
-		r.hints[h.Target]++
+		r.hints = append(r.hints, hintLeft{h.Target, copyOf{h.Namespace, h.Vnode}})
 		return true
 	})
 	if err == nil {
@@ -51,10 +61,26 @@ func readRemains(d *vfs.MemFS, t *topology.Topology) (*remains, error) {
 	if err == nil {
 		r.records, r.lacking, err = records(s, t)
 	}
+	if err == nil {
+		r.topology, err = topologyOn(s)
+	}
 	if cerr := s.Close(); err == nil {
 		err = cerr
 	}
 	return r, err
+}
+
+// topologyOn reads the topology that a node keeps, nil if it has none yet.
+func topologyOn(s *storage.Store) (*topologyv1.Topology, error) {
+	b, err := s.Meta("topology")
+	if errors.Is(err, storage.ErrNotFound) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	pb := &topologyv1.Topology{}
+	return pb, proto.Unmarshal(b, pb)
 }
 
 // incarnation reads which incarnation a data directory has, 0 for none.
@@ -92,7 +118,7 @@ func (c *Checker) Restarts(name string, founding bool, r *remains, t *topology.T
 			continue
 		}
 		v := t.VnodeOf([]byte(p.Key))
-		if !t.Owns(incarnation, v, ns.N) || r.lacking[copyOf{ns.ID, v}] {
+		if c.mu.moves[copyAt{incarnation, v}] || !t.Owns(incarnation, v, ns.N) || r.lacking[copyOf{ns.ID, v}] {
 			continue
 		}
 		var have client.Version
@@ -135,8 +161,21 @@ func (r *run) hintsKept(name string, ended func(name string) bool) {
 	for _, b := range resp.GetStatus().GetHints() {
 		have[b.GetTarget()] = b.GetCount()
 	}
+	// Those for a node that has handed the vnode over are dropped. What the node knows of
+	// that the control plane knows too, when it is asked afterwards.
+	s, err := clusterStatus(ctx, r.controls["orch1"])
+	if err != nil || !s.GetControlPlaneAvailable() {
+		return
+	}
+	r.topologies.see("orch1", s.GetTopology())
 	t := r.topologies.latest()
-	for target, n := range left.hints {
+	wanted := map[uint64]uint64{}
+	for _, h := range left.hints {
+		if ns := t.NamespaceByID(h.at.namespace); ns != nil && t.Owns(h.target, h.at.vnode, ns.N) && !r.checker.moved(h.target, h.at.vnode) {
+			wanted[h.target]++
+		}
+	}
+	for target, n := range wanted {
 		node := t.Node(target)
 		if node == nil || have[target] >= n {
 			continue

@@ -44,6 +44,7 @@ var tracks = []track{
 	{name: "no-orchestrators", every: 90 * time.Second, fault: (*faults).noOrchestrators},
 	{name: "namespaces", every: 20 * time.Second, fault: (*faults).changeNamespace},
 	{name: "unheard-changes", every: 30 * time.Second, fault: (*faults).changeUnheard},
+	{name: ringChanges, every: 6 * time.Second, fault: (*faults).changeRing},
 	{name: "lost-disks", every: 60 * time.Second, fault: (*faults).lostDisk},
 	{name: "flipped-bits", every: 60 * time.Second, fault: (*faults).flipBit},
 }

@@ -76,6 +76,7 @@ func Run(t testing.TB, cfg RunConfig) (*Report, *History) {
 	r.history = NewHistory()
 	r.checker = NewChecker(r.history, f.clockError())
 	r.topologies = newTopologies(r.checker)
+	r.addSpares()
 	time.Sleep(2 * time.Second) // links and members find each other
 	r.prepare()
 
@@ -127,6 +128,10 @@ func (r *run) starting(name string) {
 	r.mu.Lock()
 	r.mu.left[name] = left
 	r.mu.Unlock()
+	if left.topology != nil { // it may have handed over what nobody else is known to have
+		r.topologies.see(name, left.topology)
+		t = r.topologies.latest()
+	}
 	r.checker.Restarts(name, left.incarnation <= uint64(r.report.Nodes), left, t)
 }
 
@@ -173,7 +178,7 @@ func (r *run) settle() {
 	}
 	c := r.w.Client(client.WithTimeout(opTimeout))
 	defer c.Close()
-	if !r.converge(c) {
+	if !r.finishOperation() || !r.converge(c) {
 		return
 	}
 	for _, p := range r.checker.Places() {

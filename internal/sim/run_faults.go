@@ -116,7 +116,7 @@ func (f *faults) claim(rng *rand.Rand) string {
 	if f.mu.down >= limit {
 		return ""
 	}
-	name := fmt.Sprint("node", 1+rng.IntN(f.r.report.Nodes))
+	name := fmt.Sprint("node", 1+rng.IntN(f.r.nodes()))
 	if f.mu.busy[name] {
 		return ""
 	}
@@ -222,7 +222,7 @@ func (f *faults) slowDisk(rng *rand.Rand) {
 func (f *faults) correlated(rng *rand.Rand) {
 	f.mu.Lock()
 	var names []string
-	for _, i := range rng.Perm(f.r.report.Nodes) {
+	for _, i := range rng.Perm(f.r.nodes()) {
 		name := fmt.Sprint("node", i+1)
 		if !f.mu.busy[name] && (len(names) < 2 || rng.IntN(2) == 0) {
 			f.mu.busy[name] = true
@@ -276,7 +276,7 @@ func (f *faults) cut(rng *rand.Rand) {
 		}
 	default:
 		kind = "cut from some nodes"
-		for i := range f.r.report.Nodes {
+		for i := range f.r.nodes() {
 			if o := fmt.Sprint("node", i+1); o != name && (len(others) == 0 || rng.IntN(2) == 0) {
 				others = append(others, o)
 			}

@@ -165,7 +165,7 @@ func (f *faults) lonely(rng *rand.Rand) {
 	f.writeThrough(name, space, "one")
 	time.Sleep(time.Duration(1000+rng.IntN(1000)) * time.Millisecond)
 	f.stopThrough(name)
-	for i := range f.r.report.Nodes { // what is under way never arrives
+	for i := range f.r.nodes() { // what is under way never arrives
 		if o := fmt.Sprint("node", i+1); o != name {
 			f.r.w.Net.Reset(f.r.w.Host(name), f.r.w.Host(o))
 		}
@@ -225,7 +225,7 @@ func (f *faults) changeUnheard(rng *rand.Rand) {
 // other returns a node that is not the one named.
 func (f *faults) other(rng *rand.Rand, name string) string {
 	for {
-		if o := fmt.Sprint("node", 1+rng.IntN(f.r.report.Nodes)); o != name {
+		if o := fmt.Sprint("node", 1+rng.IntN(f.r.nodes())); o != name {
 			return o
 		}
 	}
@@ -256,7 +256,7 @@ func (f *faults) through() (node string, s Space, quorum string) {
 
 // served notes by which epochs the nodes say that they serve.
 func (r *run) served() {
-	for i := range r.report.Nodes {
+	for i := range r.nodes() {
 		name := fmt.Sprint("node", i+1)
 		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Millisecond)
 		resp, err := adminv1.NewStatusServiceClient(r.conns[name]).GetNodeStatus(ctx, &adminv1.GetNodeStatusRequest{})

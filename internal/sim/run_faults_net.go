@@ -10,7 +10,7 @@ import (
 // names returns those of all processes, nodes first.
 func (f *faults) names() []string {
 	var out []string
-	for i := range f.r.report.Nodes {
+	for i := range f.r.nodes() {
 		out = append(out, fmt.Sprint("node", i+1))
 	}
 	for i := range f.r.report.Orchestrators {
@@ -168,7 +168,7 @@ func (f *faults) leader(rng *rand.Rand) {
 
 // noOrchestrators ends all orchestrators for a while.
 func (f *faults) noOrchestrators(rng *rand.Rand) {
-	names := f.names()[f.r.report.Nodes:]
+	names := f.names()[f.r.nodes():]
 	if !f.claimOrchestrators(names...) {
 		return
 	}

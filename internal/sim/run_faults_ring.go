@@ -1,0 +1,300 @@
+package sim
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"time"
+
+	"github.com/kvasirdb/kvasir/internal/placement"
+	"github.com/kvasirdb/kvasir/internal/topology"
+	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
+	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
+)
+
+// spares is how many nodes beyond the founding ones a run with ring changes has.
+const spares = 2
+
+// nodes is how many nodes a run has.
+func (r *run) nodes() int {
+	if r.cfg.Faults == nil || slices.Contains(r.cfg.Faults, ringChanges) {
+		return r.report.Nodes + spares
+	}
+	return r.report.Nodes
+}
+
+// ringChanges is the name of the track that changes the ring.
+const ringChanges = "ring-changes"
+
+// addSpares starts the nodes beyond the founding ones, in order of incarnation.
+func (r *run) addSpares() {
+	for i := r.report.Nodes; i < r.nodes(); i++ {
+		name := fmt.Sprint("node", i+1)
+		r.w.AddNode(name, "z1")
+		r.w.Start(name)
+	}
+}
+
+// ringQuestion is how long a track waits for the control plane.
+const ringQuestion = 3 * time.Second
+
+// changeRing begins an operation that changes the ring, or steers the one that is under
+// way.
+func (f *faults) changeRing(rng *rand.Rand) {
+	names := f.names()
+	by := f.r.controls[names[rng.IntN(len(names))]]
+	ctx, cancel := context.WithTimeout(context.Background(), ringQuestion)
+	defer cancel()
+	if op, err := activeOperation(ctx, by); err != nil {
+		return
+	} else if op != nil {
+		f.steer(ctx, rng, by, op)
+		return
+	}
+	s, err := clusterStatus(ctx, by)
+	if err != nil || s.GetTopology() == nil {
+		return
+	}
+	t, err := topology.FromProto(s.GetTopology())
+	if err != nil || !t.Formed() {
+		return
+	}
+	healthy := map[uint64]bool{}
+	for _, n := range s.GetNodes() {
+		healthy[n.GetHealth().GetIncarnation()] = n.GetHealth().GetState() == topologyv1.NodeHealth_STATE_HEALTHY
+	}
+	op := f.planRing(rng, t, healthy)
+	if op == nil {
+		return
+	}
+	if op.GetKind() == "decommission" {
+		f.decommission(rng, by, t, op)
+		return
+	}
+	f.begin(ctx, by, t, op)
+}
+
+func activeOperation(ctx context.Context, by adminv1.ControlServiceClient) (*topologyv1.Operation, error) {
+	resp, err := by.ListOperations(ctx, &adminv1.ListOperationsRequest{})
+	for _, o := range resp.GetOperations() {
+		if !topology.OperationState(o.GetOperation().GetState()).Ended() {
+			return o.GetOperation(), nil
+		}
+	}
+	return nil, err
+}
+
+// begin starts an operation. Whoever gets slots by it may have had them before, and has
+// been wiped since.
+func (f *faults) begin(ctx context.Context, by adminv1.ControlServiceClient, t *topology.Topology, op *topologyv1.Operation) bool {
+	for _, m := range op.GetMoves() {
+		f.r.checker.Moves(m.GetTo(), m.GetVnode())
+	}
+	resp, err := by.StartOperation(ctx, &adminv1.StartOperationRequest{Epoch: t.Epoch, Operation: op})
+	if err != nil {
+		f.r.history.Note("operation refused: %s: %v", op.GetTitle(), err)
+		return false
+	}
+	f.note("operation "+op.GetKind(), "%d, %s, %d moves", resp.GetOperation().GetId(), op.GetTitle(), len(op.GetMoves()))
+	return true
+}
+
+// steer pauses, resumes or aborts an operation, or leaves it alone.
+func (f *faults) steer(ctx context.Context, rng *rand.Rand, by adminv1.ControlServiceClient, op *topologyv1.Operation) {
+	next := topology.OperationState(0)
+	switch state := topology.OperationState(op.GetState()); {
+	case state == topology.Paused && rng.IntN(2) == 0:
+		next = topology.Running
+	case state == topology.Running && rng.IntN(4) == 0:
+		next = topology.Paused
+	case state != topology.Aborting && rng.IntN(3) == 0:
+		next = topology.Aborting
+	default:
+		return
+	}
+	_, err := by.SteerOperation(ctx, &adminv1.SteerOperationRequest{Id: op.GetId(), State: topologyv1.Operation_State(next)})
+	f.note("operation "+next.String(), "%d: %v", op.GetId(), err)
+}
+
+// planRing plans a change at random: nodes come, go, or take each other's place.
+func (f *faults) planRing(rng *rand.Rand, t *topology.Topology, healthy map[uint64]bool) *topologyv1.Operation {
+	slots := t.SlotCounts(t.Width())
+	var members, idle []uint64
+	for i := range t.Nodes {
+		switch inc := t.Nodes[i].Incarnation; {
+		case slots[inc] > 0:
+			members = append(members, inc)
+		case healthy[inc] && t.Resolve(t.Nodes[i].Name) == &t.Nodes[i]:
+			idle = append(idle, inc)
+		}
+	}
+	if len(idle) > 0 && rng.IntN(4) == 0 {
+		return replacement(t, members[rng.IntN(len(members))], idle[rng.IntN(len(idle))])
+	}
+	rng.Shuffle(len(members), func(i, j int) { members[i], members[j] = members[j], members[i] })
+	rng.Shuffle(len(idle), func(i, j int) { idle[i], idle[j] = idle[j], idle[i] })
+	op := &topologyv1.Operation{Kind: "apply"}
+	coming := rng.IntN(len(idle) + 1)
+	next := append(slices.Clone(members), idle[:coming]...)
+	leaving := 0
+	if most := len(next) - t.Width(); most > 0 {
+		leaving = rng.IntN(min(most, len(members)-1) + 1)
+	}
+	gone := members[:leaving]
+	next = next[leaving:]
+	switch {
+	case leaving > 0 && rng.IntN(2) == 0:
+		op.Kind, op.Remove = "decommission", gone[:1]
+	case leaving > 0:
+		op.Kind = "drain"
+	}
+	var places []placement.Node
+	for _, inc := range next {
+		places = append(places, placement.Node{ID: inc, Zone: t.Node(inc).Zone})
+	}
+	var current placement.Assignment
+	for _, v := range t.Ring {
+		var row []uint64
+		for _, s := range v.Slots {
+			row = append(row, s.Node)
+		}
+		current = append(current, row)
+	}
+	var uses []int
+	for i := range t.Namespaces {
+		uses = append(uses, t.Namespaces[i].N)
+	}
+	place := placement.Even
+	if rng.IntN(4) == 0 {
+		place = placement.Split
+	}
+	after, err := place(current, places, uses)
+	if err != nil {
+		return nil
+	}
+	for v := range after {
+		for s, n := range after[v] {
+			if from := current[v][s]; n != from {
+				op.Moves = append(op.Moves, &topologyv1.Move{Vnode: uint32(v), Slot: uint32(s), From: from, To: n})
+			}
+		}
+	}
+	if len(op.Moves) == 0 {
+		return nil
+	}
+	op.Title = fmt.Sprintf("%d come, %v go", coming, gone)
+	return op
+}
+
+// replacement gives all slots of a node to another one. The old one stays.
+func replacement(t *topology.Topology, old, next uint64) *topologyv1.Operation {
+	op := &topologyv1.Operation{Kind: "replace", Title: fmt.Sprintf("#%d for #%d", next, old)}
+	for v := range t.Ring {
+		for s, slot := range t.Ring[v].Slots {
+			if slot.Node == old && slot.Phase == topology.Stable {
+				op.Moves = append(op.Moves, &topologyv1.Move{Vnode: uint32(v), Slot: uint32(s), From: old, To: next})
+			}
+		}
+	}
+	if len(op.Moves) == 0 {
+		return nil
+	}
+	return op
+}
+
+// decommission begins an operation after which a node leaves, and waits until it has.
+// Its data directory is turned away then, and one that is empty joins.
+func (f *faults) decommission(rng *rand.Rand, by adminv1.ControlServiceClient, t *topology.Topology, op *topologyv1.Operation) {
+	inc := op.GetRemove()[0]
+	name := t.NodeName(inc)
+	if !f.claimNode(name) {
+		return
+	}
+	defer f.release(name)
+	ctx, cancel := context.WithTimeout(context.Background(), ringQuestion)
+	defer cancel()
+	if !f.begin(ctx, by, t, op) {
+		return
+	}
+	for left := false; !left; {
+		time.Sleep(time.Second)
+		if time.Now().After(f.until) {
+			return
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), ringQuestion)
+		active, err := activeOperation(ctx, by)
+		if err == nil && active != nil && rng.IntN(20) == 0 {
+			f.steer(ctx, rng, by, active)
+		}
+		if err == nil && active == nil {
+			s, serr := clusterStatus(ctx, by)
+			if serr == nil && s.GetControlPlaneAvailable() {
+				f.r.topologies.see("the control plane", s.GetTopology())
+				left = !slices.ContainsFunc(s.GetTopology().GetNodes(), func(n *topologyv1.Node) bool { return n.GetIncarnation() == inc })
+				if !left {
+					cancel()
+					return // it was aborted
+				}
+			}
+		}
+		cancel()
+	}
+	f.note("node has left", "%s, #%d", name, inc)
+	f.end(name, Crash(rng.IntN(2)))
+	pause(rng, 3)
+	if rng.IntN(2) == 0 {
+		if err := f.r.w.TryStart(name); err == nil {
+			if f.serves(name, inc) {
+				f.r.history.violate(7, "%s serves as incarnation %d, which has left", name, inc)
+			}
+			f.r.w.Crash(name, Kill)
+		} else {
+			f.r.history.Note("%s is turned away: %v", name, err)
+		}
+	}
+	f.r.w.Wipe(name)
+	f.start(name)
+}
+
+// claimNode claims a node for one fault.
+func (f *faults) claimNode(name string) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.mu.busy[name] || f.mu.down >= (f.r.report.Nodes-1)/2 {
+		return false
+	}
+	f.mu.busy[name] = true
+	f.mu.down++
+	return true
+}
+
+// finishOperation waits until no operation is under way; one that is paused goes on.
+func (r *run) finishOperation() bool {
+	last := "nobody answers"
+	for waited := time.Duration(0); waited < settleFor; waited += time.Second {
+		time.Sleep(time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), ringQuestion)
+		op, err := activeOperation(ctx, r.controls["node1"])
+		switch {
+		case err != nil:
+			last = err.Error()
+		case op == nil:
+			cancel()
+			return true
+		default:
+			last = fmt.Sprintf("operation %d is %s", op.GetId(), topology.OperationState(op.GetState()))
+			if resp, err := r.controls["node1"].ListOperations(ctx, &adminv1.ListOperationsRequest{Id: op.GetId()}); err == nil {
+				for _, p := range resp.GetOperations()[0].GetMoving() {
+					last += fmt.Sprintf("; vnode %d to #%d: %s", p.GetMove().GetVnode(), p.GetMove().GetTo(), p.GetWaitsFor())
+				}
+			}
+			if topology.OperationState(op.GetState()) == topology.Paused {
+				_, _ = r.controls["node1"].SteerOperation(ctx, &adminv1.SteerOperationRequest{Id: op.GetId(), State: topologyv1.Operation_STATE_RUNNING})
+			}
+		}
+		cancel()
+	}
+	r.history.violate(4, "%s after the last fault the ring still changes: %s", settleFor, last)
+	return false
+}
