@@ -205,7 +205,7 @@ func (r *Repairer) led() []storage.Place {
 	var out []storage.Place
 	for i := range t.Namespaces {
 		for v := range t.Ring {
-			if r.leader(t, uint32(v), t.Namespaces[i].N) == r.cfg.Self {
+			if r.leader(t, uint32(v), &t.Namespaces[i]) == r.cfg.Self {
 				out = append(out, storage.Place{Namespace: t.Namespaces[i].ID, Vnode: uint32(v)})
 			}
 		}
@@ -225,8 +225,8 @@ func (r *Repairer) led() []storage.Place {
 // leader returns which of a vnode's endpoints compares it with the others: the first
 // that lives, beginning at another one for every vnode. Two that both think they lead
 // do no harm.
-func (r *Repairer) leader(t *topology.Topology, vnode uint32, n int) uint64 {
-	nodes, _ := t.Endpoints(vnode, n)
+func (r *Repairer) leader(t *topology.Topology, vnode uint32, ns *topology.Namespace) uint64 {
+	nodes, _ := t.Endpoints(vnode, ns)
 	for i := range nodes {
 		if e := nodes[(i+int(vnode))%len(nodes)]; r.cfg.Peers.Alive(e) {
 			return e
@@ -244,7 +244,7 @@ func (r *Repairer) cleanse(ctx context.Context) {
 		switch {
 		case ctx.Err() != nil || !t.Formed():
 			return
-		case ns == nil || !t.Owns(r.cfg.Self, d.Vnode, ns.N):
+		case ns == nil || !t.Owns(r.cfg.Self, d.Vnode, ns.Wide()):
 			// Those who hold the vnode compare it in their rounds.
 			r.metrics.foreign.Inc()
 		case !r.due(d.Place) || !r.pass(ctx, d.Place):
@@ -274,11 +274,11 @@ func (r *Repairer) pass(ctx context.Context, p storage.Place) (complete bool) {
 	defer r.payReads(ctx)
 	t := r.cfg.Fence.Topology()
 	ns := t.NamespaceByID(p.Namespace)
-	if ns == nil || int(p.Vnode) >= len(t.Ring) || !t.Owns(r.cfg.Self, p.Vnode, ns.N) {
+	if ns == nil || int(p.Vnode) >= len(t.Ring) || !t.Owns(r.cfg.Self, p.Vnode, ns.Wide()) {
 		return false
 	}
 	r.note(p, func(s *PlaceStatus) { s.State = Running })
-	nodes, _ := t.Endpoints(p.Vnode, ns.N)
+	nodes, _ := t.Endpoints(p.Vnode, ns)
 	state, reason, differences, records := Equal, "", 0, uint64(0)
 	for _, peer := range nodes {
 		if peer == r.cfg.Self {

@@ -151,7 +151,7 @@ func (c *Collector) update(p storage.Place, change func(*placeState)) placeState
 // leads reports whether this node leads a vnode's rounds. All endpoints have to be
 // there for one, so they need not agree on who is.
 func (c *Collector) leads(t *topology.Topology, ns *topology.Namespace, vnode uint32) bool {
-	endpoints, _ := t.Endpoints(vnode, ns.N)
+	endpoints, _ := t.Endpoints(vnode, ns)
 	if mutant.On("gc-without-certificate") {
 		return slices.Contains(endpoints, c.cfg.Self)
 	}
@@ -263,7 +263,7 @@ type round struct {
 // hold newer ones.
 func (r *round) run(ctx context.Context) *errVoid {
 	var stable bool
-	if r.endpoints, stable = r.t.Endpoints(r.vnode, r.namespace.N); !stable {
+	if r.endpoints, stable = r.t.Endpoints(r.vnode, r.namespace); !stable {
 		return void("transition", "vnode %d is in transition", r.vnode)
 	}
 	if now := r.c.cfg.Fence.Topology(); mutant.On("gc-without-certificate") && now.Formed() {

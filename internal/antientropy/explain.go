@@ -43,7 +43,7 @@ func (c *Collector) Explain(ctx context.Context, r *adminv1.ExplainCollectionReq
 	ctx, cancel := context.WithTimeout(ctx, explainTimeout)
 	defer cancel()
 	e := explanation{t: t, namespace: ns, response: &adminv1.ExplainCollectionResponse{Vnode: vnode}}
-	e.endpoints, e.stable = t.Endpoints(vnode, ns.N)
+	e.endpoints, e.stable = t.Endpoints(vnode, ns)
 	e.states, e.errs = c.ask(ctx, t, ns.ID, vnode, e.endpoints, replicav1.Collect_STEP_STATE, 0)
 	if r.GetKey() != nil {
 		c.look(ctx, &e, r.GetKey())

@@ -35,7 +35,8 @@ func TestNamespaces(t *testing.T) {
 	f.run("namespace", "show", "nope").want(t, 3, "nope")
 	f.run("namespace", "set", "orders", "--hints", "on", "--if-changed-epoch", "11").want(t, 0)
 	f.run("namespace", "set", "orders", "--hints", "on", "--if-changed-epoch", "11").want(t, 5)
-	f.run("namespace", "set", "default", "--n", "5").want(t, 1, "N=5")
+	f.run("namespace", "set", "default", "--n", "6").want(t, 1, "N=6")
+	f.run("namespace", "set", "default", "--n", "5").want(t, 0, "operation 1 changes N from 3 to 5; follow it with: kvctl operation show 1 --wait")
 
 	f.mu.Lock()
 	f.mu.controlled = false

@@ -89,9 +89,14 @@ func (n *fakeNode) UpdateNamespace(_ context.Context, r *adminv1.UpdateNamespace
 		return nil, &topology.Refusal{Kind: topology.Conflict, Reason: "EPOCH_CHANGED", Message: "the namespace was changed by somebody else"}
 	}
 	ns, epoch, warnings, err := n.f.decide(r.GetName(), "set", r.GetSettings(), func(t *topology.Topology, s topology.NamespaceSettings) (topology.Namespace, []string, error) {
-		return t.ChangedNamespace(r.GetName(), s)
+		ns, _, warnings, err := t.ChangedNamespace(r.GetName(), s, false)
+		return ns, warnings, err
 	})
-	return &adminv1.UpdateNamespaceResponse{Namespace: ns, Epoch: epoch, Warnings: warnings}, err
+	resp := &adminv1.UpdateNamespaceResponse{Namespace: ns, Epoch: epoch, Warnings: warnings}
+	if n := r.GetSettings().GetN(); n != 0 && n != ns.GetN() {
+		resp.Operation = &topologyv1.Operation{Id: 1, Kind: "replicas", FromN: ns.GetN(), TargetN: n}
+	}
+	return resp, err
 }
 
 func (n *fakeNode) DropNamespace(_ context.Context, r *adminv1.DropNamespaceRequest) (*adminv1.DropNamespaceResponse, error) {

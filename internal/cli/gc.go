@@ -119,7 +119,7 @@ func newCollectionDoc(t *topology.Topology, r *adminv1.ExplainCollectionRequest,
 	best := 0
 	if ns := t.Namespace(r.GetNamespace()); ns != nil && int(nodes[0].answer.GetVnode()) < len(t.Ring) {
 		vnode := nodes[0].answer.GetVnode()
-		endpoints, _ := t.Endpoints(vnode, ns.N)
+		endpoints, _ := t.Endpoints(vnode, ns)
 		leader := endpoints[int(vnode)%len(endpoints)]
 		best = max(0, slices.IndexFunc(nodes, func(n answered[collectionAnswer]) bool { return n.Incarnation == leader }))
 	}

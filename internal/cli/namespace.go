@@ -136,7 +136,7 @@ less; W and R quorum; read repair blocking, chance 0; hints on; no TTL.`,
 			if err != nil {
 				return err
 			}
-			return a.printChanged("created", resp.GetNamespace(), resp.GetEpoch(), resp.GetWarnings())
+			return a.printChanged("created", resp.GetNamespace(), resp.GetEpoch(), resp.GetWarnings(), nil)
 		},
 	}
 	f.add(cmd)
@@ -146,16 +146,22 @@ less; W and R quorum; read repair blocking, chance 0; hints on; no TTL.`,
 func (a *App) namespaceSet() *cobra.Command {
 	f := &namespaceFlags{}
 	var ifEpoch uint64
+	var allowEventual, wait bool
 	cmd := &cobra.Command{
 		Use:   "set NAME",
 		Short: "Change a namespace's settings",
 		Long: `Changes the settings that are given and leaves the others.
 
+Another N takes an operation (see kvctl operation), which adds or takes away one replica of
+each key after the other, while reads and writes go on; --wait shows its progress. Where it
+would make strong reads weaker, as W and R are counts, --allow-eventual must be given.
+
 --if-changed-epoch makes a change safe against others: it is refused, with exit code 5,
 unless the namespace was last changed in that epoch (see kvctl namespace show).`,
 		Example: `  kvctl namespace set orders --w all --r one
   kvctl namespace set orders --hints off --read-repair off
-  kvctl namespace set orders --ttl 30d --if-changed-epoch 12`,
+  kvctl namespace set orders --ttl 30d --if-changed-epoch 12
+  kvctl namespace set orders --n 5 --wait`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			settings := f.settings(cmd)
 			if proto.Size(settings) == 0 {
@@ -163,22 +169,29 @@ unless the namespace was last changed in that epoch (see kvctl namespace show).`
 			}
 			var resp *adminv1.UpdateNamespaceResponse
 			err := a.control(cmd.Context(), question{changes: true, ask: func(ctx context.Context, cc *grpc.ClientConn) (err error) {
-				resp, err = adminv1.NewControlServiceClient(cc).UpdateNamespace(ctx, &adminv1.UpdateNamespaceRequest{Name: args[0], Settings: settings, IfChangedEpoch: ifEpoch})
+				resp, err = adminv1.NewControlServiceClient(cc).UpdateNamespace(ctx, &adminv1.UpdateNamespaceRequest{Name: args[0], Settings: settings, IfChangedEpoch: ifEpoch, AllowEventual: allowEventual})
 				return err
 			}})
 			if err != nil {
 				return err
 			}
-			return a.printChanged("set", resp.GetNamespace(), resp.GetEpoch(), resp.GetWarnings())
+			op := resp.GetOperation()
+			if op != nil && wait {
+				return a.followOperation(cmd.Context(), op.GetId())
+			}
+			return a.printChanged("set", resp.GetNamespace(), resp.GetEpoch(), resp.GetWarnings(), op)
 		},
 	}
 	f.add(cmd)
+	cmd.Flags().BoolVar(&allowEventual, "allow-eventual", false, "with --n: strong reads may become weaker")
+	cmd.Flags().BoolVar(&wait, "wait", false, "with --n: show the progress until the end")
 	cmd.Flags().Uint64Var(&ifEpoch, "if-changed-epoch", 0, "refuse unless the namespace was last changed in this epoch; 0 for whichever")
 	return cmd
 }
 
-// printChanged prints a namespace after a change, and warnings to stderr.
-func (a *App) printChanged(what string, pb *topologyv1.Namespace, epoch uint64, warnings []string) error {
+// printChanged prints a namespace after a change, the operation that the change began,
+// if any, and warnings to stderr.
+func (a *App) printChanged(what string, pb *topologyv1.Namespace, epoch uint64, warnings []string, op *topologyv1.Operation) error {
 	ns, err := topology.NamespaceFromProto(pb)
 	if err != nil {
 		return err
@@ -190,10 +203,15 @@ func (a *App) printChanged(what string, pb *topologyv1.Namespace, epoch uint64, 
 		namespaceDoc
 		Epoch    uint64   `json:"epoch"`
 		Warnings []string `json:"warnings"`
-	}{namespaceDocOf(&ns), epoch, append([]string{}, warnings...)}
+		// Operation is left out where none was begun.
+		Operation uint64 `json:"operation,omitempty"`
+	}{namespaceDocOf(&ns), epoch, append([]string{}, warnings...), op.GetId()}
 	return a.print(doc, func(w io.Writer) {
 		fmt.Fprintf(w, "%s namespace %s in epoch %s\n\n", what, ns.Name, topology.EpochString(epoch))
 		fields(w, namespaceFields(&ns)...)
+		if op != nil {
+			fmt.Fprintf(w, "\noperation %d changes N from %d to %d; follow it with: kvctl operation show %d --wait\n", op.GetId(), op.GetFromN(), op.GetTargetN(), op.GetId())
+		}
 	})
 }
 

@@ -44,7 +44,7 @@ type changeDoc struct {
 func namespaceFields(ns *topology.Namespace) []string {
 	return []string{
 		"name", ns.Name,
-		"N", fmt.Sprintf("%s of each key", plural(ns.N, "replica")),
+		"N", replicasText(ns),
 		"W", quorumText(ns.W, ns.N) + " must have a write before it is acknowledged",
 		"R", quorumText(ns.R, ns.N) + " must answer a read",
 		"reads are", ns.Strength().String(),
@@ -82,3 +82,12 @@ func ttlText(d time.Duration) string {
 
 // topologyRefusal gives a refusal that was made here the form of one that travelled.
 func topologyRefusal(r *topology.Refusal) error { return rpc.AsError(r) }
+
+// replicasText is N, and what it is becoming.
+func replicasText(ns *topology.Namespace) string {
+	text := fmt.Sprintf("%s of each key", plural(ns.N, "replica"))
+	if ns.AlsoN > 0 {
+		text += fmt.Sprintf("; N is changing, and writes need quorums of N=%d too", ns.AlsoN)
+	}
+	return text
+}

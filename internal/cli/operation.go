@@ -113,18 +113,20 @@ func (a *App) operation(ctx context.Context, id uint64) (*adminv1.ObservedOperat
 
 // operationDoc is an operation as a document.
 type operationDoc struct {
-	ID           uint64        `json:"id"`
-	Kind         string        `json:"kind"`
-	Title        string        `json:"title"`
-	State        string        `json:"state"`
-	Moves        int           `json:"moves"`
-	MovesDone    int           `json:"moves_done"`
-	MovedRecords uint64        `json:"moved_records"`
-	MovedBytes   uint64        `json:"moved_bytes"`
-	StartedAt    string        `json:"started_at"`
-	EndedAt      *string       `json:"ended_at"`
-	TookMs       int64         `json:"took_ms"`
-	Moving       []progressDoc `json:"moving"`
+	ID           uint64  `json:"id"`
+	Kind         string  `json:"kind"`
+	Title        string  `json:"title"`
+	State        string  `json:"state"`
+	Moves        int     `json:"moves"`
+	MovesDone    int     `json:"moves_done"`
+	MovedRecords uint64  `json:"moved_records"`
+	MovedBytes   uint64  `json:"moved_bytes"`
+	StartedAt    string  `json:"started_at"`
+	EndedAt      *string `json:"ended_at"`
+	TookMs       int64   `json:"took_ms"`
+	// WaitsFor is what the whole of it waits for.
+	WaitsFor string        `json:"waits_for,omitempty"`
+	Moving   []progressDoc `json:"moving"`
 }
 
 type progressDoc struct {
@@ -151,14 +153,35 @@ func newOperationDoc(t *topology.Topology, o *adminv1.ObservedOperation) *operat
 		d.EndedAt = ptr(time.UnixMilli(end).UTC().Format(time.RFC3339Nano))
 	}
 	d.TookMs = max(0, end-int64(op.GetStartedMs()))
+	if op.GetKind() == topology.KindReplicas {
+		d.Moves, d.MovesDone = replicaSteps(t, op)
+	}
 	for _, p := range o.GetMoving() {
 		m := p.GetMove()
+		if m.GetTo() == 0 {
+			d.WaitsFor = p.GetWaitsFor()
+			continue
+		}
 		d.Moving = append(d.Moving, progressDoc{
 			m.GetVnode(), m.GetSlot(), t.NodeName(m.GetFrom()), t.NodeName(m.GetTo()), topology.Phase(p.GetPhase()).String(),
 			p.GetRecords(), p.GetBytes(), p.GetWaitsFor(),
 		})
 	}
 	return d
+}
+
+// replicaSteps returns by how much N changes in all, and has changed.
+func replicaSteps(t *topology.Topology, op *topologyv1.Operation) (all, done int) {
+	from, to := int(op.GetFromN()), int(op.GetTargetN())
+	all = max(to-from, from-to)
+	ns := t.NamespaceByID(op.GetNamespaceId())
+	switch {
+	case topology.OperationState(op.GetState()) == topology.Done:
+		return all, all
+	case ns == nil:
+		return all, 0
+	}
+	return all, min(all, max(ns.N-from, from-ns.N))
 }
 
 func movesDone(op *topologyv1.Operation) (n int) {
@@ -170,14 +193,25 @@ func movesDone(op *topologyv1.Operation) (n int) {
 	return n
 }
 
+// steps names what an operation consists of.
+func (d *operationDoc) steps() string {
+	if d.Kind == topology.KindReplicas {
+		return "replicas"
+	}
+	return "moves"
+}
+
 func (d *operationDoc) write(w io.Writer) {
 	pairs := []string{
 		"operation", fmt.Sprintf("%d, %s", d.ID, d.Kind),
 		"what", d.Title,
 		"state", d.State,
-		"moves", fmt.Sprintf("%d of %d done", d.MovesDone, d.Moves),
+		d.steps(), fmt.Sprintf("%d of %d done", d.MovesDone, d.Moves),
 		"copied", fmt.Sprintf("%s, %s", sizeText(d.MovedBytes), plural(d.MovedRecords, "record")),
 		"took", durationText(time.Duration(d.TookMs) * time.Millisecond),
+	}
+	if d.WaitsFor != "" {
+		pairs = append(pairs, "waits for", d.WaitsFor)
 	}
 	fields(w, pairs...)
 	if len(d.Moving) == 0 {
@@ -244,7 +278,7 @@ func (a *App) tellOperation(ctx context.Context, op *topologyv1.Operation, wait 
 	}
 	d := newOperationDoc(t, &adminv1.ObservedOperation{Operation: op})
 	return a.print(d, func(w io.Writer) {
-		fmt.Fprintf(w, "operation %d, %s: %s; %d moves\n", d.ID, d.Title, d.State, d.Moves)
+		fmt.Fprintf(w, "operation %d, %s: %s; %d %s\n", d.ID, d.Title, d.State, d.Moves, d.steps())
 		if !topology.OperationState(op.GetState()).Ended() {
 			fmt.Fprintf(w, "follow it with: kvctl operation show %d --wait\n", d.ID)
 		}
@@ -295,8 +329,8 @@ func (a *App) endFollow(ctx context.Context, o *adminv1.ObservedOperation, state
 	}
 	d := newOperationDoc(t, o)
 	if err := a.print(d, func(w io.Writer) {
-		fmt.Fprintf(w, "operation %d, %s: %s after %s; %d of %d moves, %s copied\n", d.ID, d.Title, d.State,
-			durationText(time.Duration(d.TookMs)*time.Millisecond), d.MovesDone, d.Moves, sizeText(d.MovedBytes))
+		fmt.Fprintf(w, "operation %d, %s: %s after %s; %d of %d %s, %s copied\n", d.ID, d.Title, d.State,
+			durationText(time.Duration(d.TookMs)*time.Millisecond), d.MovesDone, d.Moves, d.steps(), sizeText(d.MovedBytes))
 	}); err != nil {
 		return err
 	}
@@ -339,6 +373,9 @@ func progressText(o *adminv1.ObservedOperation) string {
 		share = float64(done) / float64(all)
 	}
 	text := fmt.Sprintf("operation %d  %s  %d of %d moves  %s", op.GetId(), barOf(share, barWidth), done, all, sizeText(bytes))
+	if op.GetKind() == topology.KindReplicas {
+		text = fmt.Sprintf("operation %d  %s  %s", op.GetId(), op.GetTitle(), sizeText(bytes))
+	}
 	if elapsed := time.Since(time.UnixMilli(int64(op.GetStartedMs()))); done > 0 && done < all && elapsed > 0 {
 		text += fmt.Sprintf("  about %s left", durationText((elapsed * time.Duration(all-done) / time.Duration(done)).Round(time.Second)))
 	}

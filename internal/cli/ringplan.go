@@ -170,7 +170,9 @@ func planRing(t *topology.Topology, r planRequest) (*planDoc, error) {
 	}
 	if r.leave && !slices.ContainsFunc(nodes, func(n *planned) bool { return n.removed && t.SlotCounts(quorum.MaxN)[n.ID] > 0 }) {
 		// Spares leave: the others keep what they have.
-		place = func(current placement.Assignment, _ []placement.Node, _ []int) (placement.Assignment, error) { return current, nil }
+		place = func(current placement.Assignment, _ []placement.Node, _ []int) (placement.Assignment, error) {
+			return current, nil
+		}
 	}
 	var current placement.Assignment
 	for i := range t.Ring {

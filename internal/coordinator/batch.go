@@ -6,6 +6,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/kvasirdb/kvasir/internal/mutant"
+	"github.com/kvasirdb/kvasir/internal/quorum"
 	"github.com/kvasirdb/kvasir/internal/record"
 	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/topology"
@@ -31,7 +32,7 @@ func (c *Coordinator) Batch(ctx context.Context, r *kvv1.BatchRequest) (_ *kvv1.
 	if err := checkBatch(r, t); err != nil {
 		return nil, err
 	}
-	need, qerr := needed("write_quorum", r.GetWriteQuorum(), ns.W, ns)
+	spec, qerr := quorumOf("write_quorum", r.GetWriteQuorum(), ns)
 	if qerr != nil {
 		return nil, qerr
 	}
@@ -51,7 +52,7 @@ func (c *Coordinator) Batch(ctx context.Context, r *kvv1.BatchRequest) (_ *kvv1.
 		v := t.VnodeOf(op.GetKey())
 		g := groups[v]
 		if g == nil {
-			g = &group{vnode: v, need: need}
+			g = &group{vnode: v, quorum: spec}
 			groups[v] = g
 		}
 		g.indexes = append(g.indexes, i)
@@ -106,7 +107,7 @@ func checkBatch(r *kvv1.BatchRequest, t *topology.Topology) *rpc.Error {
 // group is what a batch writes to one vnode.
 type group struct {
 	vnode      uint32
-	need       int
+	quorum     quorum.Spec
 	indexes    []int
 	operations []*kvv1.BatchOperation
 	entries    []*replicav1.Entry
@@ -131,7 +132,7 @@ func (g *group) renew(c *Coordinator, ns *topology.Namespace) *rpc.Error {
 
 func (g *group) begin(c *Coordinator, t *topology.Topology, ns *topology.Namespace) (*write, *rpc.Error) {
 	return c.start(writeJob{
-		topology: t, namespace: ns, vnode: g.vnode, need: g.need,
+		topology: t, namespace: ns, vnode: g.vnode, goals: ns.Writes(g.quorum),
 		entries: g.entries, source: replicav1.Source_SOURCE_FIRST_HAND, hints: ns.Hints,
 	})
 }

@@ -238,18 +238,17 @@ func (c *Coordinator) namespaceRetry(ctx context.Context, name string) (*topolog
 	return c.namespace(name)
 }
 
-// needed returns how many of a namespace's slots a quorum asks for.
-func needed(field, q string, def quorum.Spec, ns *topology.Namespace) (int, *rpc.Error) {
+// quorumOf returns the quorum that a request asks for, unset for the namespace's.
+func quorumOf(field, q string, ns *topology.Namespace) (quorum.Spec, *rpc.Error) {
 	spec, err := quorum.Parse(q)
 	if err == nil {
-		spec = spec.Or(def)
 		err = spec.Check(ns.N)
 	}
 	if err != nil {
-		return 0, rpc.Errorf(codes.InvalidArgument, "BAD_QUORUM", "%s", err).
+		return quorum.Spec{}, rpc.Errorf(codes.InvalidArgument, "BAD_QUORUM", "%s", err).
 			With("field", field).With("value", q).With("n", ns.N).With("namespace", ns.Name)
 	}
-	return spec.Need(ns.N), nil
+	return spec, nil
 }
 
 func checkKey(key []byte) *rpc.Error {

@@ -38,14 +38,14 @@ func (c *Coordinator) Get(ctx context.Context, r *kvv1.GetRequest) (_ *kvv1.GetR
 	if err := c.cfg.Clock.MayJudge(); err != nil {
 		return nil, err
 	}
-	need, qerr := needed("read_quorum", r.GetReadQuorum(), ns.R, ns)
+	spec, qerr := quorumOf("read_quorum", r.GetReadQuorum(), ns)
 	if qerr != nil {
 		return nil, qerr
 	}
 	tr := c.traces.begin(r.GetTrace(), time.Now())
-	tr.add(kvv1.TraceEvent_KIND_RECEIVED, "", "get of a key in vnode %d of namespace %s: R=%d of N=%d", t.VnodeOf(r.GetKey()), ns.Name, need, ns.N)
+	tr.add(kvv1.TraceEvent_KIND_RECEIVED, "", "get of a key in vnode %d of namespace %s: R=%d of N=%d", t.VnodeOf(r.GetKey()), ns.Name, spec.Or(ns.R).Need(ns.N), ns.N)
 	res, rerr := c.read(ctx, r.GetNamespace(), readJob{
-		key: r.GetKey(), need: need, repair: repairMode(r.GetReadRepair(), ns), trace: tr,
+		key: r.GetKey(), quorum: spec, repair: repairMode(r.GetReadRepair(), ns), trace: tr,
 		least: record.Version{Time: hlc.Timestamp(r.GetMinVersion().GetTimestamp()), Incarnation: r.GetMinVersion().GetIncarnation()},
 	})
 	if rerr != nil {
@@ -77,7 +77,9 @@ func repairMode(r kvv1.ReadRepair, ns *topology.Namespace) topology.ReadRepair {
 
 // readJob says what to read and how.
 type readJob struct {
-	key    []byte
+	key []byte
+	// quorum is unset for the namespace's; need is what it asks for in the present epoch.
+	quorum quorum.Spec
 	need   int
 	repair topology.ReadRepair
 	// least is the version that the answer must not be older than.
@@ -122,6 +124,7 @@ func (c *Coordinator) read(ctx context.Context, namespace string, job readJob) (
 			return 0, 0, err
 		}
 		v := t.VnodeOf(job.key)
+		job.need = min(job.quorum.Or(ns.R).Need(ns.N), ns.N)
 		res = &result{job: job, topology: t, namespace: ns, vnode: v, slots: t.Slots(v, ns.N), readAt: hlc.At(c.cfg.Clock.Now())}
 		return c.readOnce(ctx, res)
 	})
@@ -180,14 +183,29 @@ func (c *Coordinator) see(ts hlc.Timestamp) *rpc.Error {
 // slotsToHold is how many slots must hold what a read returns, so that later reads
 // do not go back: N−R+1, with the smallest R that those reads will have.
 func (r *result) slotsToHold() int {
-	least := r.job.need
-	if usual := r.namespace.R.Need(r.namespace.N); usual > 1 {
-		least = min(least, usual)
-	}
 	if mutant.On("repair-only-stale") {
 		return len(r.replies)
 	}
-	return r.namespace.N - least + 1
+	return r.slotsToHoldOf(r.namespace.N)
+}
+
+// slotsToHoldOf is slotsToHold where n slots are read.
+func (r *result) slotsToHoldOf(n int) int {
+	least := min(r.job.quorum.Or(r.namespace.R).Need(n), n)
+	if usual := min(r.namespace.R.Need(n), n); usual > 1 {
+		least = min(least, usual)
+	}
+	return n - least + 1
+}
+
+// goals are the slots that must hold what is mended: while N changes, for reads of
+// either number of slots.
+func (r *result) goals() quorum.Goals {
+	goals := quorum.Goals{{N: r.namespace.N, Need: r.slotsToHold()}}
+	if n := r.namespace.AlsoN; n > 0 {
+		goals[1] = quorum.Goal{N: n, Need: r.slotsToHoldOf(n)}
+	}
+	return goals
 }
 
 // slotsToAsk is how many slots must answer. Where reads promise never to go back
@@ -491,7 +509,7 @@ func (c *Coordinator) getOwnCopy(ctx context.Context, r *kvv1.GetRequest, t *top
 		return nil, rpc.Errorf(codes.NotFound, "NODE_NOT_FOUND", "there is no node %q", r.GetReplica()).With("node", r.GetReplica())
 	}
 	v := t.VnodeOf(r.GetKey())
-	if !t.Owns(node.Incarnation, v, ns.N) {
+	if !t.Owns(node.Incarnation, v, ns.Wide()) {
 		return nil, rpc.Errorf(codes.FailedPrecondition, rpc.ReasonNotOwner, "node %s holds no replica of the key: it is in vnode %d", node.Name, v).
 			With("node", node.Name).With("vnode", v)
 	}

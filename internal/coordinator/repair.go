@@ -64,7 +64,7 @@ func (c *Coordinator) mend(ctx context.Context, res *result) (epoch, by uint64, 
 		if len(rest) == 0 || ctx.Err() != nil {
 			return 0, 0, rpc.Errorf(codes.Unavailable, rpc.ReasonRepairFailed,
 				"replicas are stale and too few could be mended: %s; read again, or with read repair off", err.Message).
-				With("needed", w.need).With("n", len(w.slots))
+				With("needed", w.need()).With("n", w.goals[0].N)
 		}
 		targets, tried = rest, append(tried, rest...)
 	}
@@ -90,6 +90,15 @@ func (c *Coordinator) repairTargets(r *result, holders, stale []uint64, blocking
 	}
 	if len(targets) == 0 {
 		return nil // all that were asked agree
+	}
+	if r.namespace.AlsoN > 0 {
+		// Whoever reads another number of slots must meet it as well.
+		for _, n := range endpoints(r.topology.Slots(r.vnode, r.namespace.Wide())) {
+			if !slices.Contains(holders, n) && !slices.Contains(targets, n) {
+				targets = append(targets, n)
+			}
+		}
+		return targets
 	}
 	have := len(r.replies)
 	for _, live := range []bool{true, false} {
@@ -119,7 +128,7 @@ func (r *result) repairJob(holders, targets []uint64) writeJob {
 		topology: r.topology, namespace: r.namespace, vnode: r.vnode,
 		entries: []*replicav1.Entry{{Key: r.job.key, Record: r.raw}},
 		source:  replicav1.Source_SOURCE_REPAIR, readAt: r.readAt,
-		need: r.slotsToHold(), holders: holders, targets: targets, trace: r.job.trace,
+		goals: r.goals(), holders: holders, targets: targets, trace: r.job.trace,
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 
 	"github.com/kvasirdb/kvasir/internal/hlc"
 	"github.com/kvasirdb/kvasir/internal/mutant"
+	"github.com/kvasirdb/kvasir/internal/quorum"
 	"github.com/kvasirdb/kvasir/internal/record"
 	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/topology"
@@ -37,14 +38,14 @@ func (c *Coordinator) Scan(ctx context.Context, r *kvv1.ScanRequest) (_ *kvv1.Sc
 	if nerr != nil {
 		return nil, nerr
 	}
-	need, qerr := needed("read_quorum", r.GetReadQuorum(), ns.R, ns)
+	spec, qerr := quorumOf("read_quorum", r.GetReadQuorum(), ns)
 	if qerr != nil {
 		return nil, qerr
 	}
 	if err := c.cfg.Clock.MayJudge(); err != nil {
 		return nil, err
 	}
-	s, serr := c.newScan(r, ns, need)
+	s, serr := c.newScan(r, ns, spec)
 	if serr != nil {
 		return nil, serr
 	}
@@ -77,7 +78,7 @@ func (c *Coordinator) Scan(ctx context.Context, r *kvv1.ScanRequest) (_ *kvv1.Sc
 type scan struct {
 	c    *Coordinator
 	req  *kvv1.ScanRequest
-	need int
+	spec quorum.Spec
 	mode topology.ReadRepair
 	// start is the first key not dealt with yet, end the key to stop before.
 	start, end []byte
@@ -93,8 +94,8 @@ type scan struct {
 	done     bool
 }
 
-func (c *Coordinator) newScan(r *kvv1.ScanRequest, ns *topology.Namespace, need int) (*scan, *rpc.Error) {
-	s := &scan{c: c, req: r, need: need, mode: repairMode(r.GetReadRepair(), ns), page: &kvv1.ScanResponse{}}
+func (c *Coordinator) newScan(r *kvv1.ScanRequest, ns *topology.Namespace, spec quorum.Spec) (*scan, *rpc.Error) {
+	s := &scan{c: c, req: r, spec: spec, mode: repairMode(r.GetReadRepair(), ns), page: &kvv1.ScanResponse{}}
 	for field, b := range map[string][]byte{"prefix": r.GetPrefix(), "start": r.GetStart()} {
 		if len(b) > topology.MaxKeyBytes {
 			return nil, badRequest(field, len(b), topology.MaxKeyBytes, "%s has %d bytes: the limit is %d", field, len(b), topology.MaxKeyBytes)
@@ -203,7 +204,7 @@ func (s *scan) round(ctx context.Context) (stale, by uint64, _ *rpc.Error) {
 // others for headers.
 func (s *scan) assign(t *topology.Topology, ns *topology.Namespace) (map[uint64]*part, []asked, *rpc.Error) {
 	alive := func(n uint64) bool { return s.c.cfg.Peers.Alive(n) && !slices.Contains(s.failed, n) }
-	ask := (&result{namespace: ns, job: readJob{need: s.need, repair: s.mode}}).slotsToAsk()
+	ask := (&result{namespace: ns, job: readJob{quorum: s.spec, need: min(s.spec.Or(ns.R).Need(ns.N), ns.N), repair: s.mode}}).slotsToAsk()
 	parts := map[uint64]*part{}
 	vnodes := make([]asked, t.Vnodes)
 	for v := range t.Vnodes {
@@ -303,7 +304,7 @@ func (s *scan) merge(ctx context.Context, t *topology.Topology, ns *topology.Nam
 		if !agreed || v.moving && s.mode == topology.RepairBlocking {
 			// Its replicas differ, or only one end of a move was asked: a quorum read of its
 			// own decides, and mends.
-			res, err := s.c.read(ctx, s.req.GetNamespace(), readJob{key: key, need: s.need, repair: s.mode})
+			res, err := s.c.read(ctx, s.req.GetNamespace(), readJob{key: key, quorum: s.spec, repair: s.mode})
 			if err != nil {
 				return 0, 0, err
 			}

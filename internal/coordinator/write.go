@@ -55,7 +55,7 @@ func (c *Coordinator) writeOne(ctx context.Context, r request, w string, op *kvv
 	if err := checkOperation(op, t); err != nil {
 		return nil, err
 	}
-	need, qerr := needed("write_quorum", w, ns.W, ns)
+	spec, qerr := quorumOf("write_quorum", w, ns)
 	if qerr != nil {
 		return nil, qerr
 	}
@@ -69,7 +69,7 @@ func (c *Coordinator) writeOne(ctx context.Context, r request, w string, op *kvv
 		return nil, err
 	}
 	tr := c.traces.begin(r.trace, time.Now())
-	tr.add(kvv1.TraceEvent_KIND_RECEIVED, "", "%s of a key in vnode %d of namespace %s: W=%d of N=%d", verb(op), t.VnodeOf(op.GetKey()), ns.Name, need, ns.N)
+	tr.add(kvv1.TraceEvent_KIND_RECEIVED, "", "%s of a key in vnode %d of namespace %s: W=%d of N=%d", verb(op), t.VnodeOf(op.GetKey()), ns.Name, ns.Writes(spec)[0].Need, ns.N)
 	var tries attempts
 	werr := tries.follow(ctx, c, renew, func() (*write, *rpc.Error) {
 		t, ns, err := c.namespace(r.namespace)
@@ -77,7 +77,7 @@ func (c *Coordinator) writeOne(ctx context.Context, r request, w string, op *kvv
 			return nil, err
 		}
 		return c.start(writeJob{
-			topology: t, namespace: ns, vnode: t.VnodeOf(op.GetKey()), need: need, trace: tr,
+			topology: t, namespace: ns, vnode: t.VnodeOf(op.GetKey()), goals: ns.Writes(spec), trace: tr,
 			entries: []*replicav1.Entry{entry}, source: replicav1.Source_SOURCE_FIRST_HAND, hints: ns.Hints,
 		})
 	})
@@ -216,10 +216,10 @@ type writeJob struct {
 	source    replicav1.Source
 	// readAt is when a repair's records were read.
 	readAt hlc.Timestamp
-	// need is how many slots must have the records, holders the nodes that are known
+	// goals are how many slots must have the records, holders the nodes that are known
 	// to have them already, and targets, when not nil, the nodes to send them to
 	// (otherwise: every endpoint).
-	need    int
+	goals   quorum.Goals
 	holders []uint64
 	targets []uint64
 	hints   bool
@@ -267,17 +267,20 @@ type write struct {
 // needed are live.
 func (c *Coordinator) start(job writeJob) (*write, *rpc.Error) {
 	w := &write{writeJob: job, c: c, progress: make(chan struct{}, 1)}
-	w.slots = job.topology.Slots(job.vnode, job.namespace.N)
+	w.slots = job.topology.Slots(job.vnode, job.namespace.Wide())
 	if mutant.On("one-ack-too-few") && job.source == replicav1.Source_SOURCE_FIRST_HAND {
-		w.need = max(1, w.need-1)
+		w.goals[0].Need = max(1, w.goals[0].Need-1)
 	}
-	w.mu.counter = quorum.NewCounter(w.slots, w.need)
+	w.mu.counter = quorum.NewCounter(w.slots, w.goals)
 	for _, h := range job.holders {
 		w.mu.counter.Ack(h)
 	}
-	if live := quorum.LiveSlots(w.slots, c.cfg.Peers.Alive); live < job.need && job.source == replicav1.Source_SOURCE_FIRST_HAND {
-		c.metrics.notEnough.Inc()
-		return nil, notEnough(live, job.need, w.slots, job.topology, c.cfg.Peers.Alive)
+	for _, goal := range job.goals {
+		slots := w.slots[:goal.N]
+		if live := quorum.LiveSlots(slots, c.cfg.Peers.Alive); live < goal.Need && job.source == replicav1.Source_SOURCE_FIRST_HAND {
+			c.metrics.notEnough.Inc()
+			return nil, notEnough(live, goal.Need, slots, job.topology, c.cfg.Peers.Alive)
+		}
 	}
 	for _, e := range job.entries {
 		w.size += int64(len(e.GetKey())+len(e.GetRecord())) + 512
@@ -386,6 +389,9 @@ func (w *write) sendTo(n uint64, deadline time.Time, pause time.Duration) {
 	}
 }
 
+// need is how many of the slots that reads go by must have the records.
+func (w *write) need() int { return w.goals[0].Need }
+
 func (w *write) name(node uint64) string { return w.topology.NodeName(node) }
 
 // answered notes a target's answer. It runs on a link's goroutine and does not
@@ -400,7 +406,7 @@ func (w *write) answered(node uint64, err error) {
 		} else {
 			w.trace.add(kvv1.TraceEvent_KIND_ACKNOWLEDGED, w.name(node), "")
 			if reached {
-				w.trace.add(kvv1.TraceEvent_KIND_QUORUM_REACHED, "", "%d of %d slots", w.mu.counter.Acked(), len(w.slots))
+				w.trace.add(kvv1.TraceEvent_KIND_QUORUM_REACHED, "", "%d of %d slots", w.mu.counter.Acked(), w.goals[0].N)
 			}
 		}
 		w.mu.reached = w.mu.counter.Reached()
@@ -514,12 +520,9 @@ func (w *write) wait(ctx context.Context) (stale, by uint64, _ *rpc.Error) {
 func (w *write) judge() (done bool, stale, by uint64, _ *rpc.Error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	possible := 0
-	for _, s := range w.slots {
-		if s.Live(func(n uint64) bool { return !slices.Contains(w.mu.failed, n) || slices.Contains(w.holders, n) }) {
-			possible++
-		}
-	}
+	possible := w.goals.Met(w.slots, func(slot int) bool {
+		return w.slots[slot].Live(func(n uint64) bool { return !slices.Contains(w.mu.failed, n) || slices.Contains(w.holders, n) })
+	})
 	switch {
 	case w.mu.below != nil:
 		// This version is never acknowledged; another is tried.
@@ -528,7 +531,7 @@ func (w *write) judge() (done bool, stale, by uint64, _ *rpc.Error) {
 	case w.mu.reached || w.mu.counter.Reached():
 		w.mu.reached = true
 		return true, 0, 0, nil
-	case possible >= w.need && w.mu.waiting > 0:
+	case possible && w.mu.waiting > 0:
 		return false, 0, 0, nil
 	case w.mu.stale > 0:
 		w.mu.abandoned = true
@@ -560,15 +563,15 @@ func (w *write) mayHaveHappened() bool {
 // REQUIRES: w.mu is held.
 func (w *write) unknownOutcome(why string) *rpc.Error {
 	if mutant.On("unknown-called-failed") {
-		return notEnough(w.mu.counter.Acked(), w.need, w.slots, w.topology, w.c.cfg.Peers.Alive)
+		return notEnough(w.mu.counter.Acked(), w.need(), w.slots, w.topology, w.c.cfg.Peers.Alive)
 	}
 	e := rpc.Errorf(codes.Unavailable, rpc.ReasonOutcomeUnknown,
 		"%d of %d needed replicas acknowledged %s: the outcome is unknown, the write may be seen by reads and survive, or not",
-		w.mu.counter.Acked(), w.need, why)
+		w.mu.counter.Acked(), w.need(), why)
 	if w.mu.lastErr != nil {
 		e.Message += fmt.Sprintf(" (last failure: %s)", w.mu.lastErr)
 	}
-	return e.With("acknowledged", w.mu.counter.Acked()).With("needed", w.need).With("n", len(w.slots))
+	return e.With("acknowledged", w.mu.counter.Acked()).With("needed", w.need()).With("n", w.goals[0].N)
 }
 
 // receipt says what a successful write rests on.
@@ -578,11 +581,11 @@ func (w *write) receipt(v record.Version) *kvv1.Receipt {
 	w.mu.Unlock()
 	ns := w.namespace
 	strength := quorum.Eventual
-	if w.need >= ns.LeastWriteAcks {
-		strength = quorum.StrengthOf(ns.N, w.need, ns.R.Need(ns.N))
+	if w.need() >= ns.LeastWriteAcks {
+		strength = quorum.StrengthOf(ns.N, w.need(), ns.R.Need(ns.N))
 	}
 	return &kvv1.Receipt{
-		Epoch: w.topology.Epoch, N: uint32(ns.N), Needed: uint32(w.need), Acknowledged: uint32(acked),
+		Epoch: w.topology.Epoch, N: uint32(ns.N), Needed: uint32(w.need()), Acknowledged: uint32(acked),
 		Strength: kvv1.Strength(strength), Version: versionProto(v), Vnode: w.vnode,
 	}
 }

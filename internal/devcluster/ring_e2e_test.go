@@ -398,7 +398,7 @@ func TestE2EKillsInTheMiddleOfMoves(t *testing.T) {
 	if taken > 1.1*least {
 		t.Errorf("%.0f bytes were sent, more than a tenth above %.0f", taken, least)
 	}
-	r.equal(data, names)
+	r.equal(data, 3, names)
 }
 
 // restart kills a process and starts it again.
@@ -410,14 +410,14 @@ func (r *rig) restart(name string) {
 }
 
 // equal fails unless every replica's own copy of all data is what was stored.
-func (r *rig) equal(data large, names []string) {
+func (r *rig) equal(data large, n int, names []string) {
 	r.t.Helper()
 	top := r.topology()
 	owners := map[string]map[uint32]bool{}
 	for _, name := range names {
 		owners[name] = map[uint32]bool{}
 		for v := range top.Ring {
-			owners[name][uint32(v)] = top.Owns(top.Resolve(name).Incarnation, uint32(v), 3)
+			owners[name][uint32(v)] = top.Owns(top.Resolve(name).Incarnation, uint32(v), n)
 		}
 	}
 	for _, name := range names {
@@ -476,7 +476,7 @@ func TestE2EADeadNodeIsReplaced(t *testing.T) {
 	for _, n := range top.Nodes {
 		names = append(names, n.Name)
 	}
-	r.equal(data, names)
+	r.equal(data, 3, names)
 	if _, err := r.cluster.Start(context.Background(), dead); err != nil {
 		t.Fatal(err)
 	}
@@ -512,4 +512,28 @@ func (r *rig) replace(old, spare string) *topologyv1.Operation {
 		return ""
 	})
 	return op
+}
+
+// N of a namespace goes from 3 to 5 and back under load: no operation fails, nothing is
+// lost, and each time the replicas that are to have the records have them.
+func TestE2ENChangesUnderLoad(t *testing.T) {
+	r := startIn(t, 5, 1, 1)
+	data := large{r: r, c: r.client(), keys: scale(3_000, 50_000), size: 1 << 10}
+	data.each(data.keys, data.put)
+	l := loadOn(t, data.c, 200)
+	for _, n := range []uint32{5, 3} {
+		began := time.Now()
+		resp, err := r.control("node1").UpdateNamespace(context.Background(), &adminv1.UpdateNamespaceRequest{Name: "default", Settings: &adminv1.NamespaceSettings{N: &n}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.done(resp.GetOperation().GetId(), scale(3*time.Minute, 10*time.Minute), nil)
+		t.Logf("N=%d after %s", n, time.Since(began).Round(time.Second))
+		top := r.topology()
+		if ns := top.Namespace("default"); ns.N != int(n) || ns.AlsoN != 0 {
+			t.Fatalf("namespace %+v", ns)
+		}
+		r.equal(data, int(n), r.named(devcluster.RoleData))
+	}
+	l.end()
 }

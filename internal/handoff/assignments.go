@@ -1,6 +1,7 @@
 package handoff
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -18,9 +19,19 @@ const metaAssignments = "assignments"
 // assignment is a vnode that the node is to be filled with, as it is on disk.
 type assignment struct {
 	Vnode uint32 `json:"vnode"`
-	// Epoch is the one in which the node became incoming on the vnode, topology.Slot.Since.
-	Epoch    uint64 `json:"epoch"`
-	Complete bool   `json:"complete,omitempty"`
+	// Namespace is the only one that it is about, as its N changes, or 0.
+	Namespace uint32 `json:"namespace,omitempty"`
+	// Epoch is the one in which the node became incoming on the vnode, topology.Slot.Since,
+	// or in which the change of N began.
+	Epoch uint64 `json:"epoch"`
+	// Keep says that the node holds the vnode, and is to take over what a slot has that
+	// the namespace gives up.
+	Keep     bool `json:"keep,omitempty"`
+	Complete bool `json:"complete,omitempty"`
+}
+
+func (a assignment) place() storage.Place {
+	return storage.Place{Namespace: a.Namespace, Vnode: a.Vnode}
 }
 
 // Assignments are the vnodes that a node is incoming on: each was wiped once, before
@@ -32,10 +43,11 @@ type Assignments struct {
 	writing chan struct{}
 	mu      struct {
 		sync.Mutex
-		byVnode map[uint32]assignment
+		// byPlace has namespace 0 for what is about all that use the slot.
+		byPlace map[storage.Place]assignment
 		// open are the places that take records.
 		open     map[storage.Place]bool
-		progress map[uint32]progress
+		progress map[storage.Place]progress
 	}
 }
 
@@ -49,7 +61,7 @@ type progress struct {
 func LoadAssignments(store *storage.Store) (*Assignments, error) {
 	a := &Assignments{store: store, writing: make(chan struct{}, 1)}
 	a.writing <- struct{}{}
-	a.mu.byVnode, a.mu.open, a.mu.progress = map[uint32]assignment{}, map[storage.Place]bool{}, map[uint32]progress{}
+	a.mu.byPlace, a.mu.open, a.mu.progress = map[storage.Place]assignment{}, map[storage.Place]bool{}, map[storage.Place]progress{}
 	b, err := store.Meta(metaAssignments)
 	if errors.Is(err, storage.ErrNotFound) {
 		return a, nil
@@ -62,7 +74,7 @@ func LoadAssignments(store *storage.Store) (*Assignments, error) {
 		return nil, fmt.Errorf("%w: %s: %w", storage.ErrCorrupt, metaAssignments, err)
 	}
 	for _, as := range list {
-		a.mu.byVnode[as.Vnode] = as
+		a.mu.byPlace[as.place()] = as
 	}
 	return a, nil
 }
@@ -74,21 +86,58 @@ func (a *Assignments) Prepare(self uint64, next *topology.Topology) error {
 	<-a.writing
 	defer func() { a.writing <- struct{}{} }()
 	all := a.all()
-	var fresh []uint32
-	for v, slot := range next.Incoming(self) {
-		if epoch := next.Ring[v].Slots[slot].Since; all[v].Epoch != epoch {
-			all[v] = assignment{Vnode: v, Epoch: epoch}
-			fresh = append(fresh, v)
+	var vnodes []uint32
+	var places []storage.Place
+	fresh := false
+	for p, as := range assigned(self, next) {
+		if all[p].Epoch == as.Epoch {
+			continue
+		}
+		all[p], fresh = as, true
+		switch {
+		case p.Namespace == 0:
+			vnodes = append(vnodes, p.Vnode)
+		case !as.Keep:
+			places = append(places, p)
 		}
 	}
-	if len(fresh) == 0 {
+	if !fresh {
 		return nil
 	}
-	if err := a.store.WipeVnodes(fresh, metaAssignments, encodeAssignments(all)); err != nil {
+	// Places first: until the assignments are on disk with the rest, all is done again.
+	if err := a.store.Wipe(places); err != nil {
+		return err
+	}
+	if err := a.store.WipeVnodes(vnodes, metaAssignments, encodeAssignments(all)); err != nil {
 		return err
 	}
 	a.replace(all)
 	return nil
+}
+
+// assigned returns what a topology has a node filled with.
+func assigned(self uint64, t *topology.Topology) map[storage.Place]assignment {
+	out := map[storage.Place]assignment{}
+	for v, slot := range t.Incoming(self) {
+		as := assignment{Vnode: v, Epoch: t.Ring[v].Slots[slot].Since}
+		out[as.place()] = as
+	}
+	for i := range t.Namespaces {
+		ns := &t.Namespaces[i]
+		if ns.Change == 0 {
+			continue
+		}
+		for v := range t.Ring {
+			for j, s := range t.Slots(uint32(v), ns.Wide()) {
+				last := j == ns.Wide()-1
+				if (s.Write[0] == self || s.Write[1] == self) && last == (ns.Change == topology.Widening) {
+					as := assignment{Vnode: uint32(v), Namespace: ns.ID, Epoch: ns.Since, Keep: !last}
+					out[as.place()] = as
+				}
+			}
+		}
+	}
+	return out
 }
 
 // Settle forgets the assignments that are none any more under a topology that has
@@ -97,9 +146,9 @@ func (a *Assignments) Settle(self uint64, t *topology.Topology) error {
 	<-a.writing
 	defer func() { a.writing <- struct{}{} }()
 	all := a.all()
-	incoming := t.Incoming(self)
+	now := assigned(self, t)
 	before := len(all)
-	maps.DeleteFunc(all, func(v uint32, _ assignment) bool { _, ok := incoming[v]; return !ok })
+	maps.DeleteFunc(all, func(p storage.Place, _ assignment) bool { _, ok := now[p]; return !ok })
 	if len(all) == before {
 		return nil
 	}
@@ -115,11 +164,11 @@ func (a *Assignments) complete(done assignment) error {
 	<-a.writing
 	defer func() { a.writing <- struct{}{} }()
 	all := a.all()
-	if all[done.Vnode] != done {
+	if all[done.place()] != done {
 		return nil // assigned anew, or no more
 	}
 	done.Complete = true
-	all[done.Vnode] = done
+	all[done.place()] = done
 	if err := a.store.SetMeta(metaAssignments, encodeAssignments(all)); err != nil {
 		return err
 	}
@@ -134,7 +183,8 @@ func (a *Assignments) complete(done assignment) error {
 func (a *Assignments) Open(namespace, vnode uint32) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return a.mu.byVnode[vnode].Complete || a.mu.open[storage.Place{Namespace: namespace, Vnode: vnode}]
+	own, whole := storage.Place{Namespace: namespace, Vnode: vnode}, storage.Place{Vnode: vnode}
+	return a.mu.byPlace[own].Complete || a.mu.byPlace[whole].Complete || a.mu.open[own]
 }
 
 // Sweep removes the records of places that the node does not hold any more, which
@@ -149,7 +199,9 @@ func (a *Assignments) Sweep(needed func(storage.Place) bool) (swept []storage.Pl
 	}
 	all := a.all()
 	for _, p := range held {
-		if _, assigned := all[p.Vnode]; !assigned && !needed(p) {
+		_, own := all[p]
+		_, whole := all[storage.Place{Vnode: p.Vnode}]
+		if !own && !whole && !needed(p) {
 			swept = append(swept, p)
 		}
 	}
@@ -163,44 +215,46 @@ func (a *Assignments) Sweep(needed func(storage.Place) bool) (swept []storage.Pl
 func (a *Assignments) open(as assignment, namespace uint32) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.mu.byVnode[as.Vnode].Epoch == as.Epoch {
+	if a.mu.byPlace[as.place()].Epoch == as.Epoch {
 		a.mu.open[storage.Place{Namespace: namespace, Vnode: as.Vnode}] = true
 	}
 }
 
 // all returns a copy of the assignments.
-func (a *Assignments) all() map[uint32]assignment {
+func (a *Assignments) all() map[storage.Place]assignment {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return maps.Clone(a.mu.byVnode)
+	return maps.Clone(a.mu.byPlace)
 }
 
 // replace makes assignments those in use, and closes what is assigned anew or no
 // more.
-func (a *Assignments) replace(all map[uint32]assignment) {
+func (a *Assignments) replace(all map[storage.Place]assignment) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	old := a.mu.byVnode
-	a.mu.byVnode = all
-	same := func(v uint32) bool { n, ok := all[v]; return ok && n.Epoch == old[v].Epoch }
-	maps.DeleteFunc(a.mu.open, func(p storage.Place, _ bool) bool { return !same(p.Vnode) })
-	maps.DeleteFunc(a.mu.progress, func(v uint32, _ progress) bool { return !same(v) })
+	old := a.mu.byPlace
+	a.mu.byPlace = all
+	same := func(p storage.Place) bool { n, ok := all[p]; return ok && n.Epoch == old[p].Epoch }
+	maps.DeleteFunc(a.mu.open, func(p storage.Place, _ bool) bool { return !same(p) && !same(storage.Place{Vnode: p.Vnode}) })
+	maps.DeleteFunc(a.mu.progress, func(p storage.Place, _ progress) bool { return !same(p) })
 }
 
-// note changes what is shown of a vnode.
-func (a *Assignments) note(vnode uint32, change func(*progress)) {
+// note changes what is shown of an assignment.
+func (a *Assignments) note(as assignment, change func(*progress)) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	p := a.mu.progress[vnode]
+	p := a.mu.progress[as.place()]
 	change(&p)
-	a.mu.progress[vnode] = p
+	a.mu.progress[as.place()] = p
 }
 
 // Filling is how far a vnode has come to the node.
 type Filling struct {
-	Vnode    uint32
-	Epoch    uint64
-	Complete bool
+	Vnode uint32
+	// Namespace is the only one that it is about, or 0.
+	Namespace uint32
+	Epoch     uint64
+	Complete  bool
 	// Records and Bytes were taken in by this run of the process.
 	Records, Bytes uint64
 	// WaitsFor is why it does not go on, or "".
@@ -211,10 +265,10 @@ type Filling struct {
 func (a *Assignments) Fillings() []Filling {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	out := make([]Filling, 0, len(a.mu.byVnode))
-	for _, v := range slices.Sorted(maps.Keys(a.mu.byVnode)) {
-		as, p := a.mu.byVnode[v], a.mu.progress[v]
-		f := Filling{Vnode: v, Epoch: as.Epoch, Complete: as.Complete, Records: p.records, Bytes: p.bytes}
+	out := make([]Filling, 0, len(a.mu.byPlace))
+	for _, as := range inOrder(a.mu.byPlace) {
+		p := a.mu.progress[as.place()]
+		f := Filling{Vnode: as.Vnode, Namespace: as.Namespace, Epoch: as.Epoch, Complete: as.Complete, Records: p.records, Bytes: p.bytes}
 		if !as.Complete {
 			f.WaitsFor = p.waitsFor
 		}
@@ -223,12 +277,15 @@ func (a *Assignments) Fillings() []Filling {
 	return out
 }
 
-func encodeAssignments(all map[uint32]assignment) []byte {
-	list := make([]assignment, 0, len(all))
-	for _, v := range slices.Sorted(maps.Keys(all)) {
-		list = append(list, all[v])
-	}
-	b, err := json.Marshal(list)
+// inOrder returns assignments in order of vnode and namespace.
+func inOrder(all map[storage.Place]assignment) []assignment {
+	return slices.SortedFunc(maps.Values(all), func(a, b assignment) int {
+		return cmp.Or(cmp.Compare(a.Vnode, b.Vnode), cmp.Compare(a.Namespace, b.Namespace))
+	})
+}
+
+func encodeAssignments(all map[storage.Place]assignment) []byte {
+	b, err := json.Marshal(inOrder(all))
 	if err != nil {
 		panic(err) // numbers always encode
 	}

@@ -12,9 +12,9 @@ import (
 	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
 )
 
-// assigned returns a topology in which node 4 takes the place of node 3 on both
+// assignedIn returns a topology in which node 4 takes the place of node 3 on both
 // vnodes, assigned in an epoch; 0: it is a spare.
-func assigned(t *testing.T, epoch, since uint64) *topology.Topology {
+func assignedIn(t *testing.T, epoch, since uint64) *topology.Topology {
 	t.Helper()
 	pb := ring(t).Proto()
 	pb.Epoch = epoch
@@ -78,11 +78,11 @@ func TestAssignmentsAreWipedOnce(t *testing.T) {
 	}
 	a := load()
 	write() // of an earlier assignment
-	prepare(a, assigned(t, 9, 0), 2, "as a spare")
-	prepare(a, assigned(t, 10, 10), 0, "newly assigned")
+	prepare(a, assignedIn(t, 9, 0), 2, "as a spare")
+	prepare(a, assignedIn(t, 10, 10), 0, "newly assigned")
 	write()
-	prepare(a, assigned(t, 12, 10), 2, "a later topology with the same assignment")
-	later := assigned(t, 13, 10).Proto()
+	prepare(a, assignedIn(t, 12, 10), 2, "a later topology with the same assignment")
+	later := assignedIn(t, 13, 10).Proto()
 	for _, v := range later.GetRing() {
 		v.ChangedEpoch, v.Slots[2].Phase = 13, topologyv1.Phase_PHASE_WRITE_BOTH_READ_NEW
 	}
@@ -99,7 +99,7 @@ func TestAssignmentsAreWipedOnce(t *testing.T) {
 	}
 	s = open()
 	a = load()
-	prepare(a, assigned(t, 11, 10), 2, "the same assignment after a restart")
+	prepare(a, assignedIn(t, 11, 10), 2, "the same assignment after a restart")
 	if got := a.Fillings(); len(got) != 2 || got[0].Epoch != 10 || got[0].Complete {
 		t.Fatalf("fillings %+v", got)
 	}
@@ -107,10 +107,10 @@ func TestAssignmentsAreWipedOnce(t *testing.T) {
 		t.Error("a vnode is open before the barrier")
 	}
 	// The assignment's end is noted once a topology without it is in use.
-	if err := a.Settle(4, assigned(t, 11, 10)); err != nil || len(a.Fillings()) != 2 {
+	if err := a.Settle(4, assignedIn(t, 11, 10)); err != nil || len(a.Fillings()) != 2 {
 		t.Fatalf("%v, fillings %+v", err, a.Fillings())
 	}
-	if err := a.Settle(4, assigned(t, 13, 0)); err != nil || len(a.Fillings()) != 0 {
+	if err := a.Settle(4, assignedIn(t, 13, 0)); err != nil || len(a.Fillings()) != 0 {
 		t.Fatalf("%v, fillings %+v", err, a.Fillings())
 	}
 	a = load()
@@ -118,7 +118,7 @@ func TestAssignmentsAreWipedOnce(t *testing.T) {
 	if want := []storage.Place{{Namespace: 1, Vnode: 0}}; err != nil || !slices.Equal(swept, want) || records() != 1 {
 		t.Fatalf("swept %v, %v, %d records are left", swept, err, records())
 	}
-	prepare(a, assigned(t, 20, 20), 0, "assigned anew")
+	prepare(a, assignedIn(t, 20, 20), 0, "assigned anew")
 	if err := a.complete(assignment{Vnode: 0, Epoch: 20}); err != nil || !a.Open(1, 0) || !load().Open(1, 0) {
 		t.Errorf("what is complete is open, also after a restart: %v", err)
 	}

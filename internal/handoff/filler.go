@@ -130,13 +130,19 @@ type job struct {
 // jobs returns the assignments that hold under a topology, in ring order.
 func (f *Filler) jobs(t *topology.Topology) []job {
 	var out []job
-	all := f.cfg.Assignments.all()
-	for v, slot := range t.Incoming(f.cfg.Self) {
-		if as, ok := all[v]; ok && as.Epoch == t.Ring[v].Slots[slot].Since {
-			out = append(out, job{as, slot})
+	now := assigned(f.cfg.Self, t)
+	for _, as := range inOrder(f.cfg.Assignments.all()) {
+		if now[as.place()].Epoch != as.Epoch {
+			continue
 		}
+		slot := slices.IndexFunc(t.Ring[as.Vnode].Slots, func(s topology.Slot) bool { return s.Incoming == f.cfg.Self })
+		if as.Namespace != 0 {
+			slot = slices.IndexFunc(t.Slots(as.Vnode, t.NamespaceByID(as.Namespace).Wide()), func(s quorum.Slot) bool {
+				return s.Write[0] == f.cfg.Self || s.Write[1] == f.cfg.Self
+			})
+		}
+		out = append(out, job{as, slot})
 	}
-	slices.SortFunc(out, func(a, b job) int { return int(a.Vnode) - int(b.Vnode) })
 	return out
 }
 
@@ -149,7 +155,7 @@ func (f *Filler) each(jobs []job, do func(job) error) {
 		workers.Go(func() {
 			for j := range todo {
 				if err := do(j); err != nil {
-					f.cfg.Assignments.note(j.Vnode, func(p *progress) { p.waitsFor = err.Error() })
+					f.cfg.Assignments.note(j.assignment, func(p *progress) { p.waitsFor = err.Error() })
 				}
 			}
 		})
@@ -163,6 +169,9 @@ func (f *Filler) each(jobs []job, do func(job) error) {
 
 // namespaces returns the namespaces that use a job's slot.
 func namespaces(t *topology.Topology, j job) []*topology.Namespace {
+	if j.Namespace != 0 {
+		return []*topology.Namespace{t.NamespaceByID(j.Namespace)}
+	}
 	var out []*topology.Namespace
 	for i := range t.Namespaces {
 		if ns := &t.Namespaces[i]; j.slot < ns.N {
@@ -173,6 +182,9 @@ func namespaces(t *topology.Topology, j job) []*topology.Namespace {
 }
 
 func (f *Filler) isOpen(t *topology.Topology, j job) bool {
+	if j.Keep {
+		return true
+	}
 	for _, ns := range namespaces(t, j) {
 		if !f.cfg.Assignments.Open(ns.ID, j.Vnode) {
 			return false
@@ -188,10 +200,20 @@ func (f *Filler) fromOld(t *topology.Topology, j job) bool {
 	return s.Incoming == f.cfg.Self && s.Phase == topology.WriteBothReadOld && j.Epoch == s.Since
 }
 
-// sourcesNeeded is N−q+1, or the old node alone.
+// sourcesNeeded is N−q+1, or the old node alone. Where N changes, what has been read
+// or acknowledged by quorums of the old one must be met: N−W+1, this node's own copy
+// included if it has one.
 func (f *Filler) sourcesNeeded(t *topology.Topology, j job, ns *topology.Namespace) int {
 	if f.fromOld(t, j) {
 		return 1
+	}
+	if j.Namespace != 0 {
+		n := ns.N
+		need := n - min(ns.W.Need(n), n/2+1) + 1
+		if j.Keep {
+			need--
+		}
+		return need
 	}
 	return ns.N - quorum.Majority.Need(ns.N) + 1
 }
@@ -201,8 +223,12 @@ func (f *Filler) sourcesNeeded(t *topology.Topology, j job, ns *topology.Namespa
 func (f *Filler) askDrained(ctx context.Context, t *topology.Topology, jobs []job) {
 	ask := map[uint64]bool{}
 	for _, j := range jobs {
+		epoch := t.Ring[j.Vnode].ChangedEpoch
+		for _, ns := range namespaces(t, j) {
+			epoch = max(epoch, ns.ChangedEpoch)
+		}
 		for _, s := range t.Ring[j.Vnode].Slots {
-			if n := s.Quorum().Read; n != 0 && n != f.cfg.Self && f.drained(n) < t.Ring[j.Vnode].ChangedEpoch && f.cfg.Peers.Alive(n) {
+			if n := s.Quorum().Read; n != 0 && n != f.cfg.Self && f.drained(n) < epoch && f.cfg.Peers.Alive(n) {
 				ask[n] = true
 			}
 		}
@@ -235,7 +261,7 @@ func (f *Filler) sources(t *topology.Topology, j job, ns *topology.Namespace, ti
 	var out []uint64
 	var missing []string
 	readable, need := 0, f.sourcesNeeded(t, j, ns)
-	epoch := t.Ring[j.Vnode].ChangedEpoch
+	epoch := max(t.Ring[j.Vnode].ChangedEpoch, ns.ChangedEpoch)
 	for i, s := range t.Slots(j.Vnode, ns.N) {
 		if (i == j.slot) != f.fromOld(t, j) || s.Read == 0 {
 			continue
@@ -271,6 +297,9 @@ func (f *Filler) sources(t *topology.Topology, j job, ns *topology.Namespace, ti
 // slots, so that no read quorum of an older epoch can be reached any more. First it
 // takes over what they have promised to refuse.
 func (f *Filler) open(ctx context.Context, t *topology.Topology, j job) error {
+	if j.Keep {
+		return nil // it has been open all the time
+	}
 	var errs []error
 	for _, ns := range namespaces(t, j) {
 		if f.cfg.Assignments.Open(ns.ID, j.Vnode) {
@@ -309,7 +338,7 @@ func (f *Filler) adoptPromises(ctx context.Context, t *topology.Topology, j job,
 
 // fill pulls all that a vnode lacks, and notes when it is complete.
 func (f *Filler) fill(ctx context.Context, t *topology.Topology, j job) error {
-	f.cfg.Assignments.note(j.Vnode, func(p *progress) { p.waitsFor = "" })
+	f.cfg.Assignments.note(j.assignment, func(p *progress) { p.waitsFor = "" })
 	for _, ns := range namespaces(t, j) {
 		if err := f.fillNamespace(ctx, t, ns, j); err != nil {
 			return err
@@ -326,7 +355,7 @@ func (f *Filler) Fill(ctx context.Context, namespace, vnode uint32) error {
 	if ns == nil || int(vnode) >= len(t.Ring) {
 		return fmt.Errorf("there is no vnode %d of a namespace %d", vnode, namespace)
 	}
-	slot := slices.IndexFunc(t.Ring[vnode].Slots[:ns.N], func(s topology.Slot) bool { return s.Node == f.cfg.Self || s.Incoming == f.cfg.Self })
+	slot := slices.IndexFunc(t.Ring[vnode].Slots[:ns.Wide()], func(s topology.Slot) bool { return s.Node == f.cfg.Self || s.Incoming == f.cfg.Self })
 	if slot < 0 {
 		return fmt.Errorf("this node is no replica of vnode %d of namespace %s", vnode, ns.Name)
 	}
@@ -348,7 +377,7 @@ func (f *Filler) fillNamespace(ctx context.Context, t *topology.Topology, ns *to
 			return errors.Join(last, err)
 		}
 		next := sources[slices.IndexFunc(sources, func(n uint64) bool { return !done[n] })]
-		err = f.pull(ctx, t, j.Vnode, ns, next, len(done) == 0)
+		err = f.pull(ctx, t, j, ns, next, len(done) == 0 && !j.Keep)
 		var local localError
 		switch {
 		case err == nil:
@@ -366,12 +395,12 @@ func (f *Filler) fillNamespace(ctx context.Context, t *topology.Topology, ns *to
 
 // pull joins what one source holds of a vnode, page by page: all of it from the first
 // source, from others what is not here yet.
-func (f *Filler) pull(ctx context.Context, t *topology.Topology, vnode uint32, ns *topology.Namespace, source uint64, whole bool) error {
+func (f *Filler) pull(ctx context.Context, t *topology.Topology, j job, ns *topology.Namespace, source uint64, whole bool) error {
 	scan := &replicav1.Scan{Namespace: ns.ID, Limit: pageRecords, LimitBytes: pageBytes}
 	if whole {
-		scan.FullVnodes = []uint32{vnode}
+		scan.FullVnodes = []uint32{j.Vnode}
 	} else {
-		scan.HeaderVnodes = []uint32{vnode}
+		scan.HeaderVnodes = []uint32{j.Vnode}
 	}
 	for {
 		reply, err := f.call(ctx, source, &replicav1.Call{Epoch: t.Epoch, Operation: &replicav1.Call_Scan{Scan: scan}})
@@ -391,11 +420,11 @@ func (f *Filler) pull(ctx context.Context, t *topology.Topology, vnode uint32, n
 			}
 		}
 		if !whole {
-			if entries, err = f.missing(ctx, t, vnode, ns, source, entries); err != nil {
+			if entries, err = f.missing(ctx, t, j.Vnode, ns, source, entries); err != nil {
 				return err
 			}
 		}
-		if err := f.join(ctx, t, vnode, ns, entries); err != nil {
+		if err := f.join(ctx, t, j, ns, entries); err != nil {
 			return err
 		}
 		if !more {
@@ -429,7 +458,7 @@ func (f *Filler) missing(ctx context.Context, t *topology.Topology, vnode uint32
 }
 
 // join has this node's replica take records, at the pace that is allowed.
-func (f *Filler) join(ctx context.Context, t *topology.Topology, vnode uint32, ns *topology.Namespace, entries []*replicav1.Entry) error {
+func (f *Filler) join(ctx context.Context, t *topology.Topology, j job, ns *topology.Namespace, entries []*replicav1.Entry) error {
 	for chunk := range slices.Chunk(entries, 256) {
 		size := 0
 		for _, e := range chunk {
@@ -439,14 +468,14 @@ func (f *Filler) join(ctx context.Context, t *topology.Topology, vnode uint32, n
 			return localError{err}
 		}
 		_, err := f.call(ctx, f.cfg.Self, &replicav1.Call{Epoch: t.Epoch, Operation: &replicav1.Call_Apply{Apply: &replicav1.Apply{
-			Namespace: ns.ID, Vnode: vnode, Source: replicav1.Source_SOURCE_REPAIR, Entries: chunk,
+			Namespace: ns.ID, Vnode: j.Vnode, Source: replicav1.Source_SOURCE_REPAIR, Entries: chunk,
 		}}})
 		if err != nil {
 			return localError{err}
 		}
 		f.records.Add(float64(len(chunk)))
 		f.bytes.Add(float64(size))
-		f.cfg.Assignments.note(vnode, func(p *progress) {
+		f.cfg.Assignments.note(j.assignment, func(p *progress) {
 			p.records += uint64(len(chunk))
 			p.bytes += uint64(size)
 		})

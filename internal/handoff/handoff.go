@@ -242,7 +242,7 @@ func (r *Replayer) sort(t *topology.Topology, hints []storage.Hint) (wanted []st
 		switch ns := t.NamespaceByID(h.Namespace); {
 		case ns == nil:
 			useless[replica.LossNamespace] = append(useless[replica.LossNamespace], h)
-		case !t.Owns(h.Target, h.Vnode, ns.N):
+		case !t.Owns(h.Target, h.Vnode, ns.Wide()):
 			useless[replica.LossNotOwner] = append(useless[replica.LossNotOwner], h)
 		case r.cfg.Hints.Expired(h):
 			useless[replica.LossExpired] = append(useless[replica.LossExpired], h)

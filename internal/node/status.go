@@ -82,7 +82,7 @@ func (n *Node) status() *adminv1.NodeStatus {
 	}
 	for _, f := range n.assignments.Fillings() {
 		s.Fillings = append(s.Fillings, &adminv1.Filling{
-			Vnode: f.Vnode, AssignedEpoch: f.Epoch, Complete: f.Complete, Records: f.Records, Bytes: f.Bytes, WaitsFor: f.WaitsFor,
+			Vnode: f.Vnode, NamespaceId: f.Namespace, AssignedEpoch: f.Epoch, Complete: f.Complete, Records: f.Records, Bytes: f.Bytes, WaitsFor: f.WaitsFor,
 		})
 	}
 	s.RequestsInFlight = uint32(n.coordinator.InFlight().Requests)

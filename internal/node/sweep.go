@@ -42,7 +42,7 @@ func (n *Node) sweepUnder(t *topology.Topology) bool {
 	swept, err := n.assignments.Sweep(func(p storage.Place) bool {
 		// What a transition may yet go back to, or is to be rebuilt from, stays.
 		t, ns := n.fence.Topology(), n.fence.Topology().NamespaceByID(p.Namespace)
-		return ns == nil || int(p.Vnode) >= len(t.Ring) || t.Ring[p.Vnode].Moving() >= 0 || t.Owns(n.id.Incarnation, p.Vnode, ns.N)
+		return ns == nil || int(p.Vnode) >= len(t.Ring) || t.Ring[p.Vnode].Moving() >= 0 || t.Owns(n.id.Incarnation, p.Vnode, ns.Wide())
 	})
 	if err != nil {
 		n.cfg.Logger.Error("cannot delete what the node has handed over", "err", err)

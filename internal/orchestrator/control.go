@@ -269,13 +269,17 @@ func (s controlService) updateNamespace(ctx context.Context, r *adminv1.UpdateNa
 			return nil, rpc.Errorf(codes.Aborted, "NAMESPACE_CHANGED", "namespace %s was changed in epoch %s by somebody else", ns.Name, topology.EpochString(ns.ChangedEpoch)).
 				With("namespace", ns.Name).With("changed_epoch", ns.ChangedEpoch)
 		}
-		cmd, warnings, err = updateNamespace(t, r.GetName(), settings(r.GetSettings()))
+		cmd, warnings, err = updateNamespace(t, r.GetName(), settings(r.GetSettings()), r.GetAllowEventual())
 		return cmd, err
 	})
 	if err != nil {
 		return nil, err
 	}
-	return &adminv1.UpdateNamespaceResponse{Namespace: a.result.Namespace.Proto(), Epoch: a.result.Epoch, Warnings: warnings}, nil
+	resp := &adminv1.UpdateNamespaceResponse{Namespace: a.result.Namespace.Proto(), Epoch: a.result.Epoch, Warnings: warnings}
+	if a.result.Operation != nil {
+		resp.Operation = a.result.Operation.Proto()
+	}
+	return resp, nil
 }
 
 func (s controlService) DropNamespace(ctx context.Context, r *adminv1.DropNamespaceRequest) (*adminv1.DropNamespaceResponse, error) {

@@ -153,17 +153,24 @@ func createNamespace(s *topology.State, name string, set topology.NamespaceSetti
 	return cmd, warnings, nil
 }
 
-// updateNamespace decides what a namespace becomes.
-func updateNamespace(t *topology.Topology, name string, set topology.NamespaceSettings) (*topologyv1.Command, []string, error) {
-	ns, warnings, err := t.ChangedNamespace(name, set)
+// updateNamespace decides what a namespace becomes. Another N is an operation's work.
+func updateNamespace(t *topology.Topology, name string, set topology.NamespaceSettings, allowEventual bool) (*topologyv1.Command, []string, error) {
+	ns, n, warnings, err := t.ChangedNamespace(name, set, allowEventual)
 	if err != nil {
 		return nil, nil, err
 	}
-	return &topologyv1.Command{
+	cmd := &topologyv1.Command{
 		ExpectEpoch: t.Epoch,
 		Change:      &topologyv1.Change{Subject: "namespace", Name: name, What: "set: " + ns.Describe()},
 		Mutations:   []*topologyv1.Mutation{{Kind: &topologyv1.Mutation_UpdateNamespace{UpdateNamespace: &topologyv1.UpdateNamespace{Namespace: ns.Proto()}}}},
-	}, warnings, nil
+	}
+	if n != ns.N {
+		cmd.Change.What += fmt.Sprintf(", N to become %d", n)
+		cmd.Mutations = append(cmd.Mutations, &topologyv1.Mutation{Kind: &topologyv1.Mutation_StartOperation{StartOperation: &topologyv1.StartOperation{
+			Operation: &topologyv1.Operation{Kind: topology.KindReplicas, Title: fmt.Sprintf("N of namespace %s from %d to %d", name, ns.N, n), NamespaceId: ns.ID, TargetN: uint32(n)},
+		}}})
+	}
+	return cmd, warnings, nil
 }
 
 // dropNamespace decides how a namespace goes.

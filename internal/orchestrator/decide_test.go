@@ -183,7 +183,7 @@ func TestCreateNamespaceWidensTheRing(t *testing.T) {
 	if _, _, err := createNamespace(s, "wide", topology.NamespaceSettings{}); err == nil {
 		t.Error("made twice")
 	}
-	if _, _, err := updateNamespace(s.Topology, "nope", topology.NamespaceSettings{}); err == nil {
+	if _, _, err := updateNamespace(s.Topology, "nope", topology.NamespaceSettings{}, false); err == nil {
 		t.Error("changed what does not exist")
 	}
 	if _, err := dropNamespace(s.Topology, "default"); err == nil {

@@ -18,7 +18,7 @@ const movesPerNode = 8
 // the operation under way, or nil. All that a change has come to is in the topology
 // and in what the nodes say, so any leader can go on with it.
 func changeRing(s *topology.State, v view) *topologyv1.Command {
-	for _, step := range []func(*topology.State, view) *topologyv1.Command{advance, beginReplacing, beginMoves, endOperation, removeReplaced, trim} {
+	for _, step := range []func(*topology.State, view) *topologyv1.Command{advance, beginReplacing, beginMoves, changeReplicas, endOperation, removeReplaced, trim} {
 		if cmd := step(s, v); cmd != nil {
 			return cmd
 		}
@@ -144,28 +144,48 @@ func barrier(t *topology.Topology, vnode uint32, slot int, endpoint uint64, v vi
 	if v.epoch(endpoint) < epoch {
 		return fmt.Sprintf("%s has not taken in epoch %s yet", t.NodeName(endpoint), topology.EpochString(epoch))
 	}
-	for i := range t.Nodes {
-		if inc := t.Nodes[i].Incarnation; !v.unhealthy(inc) && v.epoch(inc) < epoch {
-			return fmt.Sprintf("%s has not taken in epoch %s yet", t.Nodes[i].Name, topology.EpochString(epoch))
-		}
+	if why := allTaken(t, epoch, v); why != "" {
+		return why
 	}
 	if mutant.On("advance-on-live-nodes") {
 		return ""
 	}
 	for i := range t.Namespaces {
-		ns := &t.Namespaces[i]
-		if slot >= ns.N {
+		if ns := &t.Namespaces[i]; slot < ns.Wide() {
+			if why := quorumsTaken(t, ns, vnode, epoch, v); why != "" {
+				return why
+			}
+		}
+	}
+	return ""
+}
+
+// quorumsTaken returns why too few slots of a namespace's vnode have taken in an epoch,
+// or "": N−q+1 must have, of both numbers of slots while N changes.
+func quorumsTaken(t *topology.Topology, ns *topology.Namespace, vnode uint32, epoch uint64, v view) string {
+	for _, n := range []int{ns.N, ns.AlsoN} {
+		if n == 0 {
 			continue
 		}
-		have, want := 0, ns.N-(ns.N/2+1)+1
-		for j, s := range t.Slots(vnode, ns.N) {
-			counts := j != slot || ring.Slots[j].Phase != topology.WriteNewReadNone
+		have, want := 0, n-(n/2+1)+1
+		for j, s := range t.Slots(vnode, n) {
+			counts := t.Ring[vnode].Slots[j].Phase != topology.WriteNewReadNone
 			if counts && taken(s.Write[0], epoch, v) && taken(s.Write[1], epoch, v) {
 				have++
 			}
 		}
 		if have < want {
 			return fmt.Sprintf("%d replicas of namespace %s have taken in epoch %s, %d must have", have, ns.Name, topology.EpochString(epoch), want)
+		}
+	}
+	return ""
+}
+
+// allTaken returns which live node has not taken in an epoch, or "".
+func allTaken(t *topology.Topology, epoch uint64, v view) string {
+	for i := range t.Nodes {
+		if inc := t.Nodes[i].Incarnation; !v.unhealthy(inc) && v.epoch(inc) < epoch {
+			return fmt.Sprintf("%s has not taken in epoch %s yet", t.Nodes[i].Name, topology.EpochString(epoch))
 		}
 	}
 	return ""
@@ -180,7 +200,7 @@ func taken(incarnation, epoch uint64, v view) bool {
 func filling(t *topology.Topology, vnode uint32, slot int, v view) *adminv1.Filling {
 	s := t.Ring[vnode].Slots[slot]
 	for _, f := range v.status(s.Incoming).GetFillings() {
-		if f.GetVnode() == vnode && f.GetAssignedEpoch() == s.Since {
+		if f.GetVnode() == vnode && f.GetNamespaceId() == 0 && f.GetAssignedEpoch() == s.Since {
 			return f
 		}
 	}
@@ -265,6 +285,15 @@ func endOperation(s *topology.State, _ view) *topologyv1.Command {
 	what := []string{fmt.Sprintf("operation %d is done: %s", op.ID, op.Title)}
 	mutations := []*topologyv1.Mutation{{Kind: &topologyv1.Mutation_SteerOperation{SteerOperation: end}}}
 	switch {
+	case op.Kind == topology.KindReplicas:
+		ns := s.Topology.NamespaceByID(op.Namespace)
+		switch {
+		case ns != nil && (ns.AlsoN != 0 || op.State == topology.Paused || op.State == topology.Running && ns.N != op.TargetN):
+			return nil
+		case op.State == topology.Aborting:
+			end.State = topologyv1.Operation_STATE_ABORTED
+			what[0] = fmt.Sprintf("operation %d is aborted: %s", op.ID, op.Title)
+		}
 	case op.State == topology.Running && op.Left() == 0:
 		remove := &topologyv1.RemoveNodes{}
 		for _, inc := range op.Remove {
@@ -296,6 +325,10 @@ func endOperation(s *topology.State, _ view) *topologyv1.Command {
 func observeOperation(s *topology.State, op *topology.Operation, v view) *adminv1.ObservedOperation {
 	out := &adminv1.ObservedOperation{Operation: op.Proto()}
 	if op.State.Ended() {
+		return out
+	}
+	if op.Kind == topology.KindReplicas {
+		out.Moving = observeReplicas(s.Topology, op, v)
 		return out
 	}
 	begun := map[uint32]bool{}

@@ -199,6 +199,29 @@ func LiveSlots(slots []Slot, alive func(node uint64) bool) int {
 	return n
 }
 
+// Goal asks for Need of the first N slots. With N=0 it asks for nothing.
+type Goal struct{ N, Need int }
+
+// Goals are two goals, of which the second is empty unless N is changing.
+type Goals [2]Goal
+
+// Met reports whether slots that have says have what is asked for are enough.
+// REQUIRES: no goal's N is above the number of slots.
+func (g Goals) Met(slots []Slot, have func(slot int) bool) bool {
+	for _, goal := range g {
+		n := 0
+		for i := range slots[:goal.N] {
+			if have(i) {
+				n++
+			}
+		}
+		if n < goal.Need {
+			return false
+		}
+	}
+	return true
+}
+
 // Counter counts the slots whose nodes have all acknowledged. Counting slots and
 // not nodes is what makes quorums of neighbouring epochs intersect while a slot
 // moves.
@@ -206,22 +229,22 @@ type Counter struct {
 	slots []Slot
 	// acked has a bit for each of a slot's Write nodes.
 	acked [MaxN]uint8
-	need  int
-	full  int
+	full  [MaxN]bool
+	goals Goals
 }
 
-// NewCounter returns a counter over slots that is reached when need of them have
-// acknowledged. It keeps the slice and does not change it.
-// REQUIRES: len(slots) <= MaxN.
-func NewCounter(slots []Slot, need int) Counter {
-	return Counter{slots: slots, need: need}
+// NewCounter returns a counter over slots that is reached when both goals are. It
+// keeps the slice and does not change it.
+// REQUIRES: len(slots) <= MaxN, and no goal's N is above it.
+func NewCounter(slots []Slot, goals Goals) Counter {
+	return Counter{slots: slots, goals: goals}
 }
 
 // Ack notes that a node has acknowledged, for every slot it belongs to.
 // Repetitions and strangers change nothing. It reports whether this
 // acknowledgement reached the quorum.
 func (c *Counter) Ack(node uint64) (reached bool) {
-	before := c.full
+	before := c.Reached()
 	for i, s := range c.slots {
 		want := uint8(0)
 		got := c.acked[i]
@@ -234,16 +257,24 @@ func (c *Counter) Ack(node uint64) (reached bool) {
 				got |= 1 << j
 			}
 		}
-		if got != c.acked[i] && got == want {
-			c.full++
-		}
 		c.acked[i] = got
+		c.full[i] = got == want && want != 0
 	}
-	return before < c.need && c.full >= c.need
+	return !before && c.Reached()
 }
 
-// Acked returns how many slots have acknowledged.
-func (c *Counter) Acked() int { return c.full }
+// Acked returns how many slots of the first goal have acknowledged.
+func (c *Counter) Acked() int {
+	n := 0
+	for _, full := range c.full[:c.goals[0].N] {
+		if full {
+			n++
+		}
+	}
+	return n
+}
 
-// Reached reports whether the quorum is reached.
-func (c *Counter) Reached() bool { return c.full >= c.need }
+// Reached reports whether the quorums are reached.
+func (c *Counter) Reached() bool {
+	return c.goals.Met(c.slots, func(slot int) bool { return c.full[slot] })
+}

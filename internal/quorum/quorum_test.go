@@ -104,7 +104,7 @@ func TestCounter(t *testing.T) {
 		{Write: [2]uint64{2, 4}, Read: 2}, // moving from 2 to 4
 		{Write: [2]uint64{3}, Read: 3},
 	}
-	c := quorum.NewCounter(slots, 2)
+	c := quorum.NewCounter(slots, quorum.Goals{{N: len(slots), Need: 2}})
 	for _, step := range []struct {
 		node    uint64
 		reached bool

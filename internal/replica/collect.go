@@ -80,7 +80,7 @@ func (f *frame) collect(ctx context.Context, c *replicav1.Call, op *replicav1.Co
 // vnode that moves, or above what this node has promised.
 func (f *frame) checkCertificate(op *replicav1.Collect) *rpc.Error {
 	ns := f.topology.NamespaceByID(op.GetNamespace())
-	endpoints, stable := f.topology.Endpoints(op.GetVnode(), ns.N)
+	endpoints, stable := f.topology.Endpoints(op.GetVnode(), ns)
 	promise := f.cfg.Store.Collection(op.GetNamespace(), op.GetVnode()).Promise
 	switch {
 	case !stable:
@@ -122,7 +122,7 @@ func ValidCertificate(t *topology.Topology, namespace, vnode uint32, endpoints [
 	if ns == nil || int(vnode) >= len(t.Ring) {
 		return false
 	}
-	now, stable := t.Endpoints(vnode, ns.N)
+	now, stable := t.Endpoints(vnode, ns)
 	return stable && slices.Equal(now, endpoints)
 }
 

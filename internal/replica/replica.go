@@ -198,10 +198,13 @@ func (f *frame) check(c *replicav1.Call, namespace uint32, vnode uint32, want ac
 		return f.stale("namespace %s or vnode %d changed in epoch %s, the call was made for epoch %s",
 			ns.Name, vnode, topology.EpochString(changed), topology.EpochString(c.GetEpoch()))
 	}
-	for i, s := range t.Slots(vnode, ns.N) {
+	for i, s := range t.Slots(vnode, ns.Wide()) {
 		writes := s.Write[0] == f.cfg.Self || s.Write[1] == f.cfg.Self
-		if reads := s.Read == f.cfg.Self; want != toRead && writes || want != toWrite && reads {
-			if t.Ring[vnode].Slots[i].Incoming == f.cfg.Self && !f.cfg.Open(namespace, vnode) {
+		reads := s.Read == f.cfg.Self && (i < ns.N || want == toCompare)
+		if want != toRead && writes || want != toWrite && reads {
+			// A slot that the namespace did not use before is filled like an incoming node.
+			filled := t.Ring[vnode].Slots[i].Incoming == f.cfg.Self || ns.Change == topology.Widening && i == ns.Wide()-1
+			if filled && !f.cfg.Open(namespace, vnode) {
 				return rpc.Errorf(codes.Unavailable, rpc.ReasonNotReady, "%s takes no records of vnode %d yet: its other replicas must take in epoch %s first",
 					t.NodeName(f.cfg.Self), vnode, topology.EpochString(t.Ring[vnode].ChangedEpoch))
 			}

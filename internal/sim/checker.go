@@ -298,7 +298,7 @@ func (c *Checker) refusing(p Place) (out refusing) {
 	}
 	ns, v := t.Namespace(p.Namespace), t.VnodeOf([]byte(p.Key))
 	out.changed = max(ns.ChangedEpoch, t.Ring[v].ChangedEpoch)
-	for i, s := range t.Slots(v, ns.N) {
+	for i, s := range t.Slots(v, ns.N) { // while N changes, at most those refuse that count for reads
 		n := s.Write[0]
 		if slot := t.Ring[v].Slots[i]; slot.Phase == topology.WriteNewReadNone {
 			n = slot.Node // which may only be taken for dead

@@ -142,7 +142,7 @@ func (ts *topologies) slots(t *topology.Topology) {
 	}
 	for v := range t.Ring {
 		slots := t.Ring[v].Slots
-		if len(slots) != t.Width() {
+		if len(slots) < t.Width() { // those that are used no more are taken out later
 			ts.h.violate(9, "epoch %d: vnode %d has %d slots, the largest N is %d", t.Epoch, v, len(slots), t.Width())
 		}
 		used := map[uint64]bool{}
@@ -173,7 +173,7 @@ func (ts *topologies) slots(t *topology.Topology) {
 // dead answers nobody in either epoch.
 func (ts *topologies) intersect(writes, reads *topology.Topology) {
 	for v := range writes.Ring {
-		if v >= len(reads.Ring) || writes.Ring[v].ChangedEpoch == reads.Ring[v].ChangedEpoch {
+		if v >= len(reads.Ring) || writes.Ring[v].ChangedEpoch == reads.Ring[v].ChangedEpoch && !changesN(writes, reads) {
 			continue
 		}
 		dead := map[uint64]bool{}
@@ -189,19 +189,27 @@ func (ts *topologies) intersect(writes, reads *topology.Topology) {
 			if other == nil {
 				continue
 			}
-			w, r := ns.W.Need(ns.N), other.R.Need(other.N)
-			if quorum.StrengthOf(ns.N, w, r) == quorum.Strong && !meet(writes.Slots(uint32(v), ns.N), w, reads.Slots(uint32(v), other.N), r, dead) {
+			goals, r := ns.Writes(quorum.Spec{}), other.R.Need(other.N)
+			if ns.Strength() == quorum.Strong && other.Strength() == quorum.Strong && !meet(writes.Slots(uint32(v), ns.Wide()), goals, reads.Slots(uint32(v), other.N), r, dead) {
 				ts.h.violate(8, "vnode %d, namespace %s: a write quorum of epoch %d misses a read quorum of epoch %d", v, ns.Name, writes.Epoch, reads.Epoch)
 			}
 		}
 	}
 }
 
-// meet reports whether every choice of w writing slots shares a node with every
-// choice of r reading ones.
-func meet(writing []quorum.Slot, w int, reading []quorum.Slot, r int, dead map[uint64]bool) bool {
+// changesN reports whether N of a namespace, or what it is becoming, differs.
+func changesN(a, b *topology.Topology) bool {
+	return slices.ContainsFunc(a.Namespaces, func(ns topology.Namespace) bool {
+		other := b.NamespaceByID(ns.ID)
+		return other != nil && (other.N != ns.N || other.AlsoN != ns.AlsoN)
+	})
+}
+
+// meet reports whether every choice of writing slots that is enough shares a node with
+// every choice of r reading ones.
+func meet(writing []quorum.Slot, enough quorum.Goals, reading []quorum.Slot, r int, dead map[uint64]bool) bool {
 	for ws := range 1 << len(writing) {
-		if ones(ws) != w {
+		if !enough.Met(writing, func(slot int) bool { return ws>>slot&1 == 1 }) {
 			continue
 		}
 		has := map[uint64]bool{}
@@ -222,11 +230,4 @@ func meet(writing []quorum.Slot, w int, reading []quorum.Slot, r int, dead map[u
 		}
 	}
 	return true
-}
-
-func ones(x int) (n int) {
-	for ; x != 0; x &= x - 1 {
-		n++
-	}
-	return n
 }

@@ -64,6 +64,10 @@ func (f *faults) changeRing(rng *rand.Rand) {
 	for _, n := range s.GetNodes() {
 		healthy[n.GetHealth().GetIncarnation()] = n.GetHealth().GetState() == topologyv1.NodeHealth_STATE_HEALTHY
 	}
+	if name := changingN(f.r.cfg.Seed); name != "" && rng.IntN(3) == 0 {
+		f.changeN(ctx, rng, by, t, t.Namespace(name))
+		return
+	}
 	op := f.planRing(rng, t, healthy)
 	if op == nil {
 		return
@@ -98,6 +102,29 @@ func (f *faults) begin(ctx context.Context, by adminv1.ControlServiceClient, t *
 	}
 	f.note("operation "+op.GetKind(), "%d, %s, %d moves", resp.GetOperation().GetId(), op.GetTitle(), len(op.GetMoves()))
 	return true
+}
+
+// changingN returns the namespace whose N changes in the run of a seed, or "".
+func changingN(seed uint64) string {
+	if seed%4 == 3 {
+		return "default"
+	}
+	return ""
+}
+
+// changeN begins to give the keys of a namespace another number of replicas.
+func (f *faults) changeN(ctx context.Context, rng *rand.Rand, by adminv1.ControlServiceClient, t *topology.Topology, ns *topology.Namespace) {
+	n := uint32(3 + rng.IntN(3))
+	if int(n) == ns.N {
+		return
+	}
+	for i := range t.Nodes { // any of them may get the new slots
+		for v := range t.Vnodes {
+			f.r.checker.Moves(t.Nodes[i].Incarnation, v)
+		}
+	}
+	resp, err := by.UpdateNamespace(ctx, &adminv1.UpdateNamespaceRequest{Name: ns.Name, Settings: &adminv1.NamespaceSettings{N: &n}})
+	f.note("operation replicas", "%d, N of %s from %d to %d: %v", resp.GetOperation().GetId(), ns.Name, ns.N, n, err)
 }
 
 // steer pauses, resumes or aborts an operation, or leaves it alone.

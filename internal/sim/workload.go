@@ -429,6 +429,9 @@ func (u *user) need(q string, s Space) int {
 	case q == "all":
 		return s.N
 	}
+	if s.Name == changingN(u.Seed) {
+		return 1 // of however many
+	}
 	fmt.Sscanf(q, "%d%%", &percent)
 	return (percent*s.N + 99) / 100
 }

@@ -51,6 +51,9 @@ func (s *Store) WipeVnodes(vnodes []uint32, name string, value []byte) error {
 // that is on disk. Promises are kept.
 // REQUIRES: the places are not in use.
 func (s *Store) Wipe(places []Place) error {
+	if len(places) == 0 {
+		return nil
+	}
 	b := s.db.NewBatch()
 	defer b.Close()
 	err := s.wipe(b, places)

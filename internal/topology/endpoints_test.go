@@ -22,7 +22,7 @@ func TestEndpoints(t *testing.T) {
 	} {
 		top := &Topology{Ring: []Vnode{{Slots: c.slots}}}
 		top.index()
-		got, st := top.Endpoints(0, c.n)
+		got, st := top.Endpoints(0, &Namespace{N: c.n})
 		if !slices.Equal(got, c.want) || st != c.stable {
 			t.Errorf("%v, N=%d: %v, stable %v\n%s", c.slots, c.n, got, st, cmp.Diff(c.want, got))
 		}

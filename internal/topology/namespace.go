@@ -68,27 +68,87 @@ func (ns *Namespace) Describe() string {
 	return fmt.Sprintf("N=%d W=%s R=%s read repair %s (chance %g) hints %s TTL %s", ns.N, ns.W, ns.R, ns.ReadRepair, ns.RepairChance, hints, ttl)
 }
 
-// ChangedNamespace decides what a namespace becomes under new settings. Errors
-// are *Refusal.
-func (t *Topology) ChangedNamespace(name string, set NamespaceSettings) (ns Namespace, warnings []string, err error) {
+// ChangedNamespace decides what a namespace becomes under new settings, and which N it
+// is to have: that is not changed at once, but by an operation. Errors are *Refusal.
+func (t *Topology) ChangedNamespace(name string, set NamespaceSettings, allowEventual bool) (ns Namespace, n int, warnings []string, err error) {
 	old := t.Namespace(name)
 	if old == nil {
-		return ns, nil, ErrNamespaceNotFound(name)
+		return ns, 0, nil, ErrNamespaceNotFound(name)
 	}
-	ns = *old
-	if err := set.applyTo(&ns); err != nil {
-		return ns, nil, err
+	wanted := *old
+	if err := set.applyTo(&wanted); err != nil {
+		return ns, 0, nil, err
 	}
-	if err := t.checkNamespace(&ns); err != nil {
-		return ns, nil, err
+	ns, n = wanted, wanted.N
+	ns.N = old.N
+	for _, s := range []*Namespace{&ns, &wanted} {
+		if err := t.checkNamespace(s); err != nil {
+			return ns, 0, nil, err
+		}
 	}
-	if ns.N != old.N {
-		return ns, nil, refuse(Precondition, "N_NEEDS_MOVES",
-			fmt.Sprintf("namespace %s has N=%d and may hold records, which another N would have to move between replicas: if it is empty, drop it and create it with N=%d; if not, create another one and export and import the records", name, old.N, ns.N),
-			"n", old.N, "wanted_n", ns.N)
+	if old.AlsoN != 0 && (n != old.N || ns.W != old.W || ns.R != old.R) {
+		return ns, 0, nil, refuse(Precondition, "N_CHANGING",
+			fmt.Sprintf("N of namespace %s is being changed: N, W and R can be set again when that is done (kvctl operation ls)", name), "namespace", name)
+	}
+	if n != old.N && old.Strength() == quorum.Strong && wanted.Strength() != quorum.Strong && !allowEventual {
+		return ns, 0, nil, refuse(Precondition, "WOULD_WEAKEN_READS",
+			fmt.Sprintf("reads of namespace %s are strong, and would be %s with N=%d, W=%d, R=%d: set W and R to quorum, or allow it (--allow-eventual)",
+				name, wanted.Strength(), n, wanted.W.Need(n), wanted.R.Need(n)), "namespace", name, "n", n)
 	}
 	ns.LeastWriteAcks = min(old.LeastWriteAcks, ns.W.Need(ns.N))
-	return ns, ns.Warnings(), nil
+	return ns, n, wanted.Warnings(), nil
+}
+
+// TowardsN returns which of the two numbers of slots of a namespace whose N changes is
+// nearer to a target.
+func (ns *Namespace) TowardsN(target int) int {
+	if least := min(ns.N, ns.AlsoN); target <= least {
+		return least
+	}
+	return ns.Wide()
+}
+
+// StepN returns what a namespace becomes by the next step of a change of N, towards a
+// target or back: the change begins; reads go by the other number of slots; it ends.
+// REQUIRES: target is not N, or N is changing.
+func (ns Namespace) StepN(target int) Namespace {
+	switch {
+	case ns.AlsoN == 0 && target > ns.N:
+		ns.AlsoN, ns.Change = ns.N+1, Widening
+	case ns.AlsoN == 0:
+		ns.AlsoN, ns.Change = ns.N-1, Narrowing
+	case ns.N == ns.TowardsN(target):
+		ns.AlsoN, ns.Change = 0, 0
+	default:
+		// Of what default writes have left, as many slots as they need now have it all,
+		// unless they needed fewer once.
+		full := ns.LeastWriteAcks >= ns.W.Need(ns.N)
+		ns.N, ns.AlsoN = ns.AlsoN, ns.N
+		need := min(ns.W.Need(ns.N), ns.N)
+		switch {
+		case full:
+			ns.LeastWriteAcks = need
+		case ns.N < ns.AlsoN:
+			ns.LeastWriteAcks = max(1, min(ns.LeastWriteAcks-1, need))
+		}
+	}
+	return ns
+}
+
+// checkNStep returns why a namespace's N must not change so.
+//
+// Invariant 8: in between, writes need quorums of both numbers of slots, so that reads
+// of either meet them; and reads go by another number only when what was written
+// before, by quorums of the old one, lies on enough of the new one's slots.
+func checkNStep(old, next *Namespace) error {
+	same := old.N == next.N && old.AlsoN == next.AlsoN && old.Change == next.Change
+	begins := old.AlsoN == 0 && next.AlsoN != 0 && next.N == old.N && (next.AlsoN > next.N) == (next.Change == Widening)
+	swaps := next.N == old.AlsoN && next.AlsoN == old.N && next.Change == old.Change
+	ends := old.AlsoN != 0 && next.AlsoN == 0 && next.N == old.N
+	if same || begins || swaps || ends {
+		return nil
+	}
+	return refuse(Precondition, "BAD_STEP", fmt.Sprintf("namespace %s cannot go from N=%d, also %d, to N=%d, also %d", old.Name, old.N, old.AlsoN, next.N, next.AlsoN), "namespace", old.Name)
 }
 
 // DroppableNamespace returns the namespace of a name if it may be dropped. Errors

@@ -53,7 +53,7 @@ type Move struct {
 // is in the ring, so any leader can go on with it.
 type Operation struct {
 	ID uint64
-	// Kind is apply, drain, decommission or replace, Title what it is for, in words.
+	// Kind is apply, drain, decommission, replace or replicas, Title what it is for, in words.
 	Kind, Title string
 	State       OperationState
 	// Moves are begun in this order.
@@ -63,12 +63,24 @@ type Operation struct {
 	// StartedMillis and EndedMillis are milliseconds since 1970, EndedMillis 0 before
 	// the end.
 	StartedMillis, EndedMillis int64
+	// Of kind replicas: whose N is to become TargetN, and was FromN.
+	Namespace      uint32
+	TargetN, FromN int
 	// MovedRecords and MovedBytes were taken in by newcomers for the moves that are done.
 	MovedRecords, MovedBytes uint64
 }
 
 // maxEnded is how many operations are kept that have ended.
 const maxEnded = 50
+
+// KindReplicas is the kind of operations that change N of a namespace.
+const KindReplicas = "replicas"
+
+// hasN reports whether a namespace has the N that an operation is for, or is gone.
+func (t *Topology) hasN(op *Operation) bool {
+	i := slices.IndexFunc(t.Namespaces, func(ns Namespace) bool { return ns.ID == op.Namespace })
+	return i < 0 || t.Namespaces[i].N == op.TargetN && t.Namespaces[i].AlsoN == 0
+}
 
 // Left returns how many moves are not done.
 func (o *Operation) Left() int {
@@ -110,7 +122,13 @@ func (d *draft) startOperation(pb *topologyv1.StartOperation, atMillis int64) er
 	for i := range op.Moves {
 		op.Moves[i].Done = false
 	}
-	if len(op.Moves) == 0 && len(op.Remove) == 0 {
+	if op.Kind == KindReplicas {
+		ns := d.Topology.NamespaceByID(op.Namespace)
+		if ns == nil || op.TargetN == ns.N || len(op.Moves) > 0 || len(op.Remove) > 0 {
+			return refuse(Invalid, "NOTHING_TO_DO", "the operation changes no namespace's N")
+		}
+		op.FromN = ns.N
+	} else if len(op.Moves) == 0 && len(op.Remove) == 0 {
 		return refuse(Invalid, "NOTHING_TO_DO", "the operation has no moves and removes no node")
 	}
 	after, err := d.Topology.checkMoves(op.Moves)
@@ -179,7 +197,7 @@ func (d *draft) steerOperation(pb *topologyv1.SteerOperation, atMillis int64) er
 	if op.State == next {
 		return nil
 	}
-	if !d.mayBecome(op, next) {
+	if next == Done && op.Kind == KindReplicas && !d.Topology.hasN(op) || !d.mayBecome(op, next) {
 		return refuse(Precondition, "OPERATION_STATE", fmt.Sprintf("operation %d is %s and cannot become %s", op.ID, op.State, next), "operation", op.ID, "state", op.State)
 	}
 	op.State = next
@@ -268,6 +286,7 @@ func (o *Operation) Proto() *topologyv1.Operation {
 	pb := &topologyv1.Operation{
 		Id: o.ID, Kind: o.Kind, Title: o.Title, State: topologyv1.Operation_State(o.State), Remove: o.Remove,
 		StartedMs: uint64(o.StartedMillis), EndedMs: uint64(o.EndedMillis), MovedRecords: o.MovedRecords, MovedBytes: o.MovedBytes,
+		NamespaceId: o.Namespace, TargetN: uint32(o.TargetN), FromN: uint32(o.FromN),
 	}
 	for _, m := range o.Moves {
 		pb.Moves = append(pb.Moves, m.Proto())
@@ -284,6 +303,7 @@ func operationFromProto(pb *topologyv1.Operation) Operation {
 	o := Operation{
 		ID: pb.GetId(), Kind: pb.GetKind(), Title: pb.GetTitle(), State: OperationState(pb.GetState()), Remove: slices.Clone(pb.GetRemove()),
 		StartedMillis: int64(pb.GetStartedMs()), EndedMillis: int64(pb.GetEndedMs()), MovedRecords: pb.GetMovedRecords(), MovedBytes: pb.GetMovedBytes(),
+		Namespace: pb.GetNamespaceId(), TargetN: int(pb.GetTargetN()), FromN: int(pb.GetFromN()),
 	}
 	for _, m := range pb.GetMoves() {
 		o.Moves = append(o.Moves, Move{Vnode: m.GetVnode(), Slot: int(m.GetSlot()), From: m.GetFrom(), To: m.GetTo(), Done: m.GetDone()})

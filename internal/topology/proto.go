@@ -140,6 +140,9 @@ func NamespaceFromProto(pb *topologyv1.Namespace) (Namespace, error) {
 		TTL:            time.Duration(pb.GetTtlMs()) * time.Millisecond,
 		LeastWriteAcks: int(pb.GetLeastWriteAcks()),
 		ChangedEpoch:   pb.GetChangedEpoch(),
+		AlsoN:          int(pb.GetAlsoN()),
+		Change:         NChange(pb.GetChange()),
+		Since:          pb.GetSince(),
 	}, nil
 }
 
@@ -157,6 +160,9 @@ func (ns *Namespace) Proto() *topologyv1.Namespace {
 		TtlMs:          uint64(ns.TTL / time.Millisecond),
 		LeastWriteAcks: uint32(ns.LeastWriteAcks),
 		ChangedEpoch:   ns.ChangedEpoch,
+		AlsoN:          uint32(ns.AlsoN),
+		Change:         topologyv1.NChange(ns.Change),
+		Since:          ns.Since,
 	}
 }
 

@@ -50,7 +50,7 @@ func subsets(s nodeSet, f func(nodeSet)) {
 // slotCount is how the system counts: a slot has acknowledged when all of its
 // nodes have.
 func slotCount(slots []quorum.Slot, w int, acked nodeSet) bool {
-	c := quorum.NewCounter(slots, w)
+	c := quorum.NewCounter(slots, quorum.Goals{{N: len(slots), Need: w}})
 	for n := uint64(1); n <= newNode; n++ {
 		if acked&set(n) != 0 {
 			c.Ack(n)

@@ -306,7 +306,18 @@ func (d *draft) updateNamespace(u *topologyv1.UpdateNamespace) error {
 	}
 	old := d.Topology.Namespaces[i]
 	d.result.Namespace = &old
+	if err := checkNStep(&old, &ns); err != nil {
+		return err
+	}
 	ns.ChangedEpoch = old.ChangedEpoch
+	switch {
+	case ns.AlsoN == 0:
+		ns.Since = 0
+	case old.AlsoN == 0:
+		ns.Since = d.Topology.Epoch
+	default:
+		ns.Since = old.Since
+	}
 	if ns == old {
 		return nil
 	}

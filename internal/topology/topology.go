@@ -168,6 +168,36 @@ type Namespace struct {
 	// namespace was made; reads are judged against it.
 	LeastWriteAcks int
 	ChangedEpoch   uint64
+	// While N changes, by one, reads go by N and writes by AlsoN as well; Since is the
+	// epoch in which the change began. Otherwise all three are 0. See StepN.
+	AlsoN  int
+	Change NChange
+	Since  uint64
+}
+
+// NChange says which way N changes.
+type NChange uint8
+
+// The ways. Their numbers are those of the wire format.
+const (
+	// Widening: the nodes of one more slot are filled.
+	Widening NChange = iota + 1
+	// Narrowing: the nodes of the other slots take over what the last one has.
+	Narrowing
+)
+
+// Wide returns how many slots of a vnode hold records of the namespace.
+func (ns *Namespace) Wide() int { return max(ns.N, ns.AlsoN) }
+
+// Writes returns how many slots must have a write for which a quorum was asked; the
+// unset one stands for the namespace's.
+func (ns *Namespace) Writes(asked quorum.Spec) quorum.Goals {
+	spec := asked.Or(ns.W)
+	goals := quorum.Goals{{N: ns.N, Need: min(spec.Need(ns.N), ns.N)}}
+	if ns.AlsoN > 0 {
+		goals[1] = quorum.Goal{N: ns.AlsoN, Need: min(spec.Need(ns.AlsoN), ns.AlsoN)}
+	}
+	return goals
 }
 
 // HealthChecks says how fast a node is taken for unhealthy and for healthy again.
@@ -395,7 +425,7 @@ func (t *Topology) Members() []*Node {
 func (t *Topology) Width() int {
 	w := 0
 	for i := range t.Namespaces {
-		w = max(w, t.Namespaces[i].N)
+		w = max(w, t.Namespaces[i].Wide())
 	}
 	return w
 }
@@ -493,6 +523,10 @@ func (ns *Namespace) validate() error {
 		return fmt.Errorf("namespace %s: TTL is %s: want 0 (none) or more", ns.Name, ns.TTL)
 	case ns.ReadRepair < RepairBlocking || ns.ReadRepair > RepairOff:
 		return fmt.Errorf("namespace %s: unknown %s", ns.Name, ns.ReadRepair)
+	}
+	if changing := ns.AlsoN != 0; changing != (ns.Since != 0) || changing != (ns.Change != 0) || ns.Change > Narrowing ||
+		changing && (ns.AlsoN < 1 || ns.AlsoN-ns.N != 1 && ns.AlsoN-ns.N != -1) {
+		return fmt.Errorf("namespace %s: N is %d and also %d, change %d since epoch %d", ns.Name, ns.N, ns.AlsoN, ns.Change, ns.Since)
 	}
 	if err := ns.W.Check(ns.N); err != nil {
 		return fmt.Errorf("namespace %s: write %w", ns.Name, err)

@@ -266,12 +266,10 @@ func TestNamespaceSettings(t *testing.T) {
 	wantRefusal(t, err, topology.Exists, "NAMESPACE_EXISTS")
 	_, _, err = c.state.Topology.NewNamespace("a b", set{})
 	wantRefusal(t, err, topology.Invalid, "BAD_NAME")
-	_, _, err = c.state.Topology.ChangedNamespace("x", set{})
+	_, _, err = changed(c.state.Topology, "x", set{})
 	if r := wantRefusal(t, err, topology.NotFound, "NAMESPACE_NOT_FOUND"); r.Details["namespace"] != "x" {
 		t.Errorf("details = %v", r.Details)
 	}
-	_, _, err = c.state.Topology.ChangedNamespace("default", set{N: ptr(2)})
-	wantRefusal(t, err, topology.Precondition, "N_NEEDS_MOVES")
 	_, err = c.state.Topology.DroppableNamespace("default")
 	wantRefusal(t, err, topology.Precondition, "DEFAULT_NAMESPACE")
 
@@ -280,15 +278,21 @@ func TestNamespaceSettings(t *testing.T) {
 		t.Fatalf("warnings = %q, error = %v", warnings, err)
 	}
 	c.must(create(ns))
-	ns, _, err = c.state.Topology.ChangedNamespace("x", set{W: ptr("one")})
+	ns, _, err = changed(c.state.Topology, "x", set{W: ptr("one")})
 	if err != nil {
 		t.Fatal(err)
 	}
 	c.must(update(ns))
-	ns, _, err = c.state.Topology.ChangedNamespace("x", set{W: ptr("all")})
+	ns, _, err = changed(c.state.Topology, "x", set{W: ptr("all")})
 	if err != nil || ns.LeastWriteAcks != 1 {
 		t.Errorf("records written at W=one are still there: LeastWriteAcks = %d, error = %v", ns.LeastWriteAcks, err)
 	}
+}
+
+// changed is ChangedNamespace without another N.
+func changed(t *topology.Topology, name string, set topology.NamespaceSettings) (topology.Namespace, []string, error) {
+	ns, _, warnings, err := t.ChangedNamespace(name, set, false)
+	return ns, warnings, err
 }
 
 func TestDroppedNamespaceIsNotReused(t *testing.T) {

@@ -536,8 +536,10 @@ type UpdateNamespaceRequest struct {
 	// When not 0, the change is refused unless the namespace was last changed in
 	// this epoch.
 	IfChangedEpoch uint64 `protobuf:"fixed64,3,opt,name=if_changed_epoch,json=ifChangedEpoch,proto3" json:"if_changed_epoch,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// Another N may weaken reads that are strong.
+	AllowEventual bool `protobuf:"varint,4,opt,name=allow_eventual,json=allowEventual,proto3" json:"allow_eventual,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *UpdateNamespaceRequest) Reset() {
@@ -591,11 +593,20 @@ func (x *UpdateNamespaceRequest) GetIfChangedEpoch() uint64 {
 	return 0
 }
 
+func (x *UpdateNamespaceRequest) GetAllowEventual() bool {
+	if x != nil {
+		return x.AllowEventual
+	}
+	return false
+}
+
 type UpdateNamespaceResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Namespace     *v1.Namespace          `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
-	Epoch         uint64                 `protobuf:"fixed64,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
-	Warnings      []string               `protobuf:"bytes,3,rep,name=warnings,proto3" json:"warnings,omitempty"`
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Namespace *v1.Namespace          `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Epoch     uint64                 `protobuf:"fixed64,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Warnings  []string               `protobuf:"bytes,3,rep,name=warnings,proto3" json:"warnings,omitempty"`
+	// The operation that changes N, where that was asked for.
+	Operation     *v1.Operation `protobuf:"bytes,4,opt,name=operation,proto3" json:"operation,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -647,6 +658,13 @@ func (x *UpdateNamespaceResponse) GetEpoch() uint64 {
 func (x *UpdateNamespaceResponse) GetWarnings() []string {
 	if x != nil {
 		return x.Warnings
+	}
+	return nil
+}
+
+func (x *UpdateNamespaceResponse) GetOperation() *v1.Operation {
+	if x != nil {
+		return x.Operation
 	}
 	return nil
 }
@@ -1869,7 +1887,9 @@ type Filling struct {
 	Records       uint64 `protobuf:"varint,4,opt,name=records,proto3" json:"records,omitempty"`
 	Bytes         uint64 `protobuf:"varint,5,opt,name=bytes,proto3" json:"bytes,omitempty"`
 	// Why it does not go on, if it does not.
-	WaitsFor      string `protobuf:"bytes,6,opt,name=waits_for,json=waitsFor,proto3" json:"waits_for,omitempty"`
+	WaitsFor string `protobuf:"bytes,6,opt,name=waits_for,json=waitsFor,proto3" json:"waits_for,omitempty"`
+	// 0, or the one namespace that it is about.
+	NamespaceId   uint32 `protobuf:"varint,7,opt,name=namespace_id,json=namespaceId,proto3" json:"namespace_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1944,6 +1964,13 @@ func (x *Filling) GetWaitsFor() string {
 		return x.WaitsFor
 	}
 	return ""
+}
+
+func (x *Filling) GetNamespaceId() uint32 {
+	if x != nil {
+		return x.NamespaceId
+	}
+	return 0
 }
 
 type QueueDepth struct {
@@ -3512,15 +3539,17 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\x17CreateNamespaceResponse\x12;\n" +
 	"\tnamespace\x18\x01 \x01(\v2\x1d.kvasir.topology.v1.NamespaceR\tnamespace\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x06R\x05epoch\x12\x1a\n" +
-	"\bwarnings\x18\x03 \x03(\tR\bwarnings\"\x96\x01\n" +
+	"\bwarnings\x18\x03 \x03(\tR\bwarnings\"\xbd\x01\n" +
 	"\x16UpdateNamespaceRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12>\n" +
 	"\bsettings\x18\x02 \x01(\v2\".kvasir.admin.v1.NamespaceSettingsR\bsettings\x12(\n" +
-	"\x10if_changed_epoch\x18\x03 \x01(\x06R\x0eifChangedEpoch\"\x88\x01\n" +
+	"\x10if_changed_epoch\x18\x03 \x01(\x06R\x0eifChangedEpoch\x12%\n" +
+	"\x0eallow_eventual\x18\x04 \x01(\bR\rallowEventual\"\xc5\x01\n" +
 	"\x17UpdateNamespaceResponse\x12;\n" +
 	"\tnamespace\x18\x01 \x01(\v2\x1d.kvasir.topology.v1.NamespaceR\tnamespace\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\x06R\x05epoch\x12\x1a\n" +
-	"\bwarnings\x18\x03 \x03(\tR\bwarnings\"*\n" +
+	"\bwarnings\x18\x03 \x03(\tR\bwarnings\x12;\n" +
+	"\toperation\x18\x04 \x01(\v2\x1d.kvasir.topology.v1.OperationR\toperation\"*\n" +
 	"\x14DropNamespaceRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"-\n" +
 	"\x15DropNamespaceResponse\x12\x14\n" +
@@ -3613,14 +3642,15 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\rSTATE_SERVING\x10\x02\x12\x13\n" +
 	"\x0fSTATE_LOST_TAIL\x10\x03\x12\x12\n" +
 	"\x0eSTATE_STOPPING\x10\x04\x12\x11\n" +
-	"\rSTATE_REMOVED\x10\x05\"\xaf\x01\n" +
+	"\rSTATE_REMOVED\x10\x05\"\xd2\x01\n" +
 	"\aFilling\x12\x14\n" +
 	"\x05vnode\x18\x01 \x01(\rR\x05vnode\x12%\n" +
 	"\x0eassigned_epoch\x18\x02 \x01(\x06R\rassignedEpoch\x12\x1a\n" +
 	"\bcomplete\x18\x03 \x01(\bR\bcomplete\x12\x18\n" +
 	"\arecords\x18\x04 \x01(\x04R\arecords\x12\x14\n" +
 	"\x05bytes\x18\x05 \x01(\x04R\x05bytes\x12\x1b\n" +
-	"\twaits_for\x18\x06 \x01(\tR\bwaitsFor\"R\n" +
+	"\twaits_for\x18\x06 \x01(\tR\bwaitsFor\x12!\n" +
+	"\fnamespace_id\x18\a \x01(\rR\vnamespaceId\"R\n" +
 	"\n" +
 	"QueueDepth\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
@@ -3838,8 +3868,8 @@ var file_kvasir_admin_v1_admin_proto_goTypes = []any{
 	(*v1.Topology)(nil),                   // 52: kvasir.topology.v1.Topology
 	(v1.ReadRepairMode)(0),                // 53: kvasir.topology.v1.ReadRepairMode
 	(*v1.Namespace)(nil),                  // 54: kvasir.topology.v1.Namespace
-	(*v1.Change)(nil),                     // 55: kvasir.topology.v1.Change
-	(*v1.Operation)(nil),                  // 56: kvasir.topology.v1.Operation
+	(*v1.Operation)(nil),                  // 55: kvasir.topology.v1.Operation
+	(*v1.Change)(nil),                     // 56: kvasir.topology.v1.Change
 	(v1.Operation_State)(0),               // 57: kvasir.topology.v1.Operation.State
 	(*v1.Move)(nil),                       // 58: kvasir.topology.v1.Move
 	(v1.Phase)(0),                         // 59: kvasir.topology.v1.Phase
@@ -3853,75 +3883,76 @@ var file_kvasir_admin_v1_admin_proto_depIdxs = []int32{
 	54, // 4: kvasir.admin.v1.CreateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
 	4,  // 5: kvasir.admin.v1.UpdateNamespaceRequest.settings:type_name -> kvasir.admin.v1.NamespaceSettings
 	54, // 6: kvasir.admin.v1.UpdateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
-	55, // 7: kvasir.admin.v1.ListChangesResponse.changes:type_name -> kvasir.topology.v1.Change
-	56, // 8: kvasir.admin.v1.StartOperationRequest.operation:type_name -> kvasir.topology.v1.Operation
-	56, // 9: kvasir.admin.v1.StartOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
-	57, // 10: kvasir.admin.v1.SteerOperationRequest.state:type_name -> kvasir.topology.v1.Operation.State
-	56, // 11: kvasir.admin.v1.SteerOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
-	19, // 12: kvasir.admin.v1.ListOperationsResponse.operations:type_name -> kvasir.admin.v1.ObservedOperation
-	56, // 13: kvasir.admin.v1.ObservedOperation.operation:type_name -> kvasir.topology.v1.Operation
-	20, // 14: kvasir.admin.v1.ObservedOperation.moving:type_name -> kvasir.admin.v1.MoveProgress
-	58, // 15: kvasir.admin.v1.MoveProgress.move:type_name -> kvasir.topology.v1.Move
-	59, // 16: kvasir.admin.v1.MoveProgress.phase:type_name -> kvasir.topology.v1.Phase
-	23, // 17: kvasir.admin.v1.GetNodeUseResponse.vnodes:type_name -> kvasir.admin.v1.VnodeUse
-	0,  // 18: kvasir.admin.v1.NodeStatus.state:type_name -> kvasir.admin.v1.NodeStatus.State
-	25, // 19: kvasir.admin.v1.NodeStatus.get:type_name -> kvasir.admin.v1.OperationStats
-	25, // 20: kvasir.admin.v1.NodeStatus.put:type_name -> kvasir.admin.v1.OperationStats
-	25, // 21: kvasir.admin.v1.NodeStatus.scan:type_name -> kvasir.admin.v1.OperationStats
-	26, // 22: kvasir.admin.v1.NodeStatus.hints:type_name -> kvasir.admin.v1.HintBacklog
-	29, // 23: kvasir.admin.v1.NodeStatus.queues:type_name -> kvasir.admin.v1.QueueDepth
-	28, // 24: kvasir.admin.v1.NodeStatus.fillings:type_name -> kvasir.admin.v1.Filling
-	27, // 25: kvasir.admin.v1.GetNodeStatusResponse.status:type_name -> kvasir.admin.v1.NodeStatus
-	32, // 26: kvasir.admin.v1.GetOrchestratorStatusResponse.status:type_name -> kvasir.admin.v1.OrchestratorStatus
-	60, // 27: kvasir.admin.v1.ObservedNode.health:type_name -> kvasir.topology.v1.NodeHealth
-	27, // 28: kvasir.admin.v1.ObservedNode.status:type_name -> kvasir.admin.v1.NodeStatus
-	32, // 29: kvasir.admin.v1.ObservedOrchestrator.status:type_name -> kvasir.admin.v1.OrchestratorStatus
-	52, // 30: kvasir.admin.v1.GetClusterStatusResponse.topology:type_name -> kvasir.topology.v1.Topology
-	35, // 31: kvasir.admin.v1.GetClusterStatusResponse.nodes:type_name -> kvasir.admin.v1.ObservedNode
-	36, // 32: kvasir.admin.v1.GetClusterStatusResponse.orchestrators:type_name -> kvasir.admin.v1.ObservedOrchestrator
-	40, // 33: kvasir.admin.v1.GetRepairStatusResponse.vnodes:type_name -> kvasir.admin.v1.VnodeRepair
-	1,  // 34: kvasir.admin.v1.VnodeRepair.state:type_name -> kvasir.admin.v1.VnodeRepair.State
-	47, // 35: kvasir.admin.v1.ExplainCollectionResponse.replicas:type_name -> kvasir.admin.v1.CollectionReplica
-	50, // 36: kvasir.admin.v1.ListHintsResponse.groups:type_name -> kvasir.admin.v1.HintGroup
-	2,  // 37: kvasir.admin.v1.ControlService.RegisterNode:input_type -> kvasir.admin.v1.RegisterNodeRequest
-	5,  // 38: kvasir.admin.v1.ControlService.CreateNamespace:input_type -> kvasir.admin.v1.CreateNamespaceRequest
-	7,  // 39: kvasir.admin.v1.ControlService.UpdateNamespace:input_type -> kvasir.admin.v1.UpdateNamespaceRequest
-	9,  // 40: kvasir.admin.v1.ControlService.DropNamespace:input_type -> kvasir.admin.v1.DropNamespaceRequest
-	11, // 41: kvasir.admin.v1.ControlService.ListChanges:input_type -> kvasir.admin.v1.ListChangesRequest
-	34, // 42: kvasir.admin.v1.ControlService.GetClusterStatus:input_type -> kvasir.admin.v1.GetClusterStatusRequest
-	13, // 43: kvasir.admin.v1.ControlService.StartOperation:input_type -> kvasir.admin.v1.StartOperationRequest
-	15, // 44: kvasir.admin.v1.ControlService.SteerOperation:input_type -> kvasir.admin.v1.SteerOperationRequest
-	17, // 45: kvasir.admin.v1.ControlService.ListOperations:input_type -> kvasir.admin.v1.ListOperationsRequest
-	24, // 46: kvasir.admin.v1.StatusService.GetNodeStatus:input_type -> kvasir.admin.v1.GetNodeStatusRequest
-	31, // 47: kvasir.admin.v1.StatusService.GetOrchestratorStatus:input_type -> kvasir.admin.v1.GetOrchestratorStatusRequest
-	21, // 48: kvasir.admin.v1.StatusService.GetNodeUse:input_type -> kvasir.admin.v1.GetNodeUseRequest
-	38, // 49: kvasir.admin.v1.RepairService.GetRepairStatus:input_type -> kvasir.admin.v1.GetRepairStatusRequest
-	41, // 50: kvasir.admin.v1.RepairService.StartRepair:input_type -> kvasir.admin.v1.StartRepairRequest
-	43, // 51: kvasir.admin.v1.RepairService.PauseRepair:input_type -> kvasir.admin.v1.PauseRepairRequest
-	45, // 52: kvasir.admin.v1.RepairService.ExplainCollection:input_type -> kvasir.admin.v1.ExplainCollectionRequest
-	48, // 53: kvasir.admin.v1.RepairService.ListHints:input_type -> kvasir.admin.v1.ListHintsRequest
-	3,  // 54: kvasir.admin.v1.ControlService.RegisterNode:output_type -> kvasir.admin.v1.RegisterNodeResponse
-	6,  // 55: kvasir.admin.v1.ControlService.CreateNamespace:output_type -> kvasir.admin.v1.CreateNamespaceResponse
-	8,  // 56: kvasir.admin.v1.ControlService.UpdateNamespace:output_type -> kvasir.admin.v1.UpdateNamespaceResponse
-	10, // 57: kvasir.admin.v1.ControlService.DropNamespace:output_type -> kvasir.admin.v1.DropNamespaceResponse
-	12, // 58: kvasir.admin.v1.ControlService.ListChanges:output_type -> kvasir.admin.v1.ListChangesResponse
-	37, // 59: kvasir.admin.v1.ControlService.GetClusterStatus:output_type -> kvasir.admin.v1.GetClusterStatusResponse
-	14, // 60: kvasir.admin.v1.ControlService.StartOperation:output_type -> kvasir.admin.v1.StartOperationResponse
-	16, // 61: kvasir.admin.v1.ControlService.SteerOperation:output_type -> kvasir.admin.v1.SteerOperationResponse
-	18, // 62: kvasir.admin.v1.ControlService.ListOperations:output_type -> kvasir.admin.v1.ListOperationsResponse
-	30, // 63: kvasir.admin.v1.StatusService.GetNodeStatus:output_type -> kvasir.admin.v1.GetNodeStatusResponse
-	33, // 64: kvasir.admin.v1.StatusService.GetOrchestratorStatus:output_type -> kvasir.admin.v1.GetOrchestratorStatusResponse
-	22, // 65: kvasir.admin.v1.StatusService.GetNodeUse:output_type -> kvasir.admin.v1.GetNodeUseResponse
-	39, // 66: kvasir.admin.v1.RepairService.GetRepairStatus:output_type -> kvasir.admin.v1.GetRepairStatusResponse
-	42, // 67: kvasir.admin.v1.RepairService.StartRepair:output_type -> kvasir.admin.v1.StartRepairResponse
-	44, // 68: kvasir.admin.v1.RepairService.PauseRepair:output_type -> kvasir.admin.v1.PauseRepairResponse
-	46, // 69: kvasir.admin.v1.RepairService.ExplainCollection:output_type -> kvasir.admin.v1.ExplainCollectionResponse
-	49, // 70: kvasir.admin.v1.RepairService.ListHints:output_type -> kvasir.admin.v1.ListHintsResponse
-	54, // [54:71] is the sub-list for method output_type
-	37, // [37:54] is the sub-list for method input_type
-	37, // [37:37] is the sub-list for extension type_name
-	37, // [37:37] is the sub-list for extension extendee
-	0,  // [0:37] is the sub-list for field type_name
+	55, // 7: kvasir.admin.v1.UpdateNamespaceResponse.operation:type_name -> kvasir.topology.v1.Operation
+	56, // 8: kvasir.admin.v1.ListChangesResponse.changes:type_name -> kvasir.topology.v1.Change
+	55, // 9: kvasir.admin.v1.StartOperationRequest.operation:type_name -> kvasir.topology.v1.Operation
+	55, // 10: kvasir.admin.v1.StartOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
+	57, // 11: kvasir.admin.v1.SteerOperationRequest.state:type_name -> kvasir.topology.v1.Operation.State
+	55, // 12: kvasir.admin.v1.SteerOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
+	19, // 13: kvasir.admin.v1.ListOperationsResponse.operations:type_name -> kvasir.admin.v1.ObservedOperation
+	55, // 14: kvasir.admin.v1.ObservedOperation.operation:type_name -> kvasir.topology.v1.Operation
+	20, // 15: kvasir.admin.v1.ObservedOperation.moving:type_name -> kvasir.admin.v1.MoveProgress
+	58, // 16: kvasir.admin.v1.MoveProgress.move:type_name -> kvasir.topology.v1.Move
+	59, // 17: kvasir.admin.v1.MoveProgress.phase:type_name -> kvasir.topology.v1.Phase
+	23, // 18: kvasir.admin.v1.GetNodeUseResponse.vnodes:type_name -> kvasir.admin.v1.VnodeUse
+	0,  // 19: kvasir.admin.v1.NodeStatus.state:type_name -> kvasir.admin.v1.NodeStatus.State
+	25, // 20: kvasir.admin.v1.NodeStatus.get:type_name -> kvasir.admin.v1.OperationStats
+	25, // 21: kvasir.admin.v1.NodeStatus.put:type_name -> kvasir.admin.v1.OperationStats
+	25, // 22: kvasir.admin.v1.NodeStatus.scan:type_name -> kvasir.admin.v1.OperationStats
+	26, // 23: kvasir.admin.v1.NodeStatus.hints:type_name -> kvasir.admin.v1.HintBacklog
+	29, // 24: kvasir.admin.v1.NodeStatus.queues:type_name -> kvasir.admin.v1.QueueDepth
+	28, // 25: kvasir.admin.v1.NodeStatus.fillings:type_name -> kvasir.admin.v1.Filling
+	27, // 26: kvasir.admin.v1.GetNodeStatusResponse.status:type_name -> kvasir.admin.v1.NodeStatus
+	32, // 27: kvasir.admin.v1.GetOrchestratorStatusResponse.status:type_name -> kvasir.admin.v1.OrchestratorStatus
+	60, // 28: kvasir.admin.v1.ObservedNode.health:type_name -> kvasir.topology.v1.NodeHealth
+	27, // 29: kvasir.admin.v1.ObservedNode.status:type_name -> kvasir.admin.v1.NodeStatus
+	32, // 30: kvasir.admin.v1.ObservedOrchestrator.status:type_name -> kvasir.admin.v1.OrchestratorStatus
+	52, // 31: kvasir.admin.v1.GetClusterStatusResponse.topology:type_name -> kvasir.topology.v1.Topology
+	35, // 32: kvasir.admin.v1.GetClusterStatusResponse.nodes:type_name -> kvasir.admin.v1.ObservedNode
+	36, // 33: kvasir.admin.v1.GetClusterStatusResponse.orchestrators:type_name -> kvasir.admin.v1.ObservedOrchestrator
+	40, // 34: kvasir.admin.v1.GetRepairStatusResponse.vnodes:type_name -> kvasir.admin.v1.VnodeRepair
+	1,  // 35: kvasir.admin.v1.VnodeRepair.state:type_name -> kvasir.admin.v1.VnodeRepair.State
+	47, // 36: kvasir.admin.v1.ExplainCollectionResponse.replicas:type_name -> kvasir.admin.v1.CollectionReplica
+	50, // 37: kvasir.admin.v1.ListHintsResponse.groups:type_name -> kvasir.admin.v1.HintGroup
+	2,  // 38: kvasir.admin.v1.ControlService.RegisterNode:input_type -> kvasir.admin.v1.RegisterNodeRequest
+	5,  // 39: kvasir.admin.v1.ControlService.CreateNamespace:input_type -> kvasir.admin.v1.CreateNamespaceRequest
+	7,  // 40: kvasir.admin.v1.ControlService.UpdateNamespace:input_type -> kvasir.admin.v1.UpdateNamespaceRequest
+	9,  // 41: kvasir.admin.v1.ControlService.DropNamespace:input_type -> kvasir.admin.v1.DropNamespaceRequest
+	11, // 42: kvasir.admin.v1.ControlService.ListChanges:input_type -> kvasir.admin.v1.ListChangesRequest
+	34, // 43: kvasir.admin.v1.ControlService.GetClusterStatus:input_type -> kvasir.admin.v1.GetClusterStatusRequest
+	13, // 44: kvasir.admin.v1.ControlService.StartOperation:input_type -> kvasir.admin.v1.StartOperationRequest
+	15, // 45: kvasir.admin.v1.ControlService.SteerOperation:input_type -> kvasir.admin.v1.SteerOperationRequest
+	17, // 46: kvasir.admin.v1.ControlService.ListOperations:input_type -> kvasir.admin.v1.ListOperationsRequest
+	24, // 47: kvasir.admin.v1.StatusService.GetNodeStatus:input_type -> kvasir.admin.v1.GetNodeStatusRequest
+	31, // 48: kvasir.admin.v1.StatusService.GetOrchestratorStatus:input_type -> kvasir.admin.v1.GetOrchestratorStatusRequest
+	21, // 49: kvasir.admin.v1.StatusService.GetNodeUse:input_type -> kvasir.admin.v1.GetNodeUseRequest
+	38, // 50: kvasir.admin.v1.RepairService.GetRepairStatus:input_type -> kvasir.admin.v1.GetRepairStatusRequest
+	41, // 51: kvasir.admin.v1.RepairService.StartRepair:input_type -> kvasir.admin.v1.StartRepairRequest
+	43, // 52: kvasir.admin.v1.RepairService.PauseRepair:input_type -> kvasir.admin.v1.PauseRepairRequest
+	45, // 53: kvasir.admin.v1.RepairService.ExplainCollection:input_type -> kvasir.admin.v1.ExplainCollectionRequest
+	48, // 54: kvasir.admin.v1.RepairService.ListHints:input_type -> kvasir.admin.v1.ListHintsRequest
+	3,  // 55: kvasir.admin.v1.ControlService.RegisterNode:output_type -> kvasir.admin.v1.RegisterNodeResponse
+	6,  // 56: kvasir.admin.v1.ControlService.CreateNamespace:output_type -> kvasir.admin.v1.CreateNamespaceResponse
+	8,  // 57: kvasir.admin.v1.ControlService.UpdateNamespace:output_type -> kvasir.admin.v1.UpdateNamespaceResponse
+	10, // 58: kvasir.admin.v1.ControlService.DropNamespace:output_type -> kvasir.admin.v1.DropNamespaceResponse
+	12, // 59: kvasir.admin.v1.ControlService.ListChanges:output_type -> kvasir.admin.v1.ListChangesResponse
+	37, // 60: kvasir.admin.v1.ControlService.GetClusterStatus:output_type -> kvasir.admin.v1.GetClusterStatusResponse
+	14, // 61: kvasir.admin.v1.ControlService.StartOperation:output_type -> kvasir.admin.v1.StartOperationResponse
+	16, // 62: kvasir.admin.v1.ControlService.SteerOperation:output_type -> kvasir.admin.v1.SteerOperationResponse
+	18, // 63: kvasir.admin.v1.ControlService.ListOperations:output_type -> kvasir.admin.v1.ListOperationsResponse
+	30, // 64: kvasir.admin.v1.StatusService.GetNodeStatus:output_type -> kvasir.admin.v1.GetNodeStatusResponse
+	33, // 65: kvasir.admin.v1.StatusService.GetOrchestratorStatus:output_type -> kvasir.admin.v1.GetOrchestratorStatusResponse
+	22, // 66: kvasir.admin.v1.StatusService.GetNodeUse:output_type -> kvasir.admin.v1.GetNodeUseResponse
+	39, // 67: kvasir.admin.v1.RepairService.GetRepairStatus:output_type -> kvasir.admin.v1.GetRepairStatusResponse
+	42, // 68: kvasir.admin.v1.RepairService.StartRepair:output_type -> kvasir.admin.v1.StartRepairResponse
+	44, // 69: kvasir.admin.v1.RepairService.PauseRepair:output_type -> kvasir.admin.v1.PauseRepairResponse
+	46, // 70: kvasir.admin.v1.RepairService.ExplainCollection:output_type -> kvasir.admin.v1.ExplainCollectionResponse
+	49, // 71: kvasir.admin.v1.RepairService.ListHints:output_type -> kvasir.admin.v1.ListHintsResponse
+	55, // [55:72] is the sub-list for method output_type
+	38, // [38:55] is the sub-list for method input_type
+	38, // [38:38] is the sub-list for extension type_name
+	38, // [38:38] is the sub-list for extension extendee
+	0,  // [0:38] is the sub-list for field type_name
 }
 
 func init() { file_kvasir_admin_v1_admin_proto_init() }

@@ -1122,7 +1122,7 @@ func (x *Move) GetDone() bool {
 type Operation struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
-	// "apply", "drain", "decommission" or "replace".
+	// "apply", "drain", "decommission", "replace" or "replicas".
 	Kind string `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
 	// What it is for, in words.
 	Title string          `protobuf:"bytes,3,opt,name=title,proto3" json:"title,omitempty"`
@@ -1132,10 +1132,14 @@ type Operation struct {
 	// Nodes that leave the cluster when all moves are done.
 	Remove []uint64 `protobuf:"varint,6,rep,packed,name=remove,proto3" json:"remove,omitempty"`
 	// Milliseconds since 1970.
-	StartedMs     uint64 `protobuf:"varint,7,opt,name=started_ms,json=startedMs,proto3" json:"started_ms,omitempty"`
-	EndedMs       uint64 `protobuf:"varint,8,opt,name=ended_ms,json=endedMs,proto3" json:"ended_ms,omitempty"`
-	MovedRecords  uint64 `protobuf:"varint,9,opt,name=moved_records,json=movedRecords,proto3" json:"moved_records,omitempty"`
-	MovedBytes    uint64 `protobuf:"varint,10,opt,name=moved_bytes,json=movedBytes,proto3" json:"moved_bytes,omitempty"`
+	StartedMs    uint64 `protobuf:"varint,7,opt,name=started_ms,json=startedMs,proto3" json:"started_ms,omitempty"`
+	EndedMs      uint64 `protobuf:"varint,8,opt,name=ended_ms,json=endedMs,proto3" json:"ended_ms,omitempty"`
+	MovedRecords uint64 `protobuf:"varint,9,opt,name=moved_records,json=movedRecords,proto3" json:"moved_records,omitempty"`
+	MovedBytes   uint64 `protobuf:"varint,10,opt,name=moved_bytes,json=movedBytes,proto3" json:"moved_bytes,omitempty"`
+	// Of kind "replicas": the namespace, what its N is to be, and was.
+	NamespaceId   uint32 `protobuf:"varint,11,opt,name=namespace_id,json=namespaceId,proto3" json:"namespace_id,omitempty"`
+	TargetN       uint32 `protobuf:"varint,12,opt,name=target_n,json=targetN,proto3" json:"target_n,omitempty"`
+	FromN         uint32 `protobuf:"varint,13,opt,name=from_n,json=fromN,proto3" json:"from_n,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1236,6 +1240,27 @@ func (x *Operation) GetMovedRecords() uint64 {
 func (x *Operation) GetMovedBytes() uint64 {
 	if x != nil {
 		return x.MovedBytes
+	}
+	return 0
+}
+
+func (x *Operation) GetNamespaceId() uint32 {
+	if x != nil {
+		return x.NamespaceId
+	}
+	return 0
+}
+
+func (x *Operation) GetTargetN() uint32 {
+	if x != nil {
+		return x.TargetN
+	}
+	return 0
+}
+
+func (x *Operation) GetFromN() uint32 {
+	if x != nil {
+		return x.FromN
 	}
 	return 0
 }
@@ -1493,7 +1518,7 @@ const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\x04slot\x18\x02 \x01(\rR\x04slot\x12\x12\n" +
 	"\x04from\x18\x03 \x01(\x04R\x04from\x12\x0e\n" +
 	"\x02to\x18\x04 \x01(\x04R\x02to\x12\x12\n" +
-	"\x04done\x18\x05 \x01(\bR\x04done\"\xc4\x03\n" +
+	"\x04done\x18\x05 \x01(\bR\x04done\"\x99\x04\n" +
 	"\tOperation\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x14\n" +
@@ -1507,7 +1532,10 @@ const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\rmoved_records\x18\t \x01(\x04R\fmovedRecords\x12\x1f\n" +
 	"\vmoved_bytes\x18\n" +
 	" \x01(\x04R\n" +
-	"movedBytes\"z\n" +
+	"movedBytes\x12!\n" +
+	"\fnamespace_id\x18\v \x01(\rR\vnamespaceId\x12\x19\n" +
+	"\btarget_n\x18\f \x01(\rR\atargetN\x12\x15\n" +
+	"\x06from_n\x18\r \x01(\rR\x05fromN\"z\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTATE_RUNNING\x10\x01\x12\x10\n" +

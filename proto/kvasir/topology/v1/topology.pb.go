@@ -178,6 +178,58 @@ func (ReadRepairMode) EnumDescriptor() ([]byte, []int) {
 	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{2}
 }
 
+// NChange says which way the number of replicas of a namespace changes, by one.
+type NChange int32
+
+const (
+	NChange_N_CHANGE_UNSPECIFIED NChange = 0
+	// One more slot is filled and then read.
+	NChange_N_CHANGE_WIDENING NChange = 1
+	// The last slot is given up once the others hold what it holds.
+	NChange_N_CHANGE_NARROWING NChange = 2
+)
+
+// Enum value maps for NChange.
+var (
+	NChange_name = map[int32]string{
+		0: "N_CHANGE_UNSPECIFIED",
+		1: "N_CHANGE_WIDENING",
+		2: "N_CHANGE_NARROWING",
+	}
+	NChange_value = map[string]int32{
+		"N_CHANGE_UNSPECIFIED": 0,
+		"N_CHANGE_WIDENING":    1,
+		"N_CHANGE_NARROWING":   2,
+	}
+)
+
+func (x NChange) Enum() *NChange {
+	p := new(NChange)
+	*p = x
+	return p
+}
+
+func (x NChange) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (NChange) Descriptor() protoreflect.EnumDescriptor {
+	return file_kvasir_topology_v1_topology_proto_enumTypes[3].Descriptor()
+}
+
+func (NChange) Type() protoreflect.EnumType {
+	return &file_kvasir_topology_v1_topology_proto_enumTypes[3]
+}
+
+func (x NChange) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use NChange.Descriptor instead.
+func (NChange) EnumDescriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{3}
+}
+
 type NodeHealth_State int32
 
 const (
@@ -211,11 +263,11 @@ func (x NodeHealth_State) String() string {
 }
 
 func (NodeHealth_State) Descriptor() protoreflect.EnumDescriptor {
-	return file_kvasir_topology_v1_topology_proto_enumTypes[3].Descriptor()
+	return file_kvasir_topology_v1_topology_proto_enumTypes[4].Descriptor()
 }
 
 func (NodeHealth_State) Type() protoreflect.EnumType {
-	return &file_kvasir_topology_v1_topology_proto_enumTypes[3]
+	return &file_kvasir_topology_v1_topology_proto_enumTypes[4]
 }
 
 func (x NodeHealth_State) Number() protoreflect.EnumNumber {
@@ -466,8 +518,13 @@ type Namespace struct {
 	// The fewest acknowledgements a default write has needed since creation.
 	LeastWriteAcks uint32 `protobuf:"varint,10,opt,name=least_write_acks,json=leastWriteAcks,proto3" json:"least_write_acks,omitempty"`
 	ChangedEpoch   uint64 `protobuf:"fixed64,11,opt,name=changed_epoch,json=changedEpoch,proto3" json:"changed_epoch,omitempty"`
-	unknownFields  protoimpl.UnknownFields
-	sizeCache      protoimpl.SizeCache
+	// While n changes, writes need a quorum of so many slots too. 0: it does not change.
+	AlsoN  uint32  `protobuf:"varint,12,opt,name=also_n,json=alsoN,proto3" json:"also_n,omitempty"`
+	Change NChange `protobuf:"varint,13,opt,name=change,proto3,enum=kvasir.topology.v1.NChange" json:"change,omitempty"`
+	// The epoch in which the change began.
+	Since         uint64 `protobuf:"fixed64,14,opt,name=since,proto3" json:"since,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Namespace) Reset() {
@@ -573,6 +630,27 @@ func (x *Namespace) GetLeastWriteAcks() uint32 {
 func (x *Namespace) GetChangedEpoch() uint64 {
 	if x != nil {
 		return x.ChangedEpoch
+	}
+	return 0
+}
+
+func (x *Namespace) GetAlsoN() uint32 {
+	if x != nil {
+		return x.AlsoN
+	}
+	return 0
+}
+
+func (x *Namespace) GetChange() NChange {
+	if x != nil {
+		return x.Change
+	}
+	return NChange_N_CHANGE_UNSPECIFIED
+}
+
+func (x *Namespace) GetSince() uint64 {
+	if x != nil {
+		return x.Since
 	}
 	return 0
 }
@@ -1193,7 +1271,7 @@ const file_kvasir_topology_v1_topology_proto_rawDesc = "" +
 	"\x05since\x18\x04 \x01(\x06R\x05since\"\\\n" +
 	"\x05Vnode\x12.\n" +
 	"\x05slots\x18\x01 \x03(\v2\x18.kvasir.topology.v1.SlotR\x05slots\x12#\n" +
-	"\rchanged_epoch\x18\x02 \x01(\x06R\fchangedEpoch\"\xe7\x02\n" +
+	"\rchanged_epoch\x18\x02 \x01(\x06R\fchangedEpoch\"\xc9\x03\n" +
 	"\tNamespace\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\rR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\f\n" +
@@ -1208,7 +1286,10 @@ const file_kvasir_topology_v1_topology_proto_rawDesc = "" +
 	"\x06ttl_ms\x18\t \x01(\x04R\x05ttlMs\x12(\n" +
 	"\x10least_write_acks\x18\n" +
 	" \x01(\rR\x0eleastWriteAcks\x12#\n" +
-	"\rchanged_epoch\x18\v \x01(\x06R\fchangedEpoch\"\xac\x01\n" +
+	"\rchanged_epoch\x18\v \x01(\x06R\fchangedEpoch\x12\x15\n" +
+	"\x06also_n\x18\f \x01(\rR\x05alsoN\x123\n" +
+	"\x06change\x18\r \x01(\x0e2\x1b.kvasir.topology.v1.NChangeR\x06change\x12\x14\n" +
+	"\x05since\x18\x0e \x01(\x06R\x05since\"\xac\x01\n" +
 	"\fHealthChecks\x12\x1f\n" +
 	"\vinterval_ms\x18\x01 \x01(\x04R\n" +
 	"intervalMs\x12\x1d\n" +
@@ -1278,7 +1359,11 @@ const file_kvasir_topology_v1_topology_proto_rawDesc = "" +
 	"\x1cREAD_REPAIR_MODE_UNSPECIFIED\x10\x00\x12\x1d\n" +
 	"\x19READ_REPAIR_MODE_BLOCKING\x10\x01\x12\x1a\n" +
 	"\x16READ_REPAIR_MODE_ASYNC\x10\x02\x12\x18\n" +
-	"\x14READ_REPAIR_MODE_OFF\x10\x032\xd9\x01\n" +
+	"\x14READ_REPAIR_MODE_OFF\x10\x03*R\n" +
+	"\aNChange\x12\x18\n" +
+	"\x14N_CHANGE_UNSPECIFIED\x10\x00\x12\x15\n" +
+	"\x11N_CHANGE_WIDENING\x10\x01\x12\x16\n" +
+	"\x12N_CHANGE_NARROWING\x10\x022\xd9\x01\n" +
 	"\x0fTopologyService\x12^\n" +
 	"\vGetTopology\x12&.kvasir.topology.v1.GetTopologyRequest\x1a'.kvasir.topology.v1.GetTopologyResponse\x12f\n" +
 	"\rWatchTopology\x12(.kvasir.topology.v1.WatchTopologyRequest\x1a).kvasir.topology.v1.WatchTopologyResponse0\x01B@Z>github.com/kvasirdb/kvasir/proto/kvasir/topology/v1;topologyv1b\x06proto3"
@@ -1295,51 +1380,53 @@ func file_kvasir_topology_v1_topology_proto_rawDescGZIP() []byte {
 	return file_kvasir_topology_v1_topology_proto_rawDescData
 }
 
-var file_kvasir_topology_v1_topology_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
+var file_kvasir_topology_v1_topology_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
 var file_kvasir_topology_v1_topology_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_kvasir_topology_v1_topology_proto_goTypes = []any{
 	(Role)(0),                     // 0: kvasir.topology.v1.Role
 	(Phase)(0),                    // 1: kvasir.topology.v1.Phase
 	(ReadRepairMode)(0),           // 2: kvasir.topology.v1.ReadRepairMode
-	(NodeHealth_State)(0),         // 3: kvasir.topology.v1.NodeHealth.State
-	(*Node)(nil),                  // 4: kvasir.topology.v1.Node
-	(*Slot)(nil),                  // 5: kvasir.topology.v1.Slot
-	(*Vnode)(nil),                 // 6: kvasir.topology.v1.Vnode
-	(*Namespace)(nil),             // 7: kvasir.topology.v1.Namespace
-	(*HealthChecks)(nil),          // 8: kvasir.topology.v1.HealthChecks
-	(*Settings)(nil),              // 9: kvasir.topology.v1.Settings
-	(*Orchestrator)(nil),          // 10: kvasir.topology.v1.Orchestrator
-	(*Topology)(nil),              // 11: kvasir.topology.v1.Topology
-	(*NodeHealth)(nil),            // 12: kvasir.topology.v1.NodeHealth
-	(*GetTopologyRequest)(nil),    // 13: kvasir.topology.v1.GetTopologyRequest
-	(*GetTopologyResponse)(nil),   // 14: kvasir.topology.v1.GetTopologyResponse
-	(*WatchTopologyRequest)(nil),  // 15: kvasir.topology.v1.WatchTopologyRequest
-	(*WatchTopologyResponse)(nil), // 16: kvasir.topology.v1.WatchTopologyResponse
+	(NChange)(0),                  // 3: kvasir.topology.v1.NChange
+	(NodeHealth_State)(0),         // 4: kvasir.topology.v1.NodeHealth.State
+	(*Node)(nil),                  // 5: kvasir.topology.v1.Node
+	(*Slot)(nil),                  // 6: kvasir.topology.v1.Slot
+	(*Vnode)(nil),                 // 7: kvasir.topology.v1.Vnode
+	(*Namespace)(nil),             // 8: kvasir.topology.v1.Namespace
+	(*HealthChecks)(nil),          // 9: kvasir.topology.v1.HealthChecks
+	(*Settings)(nil),              // 10: kvasir.topology.v1.Settings
+	(*Orchestrator)(nil),          // 11: kvasir.topology.v1.Orchestrator
+	(*Topology)(nil),              // 12: kvasir.topology.v1.Topology
+	(*NodeHealth)(nil),            // 13: kvasir.topology.v1.NodeHealth
+	(*GetTopologyRequest)(nil),    // 14: kvasir.topology.v1.GetTopologyRequest
+	(*GetTopologyResponse)(nil),   // 15: kvasir.topology.v1.GetTopologyResponse
+	(*WatchTopologyRequest)(nil),  // 16: kvasir.topology.v1.WatchTopologyRequest
+	(*WatchTopologyResponse)(nil), // 17: kvasir.topology.v1.WatchTopologyResponse
 }
 var file_kvasir_topology_v1_topology_proto_depIdxs = []int32{
 	0,  // 0: kvasir.topology.v1.Node.role:type_name -> kvasir.topology.v1.Role
 	1,  // 1: kvasir.topology.v1.Slot.phase:type_name -> kvasir.topology.v1.Phase
-	5,  // 2: kvasir.topology.v1.Vnode.slots:type_name -> kvasir.topology.v1.Slot
+	6,  // 2: kvasir.topology.v1.Vnode.slots:type_name -> kvasir.topology.v1.Slot
 	2,  // 3: kvasir.topology.v1.Namespace.read_repair:type_name -> kvasir.topology.v1.ReadRepairMode
-	8,  // 4: kvasir.topology.v1.Settings.health_checks:type_name -> kvasir.topology.v1.HealthChecks
-	4,  // 5: kvasir.topology.v1.Topology.nodes:type_name -> kvasir.topology.v1.Node
-	6,  // 6: kvasir.topology.v1.Topology.ring:type_name -> kvasir.topology.v1.Vnode
-	7,  // 7: kvasir.topology.v1.Topology.namespaces:type_name -> kvasir.topology.v1.Namespace
-	9,  // 8: kvasir.topology.v1.Topology.settings:type_name -> kvasir.topology.v1.Settings
-	10, // 9: kvasir.topology.v1.Topology.orchestrators:type_name -> kvasir.topology.v1.Orchestrator
-	3,  // 10: kvasir.topology.v1.NodeHealth.state:type_name -> kvasir.topology.v1.NodeHealth.State
-	11, // 11: kvasir.topology.v1.GetTopologyResponse.topology:type_name -> kvasir.topology.v1.Topology
-	11, // 12: kvasir.topology.v1.WatchTopologyResponse.topology:type_name -> kvasir.topology.v1.Topology
-	12, // 13: kvasir.topology.v1.WatchTopologyResponse.health:type_name -> kvasir.topology.v1.NodeHealth
-	13, // 14: kvasir.topology.v1.TopologyService.GetTopology:input_type -> kvasir.topology.v1.GetTopologyRequest
-	15, // 15: kvasir.topology.v1.TopologyService.WatchTopology:input_type -> kvasir.topology.v1.WatchTopologyRequest
-	14, // 16: kvasir.topology.v1.TopologyService.GetTopology:output_type -> kvasir.topology.v1.GetTopologyResponse
-	16, // 17: kvasir.topology.v1.TopologyService.WatchTopology:output_type -> kvasir.topology.v1.WatchTopologyResponse
-	16, // [16:18] is the sub-list for method output_type
-	14, // [14:16] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	3,  // 4: kvasir.topology.v1.Namespace.change:type_name -> kvasir.topology.v1.NChange
+	9,  // 5: kvasir.topology.v1.Settings.health_checks:type_name -> kvasir.topology.v1.HealthChecks
+	5,  // 6: kvasir.topology.v1.Topology.nodes:type_name -> kvasir.topology.v1.Node
+	7,  // 7: kvasir.topology.v1.Topology.ring:type_name -> kvasir.topology.v1.Vnode
+	8,  // 8: kvasir.topology.v1.Topology.namespaces:type_name -> kvasir.topology.v1.Namespace
+	10, // 9: kvasir.topology.v1.Topology.settings:type_name -> kvasir.topology.v1.Settings
+	11, // 10: kvasir.topology.v1.Topology.orchestrators:type_name -> kvasir.topology.v1.Orchestrator
+	4,  // 11: kvasir.topology.v1.NodeHealth.state:type_name -> kvasir.topology.v1.NodeHealth.State
+	12, // 12: kvasir.topology.v1.GetTopologyResponse.topology:type_name -> kvasir.topology.v1.Topology
+	12, // 13: kvasir.topology.v1.WatchTopologyResponse.topology:type_name -> kvasir.topology.v1.Topology
+	13, // 14: kvasir.topology.v1.WatchTopologyResponse.health:type_name -> kvasir.topology.v1.NodeHealth
+	14, // 15: kvasir.topology.v1.TopologyService.GetTopology:input_type -> kvasir.topology.v1.GetTopologyRequest
+	16, // 16: kvasir.topology.v1.TopologyService.WatchTopology:input_type -> kvasir.topology.v1.WatchTopologyRequest
+	15, // 17: kvasir.topology.v1.TopologyService.GetTopology:output_type -> kvasir.topology.v1.GetTopologyResponse
+	17, // 18: kvasir.topology.v1.TopologyService.WatchTopology:output_type -> kvasir.topology.v1.WatchTopologyResponse
+	17, // [17:19] is the sub-list for method output_type
+	15, // [15:17] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_kvasir_topology_v1_topology_proto_init() }
@@ -1352,7 +1439,7 @@ func file_kvasir_topology_v1_topology_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kvasir_topology_v1_topology_proto_rawDesc), len(file_kvasir_topology_v1_topology_proto_rawDesc)),
-			NumEnums:      4,
+			NumEnums:      5,
 			NumMessages:   13,
 			NumExtensions: 0,
 			NumServices:   1,
