@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -33,7 +34,7 @@ type collecting struct {
 	mu      sync.Mutex
 	down    map[uint64]bool
 	epoch   uint64
-	syncing func(from, to uint64) // called when a comparison begins
+	syncing atomic.Pointer[func(from, to uint64)] // called when a comparison begins
 }
 
 type collectNode struct {
@@ -206,8 +207,8 @@ func (n *collectNode) sync(_ context.Context, _ *topology.Topology, _ storage.Pl
 	if !n.Alive(peer) {
 		return out, errors.New("is cut off")
 	}
-	if n.c.syncing != nil {
-		n.c.syncing(n.id, peer)
+	if syncing := n.c.syncing.Load(); syncing != nil {
+		(*syncing)(n.id, peer)
 	}
 	other := n.c.nodes[peer-1]
 	certificate := max(n.store.Collection(1, 0).Certificate, other.store.Collection(1, 0).Certificate)
@@ -356,13 +357,13 @@ func TestLateRepairsVoidARound(t *testing.T) {
 	runCollecting(t, func(t *testing.T, c *collecting) {
 		old := c.write("late", []byte("v"), 0, 1)
 		c.write("k", nil, 0, 1, 2, 3)
-		repaired := false
-		c.syncing = func(_, to uint64) {
-			if to == 3 && !repaired {
-				repaired = true // a read repair while the pass is at n3
+		var repaired atomic.Bool
+		syncing := func(_, to uint64) {
+			if to == 3 && repaired.CompareAndSwap(false, true) { // a read repair while the pass is at n3
 				c.send(2, replicav1.Source_SOURCE_REPAIR, "late", old)
 			}
 		}
+		c.syncing.Store(&syncing)
 		time.Sleep(5 * time.Minute)
 		c.wantOnDisk(1, 1, 2, 3)
 		if v := c.nodes[0].metric("void_rounds_total"); v != 1 {

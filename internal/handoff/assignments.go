@@ -9,6 +9,7 @@ import (
 	"slices"
 	"sync"
 
+	"github.com/kvasirdb/kvasir/internal/mutant"
 	"github.com/kvasirdb/kvasir/internal/storage"
 	"github.com/kvasirdb/kvasir/internal/topology"
 )
@@ -103,6 +104,9 @@ func (a *Assignments) Prepare(self uint64, next *topology.Topology) error {
 	}
 	if !fresh {
 		return nil
+	}
+	if mutant.On("no-wipe") {
+		places, vnodes = nil, nil
 	}
 	// Places first: until the assignments are on disk with the rest, all is done again.
 	if err := a.store.Wipe(places); err != nil {

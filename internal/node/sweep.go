@@ -4,6 +4,7 @@ import (
 	"context"
 	"time"
 
+	"github.com/kvasirdb/kvasir/internal/mutant"
 	"github.com/kvasirdb/kvasir/internal/storage"
 	"github.com/kvasirdb/kvasir/internal/topology"
 )
@@ -42,6 +43,12 @@ func (n *Node) sweepUnder(t *topology.Topology) bool {
 	swept, err := n.assignments.Sweep(func(p storage.Place) bool {
 		// What a transition may yet go back to, or is to be rebuilt from, stays.
 		t, ns := n.fence.Topology(), n.fence.Topology().NamespaceByID(p.Namespace)
+		if mutant.On("no-wipe") {
+			return true
+		}
+		if j := t.Ring[p.Vnode].Moving(); j >= 0 && t.Ring[p.Vnode].Slots[j].Node == n.id.Incarnation && mutant.On("early-sender-drop") {
+			return false
+		}
 		return ns == nil || int(p.Vnode) >= len(t.Ring) || t.Ring[p.Vnode].Moving() >= 0 || t.Owns(n.id.Incarnation, p.Vnode, ns.Wide())
 	})
 	if err != nil {

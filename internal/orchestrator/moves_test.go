@@ -290,6 +290,20 @@ func TestANewcomerThatLosesItsDisk(t *testing.T) {
 	}
 }
 
+// The old node of a move that has not begun loses its disk: the data directory that
+// takes its place is filled, and gives the slot away then.
+func TestADonorThatLosesItsDisk(t *testing.T) {
+	s, cfg, moves := four(t)
+	s = start(t, s, "apply", moves)
+	s, _ = next(t, s, cfg, alive(s)) // eight of twelve; the last are of node 3
+	last := moves[len(moves)-1].GetFrom()
+	s = registerNode(t, s, s.Topology.NodeName(last), "again")
+	s = runOn(t, s, cfg, func(o *observed) { o.dead = []uint64{last} })
+	if op := s.Operation(1); op.State != topology.Done || s.Topology.SlotCounts(3)[4] != 12 || s.Topology.Node(last) != nil {
+		t.Errorf("operation %+v, slots %v", op, s.Topology.SlotCounts(3))
+	}
+}
+
 // Whatever nodes do, and whenever an operation is paused or aborted: it ends, with
 // each slot where it was or where it was to go, and no step is refused.
 func TestOperationsEnd(t *testing.T) {

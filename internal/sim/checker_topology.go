@@ -146,13 +146,20 @@ func (ts *topologies) slots(t *topology.Topology) {
 			ts.h.violate(9, "epoch %d: vnode %d has %d slots, the largest N is %d", t.Epoch, v, len(slots), t.Width())
 		}
 		used := map[uint64]bool{}
+		moving := 0
 		for _, s := range slots {
+			if s.Phase != topology.Stable {
+				moving++
+			}
 			for _, n := range s.Quorum().Write {
 				if n != 0 && used[n] {
 					ts.h.violate(9, "epoch %d: vnode %d has two slots on node %d", t.Epoch, v, n)
 				}
 				used[n] = true
 			}
+		}
+		if moving > 1 {
+			ts.h.violate(8, "epoch %d: %d slots of vnode %d are in transition at once", t.Epoch, moving, v)
 		}
 		for _, ns := range t.Namespaces {
 			in := map[string]bool{}

@@ -3,6 +3,7 @@ package sim
 import (
 	"context"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"sync"
 	"time"
@@ -135,12 +136,14 @@ func (f *faults) release(name string) {
 // start starts a process again.
 func (f *faults) start(name string) {
 	f.r.history.Note("start %s", name)
+	down := f.down()
 	if err := f.r.w.TryStart(name); err != nil {
 		f.r.history.violate(0, "%s does not start: %v", name, err)
 		return
 	}
 	f.setEnded(name, false)
-	f.r.hintsKept(name, f.ended)
+	// Who has been down all the while cannot have got hints in between.
+	f.r.hintsKept(name, func(target string) bool { return down[target] && f.ended(target) })
 }
 
 // end ends a process against its will, unless it could not start again.
@@ -150,6 +153,13 @@ func (f *faults) end(name string, how Crash) {
 	}
 	f.r.w.Crash(name, how)
 	f.setEnded(name, true)
+}
+
+// down returns the processes that do not run.
+func (f *faults) down() map[string]bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return maps.Clone(f.mu.ended)
 }
 
 func (f *faults) setEnded(name string, ended bool) {

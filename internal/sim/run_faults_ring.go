@@ -76,7 +76,34 @@ func (f *faults) changeRing(rng *rand.Rand) {
 		f.decommission(rng, by, t, op)
 		return
 	}
-	f.begin(ctx, by, t, op)
+	if f.begin(ctx, by, t, op) && rng.IntN(3) == 0 {
+		m := op.GetMoves()[rng.IntN(len(op.GetMoves()))]
+		f.cutNewcomer(rng, t.NodeName(m.GetTo()), t.NodeName(m.GetFrom()))
+	}
+}
+
+// cutNewcomer cuts a node that is being filled off from all nodes but the one that it
+// is filled from, for as long as a move or two take: half of what is written to its
+// slots does not reach it, and it is read soon after.
+func (f *faults) cutNewcomer(rng *rand.Rand, name, old string) {
+	if !f.claimNode(name) {
+		return
+	}
+	defer f.release(name)
+	f.note("newcomer cut off", "%s, from all but %s", name, old)
+	w := f.r.w
+	each := func(do func(from, to string)) {
+		for _, o := range f.names()[:f.r.nodes()] {
+			if o != name && o != old {
+				do(w.Host(o), w.Host(name))
+				do(w.Host(name), w.Host(o))
+			}
+		}
+	}
+	each(w.Net.Cut)
+	pause(rng, 4)
+	each(w.Net.Heal)
+	f.r.history.Note("%s is connected again", name)
 }
 
 func activeOperation(ctx context.Context, by adminv1.ControlServiceClient) (*topologyv1.Operation, error) {
@@ -90,10 +117,11 @@ func activeOperation(ctx context.Context, by adminv1.ControlServiceClient) (*top
 }
 
 // begin starts an operation. Whoever gets slots by it may have had them before, and has
-// been wiped since.
+// been wiped since; so has whoever was taken for dead, and gets them back by an abort.
 func (f *faults) begin(ctx context.Context, by adminv1.ControlServiceClient, t *topology.Topology, op *topologyv1.Operation) bool {
 	for _, m := range op.GetMoves() {
 		f.r.checker.Moves(m.GetTo(), m.GetVnode())
+		f.r.checker.Moves(m.GetFrom(), m.GetVnode())
 	}
 	resp, err := by.StartOperation(ctx, &adminv1.StartOperationRequest{Epoch: t.Epoch, Operation: op})
 	if err != nil {

@@ -261,7 +261,9 @@ func (d *draft) noteStep(vnode uint32, old, next *Vnode, pb *topologyv1.VnodeSlo
 				continue
 			}
 			if b.Phase != Stable {
-				m.To = b.Incoming // itself, or the data directory that took its place
+				if d.sameName(m.To, b.Incoming) {
+					m.To = b.Incoming // itself, or the data directory that took its place
+				}
 			} else if b.Node == m.To && m.To != m.From {
 				m.Done = true
 				op.MovedRecords += pb.GetMovedRecords()
@@ -270,6 +272,18 @@ func (d *draft) noteStep(vnode uint32, old, next *Vnode, pb *topologyv1.VnodeSlo
 			break
 		}
 	}
+}
+
+// sameName reports whether two data directories are of nodes of one name.
+func (d *draft) sameName(a, b uint64) bool {
+	name := func(inc uint64) string {
+		i := slices.IndexFunc(d.Topology.Nodes, func(n Node) bool { return n.Incarnation == inc })
+		if i < 0 {
+			return ""
+		}
+		return d.Topology.Nodes[i].Name
+	}
+	return name(a) == name(b)
 }
 
 // needs returns the active operation that has a move to a node left, or 0.

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/kvasirdb/kvasir/internal/mutant"
 	"github.com/kvasirdb/kvasir/internal/quorum"
 	"github.com/kvasirdb/kvasir/internal/ring"
 )
@@ -99,6 +100,9 @@ func (s Slot) Quorum() quorum.Slot {
 	case Stable:
 		return quorum.Slot{Write: [2]uint64{s.Node}, Read: s.Node}
 	case WriteBothReadOld:
+		if mutant.On("wrong-phase-read") {
+			return quorum.Slot{Write: [2]uint64{s.Node, s.Incoming}, Read: s.Incoming}
+		}
 		return quorum.Slot{Write: [2]uint64{s.Node, s.Incoming}, Read: s.Node}
 	case WriteBothReadNew:
 		return quorum.Slot{Write: [2]uint64{s.Node, s.Incoming}, Read: s.Incoming}
