@@ -125,6 +125,8 @@ func (f *Filler) Run(ctx context.Context) error {
 type job struct {
 	assignment
 	slot int
+	// old is set when it is filled from the slot's old node alone.
+	old bool
 }
 
 // jobs returns the assignments that hold under a topology, in ring order.
@@ -141,7 +143,9 @@ func (f *Filler) jobs(t *topology.Topology) []job {
 				return s.Write[0] == f.cfg.Self || s.Write[1] == f.cfg.Self
 			})
 		}
-		out = append(out, job{as, slot})
+		j := job{as, slot, false}
+		j.old = f.fromOld(t, j)
+		out = append(out, j)
 	}
 	return out
 }
@@ -193,18 +197,23 @@ func (f *Filler) isOpen(t *topology.Topology, j job) bool {
 	return true
 }
 
-// fromOld reports whether a job is the move of a slot whose old node lives, and has
-// all that the slot stands for.
+// fromOld reports whether a job is the move of a slot whose old node lives: then that
+// has all that the slot stands for. Where it was taken for dead and is back, it has
+// what was written before, and what was written since is here already.
 func (f *Filler) fromOld(t *topology.Topology, j job) bool {
 	s := t.Ring[j.Vnode].Slots[j.slot]
-	return s.Incoming == f.cfg.Self && s.Phase == topology.WriteBothReadOld && j.Epoch == s.Since
+	if s.Incoming != f.cfg.Self || j.Epoch != s.Since || s.Node == f.cfg.Self {
+		return false
+	}
+	back := s.Phase == topology.WriteNewReadNone && t.Node(s.Node) != nil && f.cfg.Peers.Alive(s.Node) && f.drained(s.Node) >= t.Ring[j.Vnode].ChangedEpoch
+	return s.Phase == topology.WriteBothReadOld || back
 }
 
 // sourcesNeeded is N−q+1, or the old node alone. Where N changes, what has been read
 // or acknowledged by quorums of the old one must be met: N−W+1, this node's own copy
 // included if it has one.
 func (f *Filler) sourcesNeeded(t *topology.Topology, j job, ns *topology.Namespace) int {
-	if f.fromOld(t, j) {
+	if j.old {
 		return 1
 	}
 	if j.Namespace != 0 {
@@ -228,7 +237,11 @@ func (f *Filler) askDrained(ctx context.Context, t *topology.Topology, jobs []jo
 			epoch = max(epoch, ns.ChangedEpoch)
 		}
 		for _, s := range t.Ring[j.Vnode].Slots {
-			if n := s.Quorum().Read; n != 0 && n != f.cfg.Self && f.drained(n) < epoch && f.cfg.Peers.Alive(n) {
+			n := s.Quorum().Read
+			if s.Phase == topology.WriteNewReadNone && t.Node(s.Node) != nil {
+				n = s.Node // it may be back
+			}
+			if n != 0 && n != f.cfg.Self && f.drained(n) < epoch && f.cfg.Peers.Alive(n) {
 				ask[n] = true
 			}
 		}
@@ -263,23 +276,27 @@ func (f *Filler) sources(t *topology.Topology, j job, ns *topology.Namespace, ti
 	readable, need := 0, f.sourcesNeeded(t, j, ns)
 	epoch := max(t.Ring[j.Vnode].ChangedEpoch, ns.ChangedEpoch)
 	for i, s := range t.Slots(j.Vnode, ns.N) {
-		if (i == j.slot) != f.fromOld(t, j) || s.Read == 0 {
+		n := s.Read
+		if j.old {
+			n = t.Ring[j.Vnode].Slots[i].Node
+		}
+		if (i == j.slot) != j.old || n == 0 {
 			continue
 		}
 		readable++
-		switch name := t.NodeName(s.Read); {
-		case !f.cfg.Peers.Alive(s.Read):
+		switch name := t.NodeName(n); {
+		case !f.cfg.Peers.Alive(n):
 			missing = append(missing, name+" is down")
-		case f.drained(s.Read) < epoch:
+		case f.drained(n) < epoch:
 			missing = append(missing, fmt.Sprintf("%s has not taken in epoch %s yet", name, topology.EpochString(epoch)))
-		case tired[s.Read]:
+		case tired[n]:
 			missing = append(missing, name+" failed")
 		default:
-			out = append(out, s.Read)
+			out = append(out, n)
 		}
 	}
 	switch {
-	case len(missing) > 0 && f.fromOld(t, j):
+	case len(missing) > 0 && j.old:
 		return nil, errors.New(missing[0])
 	case readable < need:
 		return nil, fmt.Errorf("namespace %s has %d voting replicas of vnode %d left, %d are needed to rebuild another (N=%d): its records may be lost",
@@ -359,7 +376,7 @@ func (f *Filler) Fill(ctx context.Context, namespace, vnode uint32) error {
 	if slot < 0 {
 		return fmt.Errorf("this node is no replica of vnode %d of namespace %s", vnode, ns.Name)
 	}
-	return f.fillNamespace(ctx, t, ns, job{assignment{Vnode: vnode}, slot})
+	return f.fillNamespace(ctx, t, ns, job{assignment{Vnode: vnode}, slot, false})
 }
 
 // localError is one that another source would not help against.

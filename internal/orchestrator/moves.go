@@ -107,8 +107,9 @@ func nextPhase(s *topology.State, vnode uint32, slot int, v view) (_ topology.Sl
 		}
 		return done, ""
 	case topology.WriteNewReadNone:
-		if aborted(s, vnode, slot) && cur.Incoming != cur.Node && v.healthy(cur.Node) {
-			// What it has is not all any more, so it comes in like a stranger.
+		// The new node is the only one of the slot that has had the writes since, so it gets
+		// the slot also where the move is aborted, unless it is lost itself.
+		if aborted(s, vnode, slot) && v.gone(t, cur.Incoming) && cur.Incoming != cur.Node && v.healthy(cur.Node) {
 			return topology.Slot{Node: cur.Node, Incoming: cur.Node, Phase: topology.WriteNewReadNone}, ""
 		}
 		if why := barrier(t, vnode, slot, cur.Incoming, v); why != "" {
@@ -136,8 +137,8 @@ func aborted(s *topology.State, vnode uint32, slot int) bool {
 // The endpoint that reads go to, all live nodes and, for every namespace that uses the
 // slot, N−q+1 slots with all their endpoints must have taken it in and ended what they
 // did under older ones. Then no quorum of an older epoch can be reached any more; see
-// models/barrier.py for what a weaker rule allows. A slot whose old node is dead does
-// not count.
+// models/barrier.py for what a weaker rule allows. A slot whose old node was taken for
+// dead counts when that has taken it in, too.
 func barrier(t *topology.Topology, vnode uint32, slot int, endpoint uint64, v view) string {
 	ring := &t.Ring[vnode]
 	epoch := ring.ChangedEpoch
@@ -169,8 +170,9 @@ func quorumsTaken(t *topology.Topology, ns *topology.Namespace, vnode uint32, ep
 		}
 		have, want := 0, n-(n/2+1)+1
 		for j, s := range t.Slots(vnode, n) {
-			counts := t.Ring[vnode].Slots[j].Phase != topology.WriteNewReadNone
-			if counts && taken(s.Write[0], epoch, v) && taken(s.Write[1], epoch, v) {
+			slot := t.Ring[vnode].Slots[j]
+			old := slot.Phase != topology.WriteNewReadNone || t.Node(slot.Node) != nil && taken(slot.Node, epoch, v)
+			if old && taken(s.Write[0], epoch, v) && taken(s.Write[1], epoch, v) {
 				have++
 			}
 		}

@@ -206,6 +206,10 @@ func TestNextPhase(t *testing.T) {
 	unfilled := func(o *observed) { o.fillings[4] = nil }
 	aborting := steer(t, first, topology.Aborting)
 	abortingLate := steer(t, second, topology.Aborting)
+	takenForDead := everywhere(first)
+	takenForDead.dead, takenForDead.lost = []uint64{old}, []uint64{old}
+	without, _ := next(t, first, cfg, takenForDead.view())
+	abortingWithout := steer(t, without, topology.Aborting)
 	lateBack, _ := next(t, abortingLate, cfg, alive(abortingLate))
 	for _, tc := range []struct {
 		name    string
@@ -232,6 +236,10 @@ func TestNextPhase(t *testing.T) {
 		{"read at the newcomer, another node is behind", second, []func(*observed){behind(other)}, topology.WriteBothReadNew, old, "has not taken in"},
 		{"read at the newcomer, the old node is lost", second, []func(*observed){dead(old), behind(old), func(o *observed) { o.lost = []uint64{old} }}, topology.Stable, 4, ""},
 		{"read at the newcomer, aborted", abortingLate, []func(*observed){behind(4)}, topology.WriteBothReadOld, old, ""},
+		{"taken for dead, and another one is behind", without, []func(*observed){dead(old, other), behind(old), behind(other)}, topology.WriteNewReadNone, old, "1 replicas of namespace default"},
+		{"back, while another one is behind", without, []func(*observed){dead(other), behind(other)}, topology.Stable, 4, ""},
+		{"back, aborted", abortingWithout, nil, topology.Stable, 4, ""},
+		{"back, aborted, the newcomer is lost", abortingWithout, []func(*observed){dead(4), func(o *observed) { o.lost = []uint64{4} }}, topology.WriteNewReadNone, old, ""},
 		{"on the way back", lateBack, nil, topology.Stable, old, ""},
 		{"on the way back, the newcomer may be read yet", lateBack, []func(*observed){behind(4)}, topology.WriteBothReadOld, old, "n4 has not taken in"},
 	} {

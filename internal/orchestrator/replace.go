@@ -73,7 +73,7 @@ func beginReplacing(s *topology.State, v view) *topologyv1.Command {
 			if next == nil || hasSlot(vnode, next.Incarnation) {
 				continue
 			}
-			b.set(uint32(i), j, topology.Slot{Node: s.Node, Incoming: next.Incarnation, Phase: topology.WriteNewReadNone})
+			b.set(uint32(i), j, topology.Slot{Node: dead, Incoming: next.Incarnation, Phase: topology.WriteNewReadNone})
 			b.count(next.Name, fmt.Sprintf("#%d takes the place of #%d", next.Incarnation, dead))
 			break
 		}

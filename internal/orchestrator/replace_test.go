@@ -191,15 +191,18 @@ func TestNewcomerIsReplaced(t *testing.T) {
 	if !strings.Contains(what, "#5 takes the place of #4 on 16 vnodes") || len(s.Topology.Incoming(5)) != 16 || len(s.Topology.Incoming(4)) != 0 {
 		t.Fatalf("%q, incoming on %v", what, s.Topology.Incoming(5))
 	}
-	o = everywhere(s, 1, 4)
+	if s, what = next(t, s, cfg, alive(s, 1, 4)); what != "removed #1: #5 has taken its place" {
+		t.Fatalf("%q", what) // it is #4 now that has the slots and is lost
+	}
+	o = everywhere(s, 4)
 	o.fillings[4] = filled(s.Topology, 5, true) // what the dead one said does not count
 	if _, what := next(t, s, cfg, o.view()); what != "" {
 		t.Fatalf("%q", what)
 	}
 	o.fillings[5] = filled(s.Topology, 5, true)
 	s, _ = next(t, s, cfg, o.view())
-	s, what = next(t, s, cfg, alive(s, 1, 4))
-	if what != "removed #1: #5 has taken its place, #4: #5 has taken its place" || len(s.Topology.Nodes) != 3 {
+	s, what = next(t, s, cfg, alive(s, 4))
+	if what != "removed #4: #5 has taken its place" || len(s.Topology.Nodes) != 3 {
 		t.Fatalf("%q", what)
 	}
 }

@@ -33,7 +33,11 @@ func (r *Replica) RefusedBelowPromise() uint64 { return r.refused.Load() }
 
 // collect serves a step of the collection of a vnode's dead records.
 func (f *frame) collect(ctx context.Context, c *replicav1.Call, op *replicav1.Collect) {
-	if err := f.check(c, op.GetNamespace(), op.GetVnode(), toWrite); err != nil {
+	want := toWrite
+	if op.GetStep() == replicav1.Collect_STEP_STATE {
+		want = toCompare
+	}
+	if err := f.check(c, op.GetNamespace(), op.GetVnode(), want); err != nil {
 		f.fail(c, err)
 		return
 	}

@@ -199,6 +199,9 @@ func (f *frame) check(c *replicav1.Call, namespace uint32, vnode uint32, want ac
 			ns.Name, vnode, topology.EpochString(changed), topology.EpochString(c.GetEpoch()))
 	}
 	for i, s := range t.Slots(vnode, ns.Wide()) {
+		if slot := t.Ring[vnode].Slots[i]; want != toWrite && slot.Phase == topology.WriteNewReadNone && slot.Node == f.cfg.Self {
+			return nil // it was taken for dead: the newcomer takes over what it has
+		}
 		writes := s.Write[0] == f.cfg.Self || s.Write[1] == f.cfg.Self
 		reads := s.Read == f.cfg.Self && (i < ns.N || want == toCompare)
 		if want != toRead && writes || want != toWrite && reads {

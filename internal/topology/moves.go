@@ -122,8 +122,10 @@ func stepAllowed(a, b Slot) bool {
 		step{WriteBothReadNew, WriteBothReadOld}, // on the way back
 		step{WriteBothReadOld, WriteNewReadNone}: // the old node died before
 		return a.Node == b.Node && same
-	case step{WriteNewReadNone, WriteNewReadNone}: // the successor needs one itself
-		return a.Node == b.Node && !same
+	case step{WriteNewReadNone, WriteNewReadNone}:
+		// The newcomer is lost too, with what only it had; or it is given up, and the old
+		// node comes back, empty.
+		return b.Node == a.Incoming && !same || b.Node == a.Node && b.Incoming == a.Node
 	case step{WriteBothReadNew, Stable}, step{WriteNewReadNone, Stable}: // it is done
 		return b.Node == a.Incoming
 	case step{WriteBothReadOld, Stable}: // it is taken back
