@@ -14,8 +14,12 @@ import (
 	"github.com/kvasirdb/kvasir/internal/topology"
 )
 
-// metaAssignments is where a store keeps what its node is being filled with.
-const metaAssignments = "assignments"
+// metaAssignments is where a store keeps what its node is being filled with, metaPulled
+// how far that has come.
+const (
+	metaAssignments = "assignments"
+	metaPulled      = "pulled"
+)
 
 // assignment is a vnode that the node is to be filled with, as it is on disk.
 type assignment struct {
@@ -49,7 +53,72 @@ type Assignments struct {
 		// open are the places that take records.
 		open     map[storage.Place]bool
 		progress map[storage.Place]progress
+		pulled   []pulled
 	}
+}
+
+// pulled is how far a source's records of a namespace have come, for one assignment.
+type pulled struct {
+	Vnode     uint32 `json:"vnode"`
+	Assigned  uint32 `json:"assigned,omitempty"` // assignment.Namespace
+	Epoch     uint64 `json:"epoch"`
+	Namespace uint32 `json:"namespace"`
+	Source    uint64 `json:"source"`
+	// From is the first key that is missing.
+	From []byte `json:"from,omitempty"`
+	Done bool   `json:"done,omitempty"`
+}
+
+func (p pulled) of(a assignment) bool {
+	return p.Vnode == a.Vnode && p.Assigned == a.Namespace && p.Epoch == a.Epoch
+}
+
+// errAssignedAnew ends the filling of what is no assignment any more, or another one.
+var errAssignedAnew = errors.New("the vnode was assigned anew meanwhile")
+
+// pulled returns the first key that is missing of what a source has, and whether none is.
+func (a *Assignments) pulled(as assignment, namespace uint32, source uint64) (from []byte, done bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, p := range a.mu.pulled {
+		if p.of(as) && p.Namespace == namespace && p.Source == source {
+			return p.From, p.Done
+		}
+	}
+	return nil, false
+}
+
+// take has records taken in while they are still assigned, and notes on disk how far a
+// source's have come by that. Otherwise they are dropped: the place may have been wiped.
+func (a *Assignments) take(as assignment, namespace uint32, source uint64, from []byte, done bool, take func() error, drop func()) error {
+	<-a.writing
+	defer func() { a.writing <- struct{}{} }()
+	all := a.all()
+	if all[as.place()] != as {
+		drop()
+		return errAssignedAnew
+	}
+	if err := take(); err != nil {
+		return err
+	}
+	a.mu.Lock()
+	next := slices.DeleteFunc(slices.Clone(a.mu.pulled), func(p pulled) bool {
+		now, ok := all[storage.Place{Namespace: p.Assigned, Vnode: p.Vnode}]
+		return !ok || !p.of(now) || now.Complete || p.of(as) && p.Namespace == namespace
+	})
+	a.mu.Unlock()
+	next = append(next, pulled{as.Vnode, as.Namespace, as.Epoch, namespace, source, from, done})
+	b, err := json.Marshal(next)
+	if err != nil {
+		panic(err) // it always encodes
+	}
+	if err := a.store.SetMeta(metaPulled, b); err != nil {
+		return err
+	}
+	a.mu.Lock()
+	a.mu.pulled = next
+	a.mu.Unlock()
+	return nil
 }
 
 // progress is what is shown of an assignment.
@@ -76,6 +145,16 @@ func LoadAssignments(store *storage.Store) (*Assignments, error) {
 	}
 	for _, as := range list {
 		a.mu.byPlace[as.place()] = as
+	}
+	b, err = store.Meta(metaPulled)
+	if errors.Is(err, storage.ErrNotFound) {
+		return a, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := json.Unmarshal(b, &a.mu.pulled); err != nil {
+		return nil, fmt.Errorf("%w: %s: %w", storage.ErrCorrupt, metaPulled, err)
 	}
 	return a, nil
 }

@@ -1,6 +1,7 @@
 package handoff
 
 import (
+	"errors"
 	"log/slog"
 	"slices"
 	"testing"
@@ -121,5 +122,58 @@ func TestAssignmentsAreWipedOnce(t *testing.T) {
 	prepare(a, assignedIn(t, 20, 20), 0, "assigned anew")
 	if err := a.complete(assignment{Vnode: 0, Epoch: 20}); err != nil || !a.Open(1, 0) || !load().Open(1, 0) {
 		t.Errorf("what is complete is open, also after a restart: %v", err)
+	}
+}
+
+// What has come is noted with what was taken in, for the one assignment, and known
+// after a restart; what comes for another assignment is dropped.
+func TestPulledIsNoted(t *testing.T) {
+	fs := vfs.NewMem()
+	s, err := storage.Open(storage.Config{FS: fs, Dir: "d", Logger: slog.New(slog.DiscardHandler), Fatal: func(err error) { t.Error(err) }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	load := func() *Assignments {
+		a, err := LoadAssignments(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return a
+	}
+	a := load()
+	if err := a.Prepare(4, assignedIn(t, 10, 10)); err != nil {
+		t.Fatal(err)
+	}
+	as := assignment{Vnode: 1, Epoch: 10}
+	taken, dropped := 0, 0
+	take := func(as assignment, from string, done bool) error {
+		return a.take(as, 1, 2, []byte(from), done, func() error { taken++; return nil }, func() { dropped++ })
+	}
+	if err := take(as, "k5", false); err != nil || taken != 1 {
+		t.Fatal(err)
+	}
+	a = load()
+	if from, done := a.pulled(as, 1, 2); string(from) != "k5" || done {
+		t.Errorf("after a restart %q, %v", from, done)
+	}
+	if from, _ := a.pulled(as, 1, 3); from != nil {
+		t.Errorf("of another source %q", from)
+	}
+	if err := take(as, "z", true); err != nil {
+		t.Fatal(err)
+	}
+	if _, done := load().pulled(as, 1, 2); !done {
+		t.Error("the end is not noted")
+	}
+	if err := a.Prepare(4, assignedIn(t, 20, 20)); err != nil {
+		t.Fatal(err)
+	}
+	if err := take(as, "k9", false); !errors.Is(err, errAssignedAnew) || dropped != 1 || taken != 2 {
+		t.Errorf("for an assignment that is over: %v, %d dropped", err, dropped)
+	}
+	as.Epoch = 20
+	if from, done := a.pulled(as, 1, 2); from != nil || done {
+		t.Errorf("for the next assignment %q, %v", from, done)
 	}
 }

@@ -40,8 +40,19 @@ type FillerConfig struct {
 	Changed func() <-chan struct{}
 	// Interval is the pause before what could not be done is tried again. Default 300 ms.
 	Interval time.Duration
-	// BytesPerSecond bounds what is pulled, from all sources together. Default 32 MiB.
+	// BytesPerSecond bounds what is pulled, from all sources together, by a node that has
+	// nothing else to do. Default 64 MiB.
 	BytesPerSecond int
+	// LeastFileBytes is what a sorted file is made of at least. Less comes in batches.
+	// Default 256 KiB.
+	LeastFileBytes int
+	// Load returns how busy the node is, 0 to 1: filling gets slower with it. Default:
+	// always 0.
+	Load func() float64
+	// Join has the node's clock take in a version that is about to be stored.
+	Join func(hlc.Timestamp) error
+	// Verify compares a place with a peer's, and returns when both hold the same.
+	Verify func(ctx context.Context, t *topology.Topology, place storage.Place, peer uint64) error
 	// Timeout bounds one call. Default 5 s.
 	Timeout time.Duration
 }
@@ -49,9 +60,6 @@ type FillerConfig struct {
 const (
 	// fillWorkers is how many vnodes are worked on at a time.
 	fillWorkers = 4
-	// Limits of one page that is pulled.
-	pageRecords = 1000
-	pageBytes   = 1 << 20
 )
 
 // Filler fills the vnodes that its node is incoming on: with what the old node of the
@@ -75,17 +83,23 @@ func NewFiller(cfg FillerConfig) *Filler {
 		cfg.Interval = 300 * time.Millisecond
 	}
 	if cfg.BytesPerSecond == 0 {
-		cfg.BytesPerSecond = 32 << 20
+		cfg.BytesPerSecond = 64 << 20
 	}
 	if cfg.Timeout == 0 {
 		cfg.Timeout = 5 * time.Second
+	}
+	if cfg.LeastFileBytes == 0 {
+		cfg.LeastFileBytes = 256 << 10
+	}
+	if cfg.Load == nil {
+		cfg.Load = func() float64 { return 0 }
 	}
 	counter := func(name, help string) prometheus.Counter {
 		return prometheus.NewCounter(prometheus.CounterOpts{Namespace: "kvasir", Subsystem: "fill", Name: name, Help: help})
 	}
 	f := &Filler{
 		cfg:     cfg,
-		limiter: rate.NewLimiter(rate.Limit(cfg.BytesPerSecond), max(cfg.BytesPerSecond, pageBytes)),
+		limiter: rate.NewLimiter(rate.Limit(cfg.BytesPerSecond), max(cfg.BytesPerSecond/4, 64<<10)),
 		records: counter("records_total", "Records taken in from other replicas by a node that is being filled."),
 		bytes:   counter("bytes_total", "Bytes of records taken in from other replicas by a node that is being filled."),
 	}
@@ -360,6 +374,11 @@ func (f *Filler) fill(ctx context.Context, t *topology.Topology, j job) error {
 		if err := f.fillNamespace(ctx, t, ns, j); err != nil {
 			return err
 		}
+		if slot := t.Ring[j.Vnode].Slots[j.slot]; j.old && slot.Phase == topology.WriteBothReadOld {
+			if err := f.cfg.Verify(ctx, t, storage.Place{Namespace: ns.ID, Vnode: j.Vnode}, slot.Node); err != nil {
+				return fmt.Errorf("compare with %s: %w", t.NodeName(slot.Node), err)
+			}
+		}
 	}
 	return f.cfg.Assignments.complete(j.assignment)
 }
@@ -394,7 +413,12 @@ func (f *Filler) fillNamespace(ctx context.Context, t *topology.Topology, ns *to
 			return errors.Join(last, err)
 		}
 		next := sources[slices.IndexFunc(sources, func(n uint64) bool { return !done[n] })]
-		err = f.pull(ctx, t, j, ns, next, len(done) == 0 && !j.Keep)
+		if len(done) == 0 && !j.Keep && j.Epoch != 0 {
+			s := stream{Filler: f, topology: t, job: j, namespace: ns, source: next}
+			err = s.run(ctx)
+		} else {
+			err = f.pull(ctx, t, j, ns, next, len(done) == 0 && !j.Keep)
+		}
 		var local localError
 		switch {
 		case err == nil:
@@ -481,36 +505,61 @@ func (f *Filler) join(ctx context.Context, t *topology.Topology, j job, ns *topo
 		for _, e := range chunk {
 			size += len(e.GetKey()) + len(e.GetRecord())
 		}
-		if err := f.limiter.WaitN(ctx, min(size, f.limiter.Burst())); err != nil {
+		if err := f.pace(ctx, size); err != nil {
 			return localError{err}
 		}
-		_, err := f.call(ctx, f.cfg.Self, &replicav1.Call{Epoch: t.Epoch, Operation: &replicav1.Call_Apply{Apply: &replicav1.Apply{
-			Namespace: ns.ID, Vnode: j.Vnode, Source: replicav1.Source_SOURCE_REPAIR, Entries: chunk,
-		}}})
-		if err != nil {
-			return localError{err}
+		if err := f.apply(ctx, t, j, ns, chunk); err != nil {
+			return err
 		}
-		f.records.Add(float64(len(chunk)))
-		f.bytes.Add(float64(size))
-		f.cfg.Assignments.note(j.assignment, func(p *progress) {
-			p.records += uint64(len(chunk))
-			p.bytes += uint64(size)
-		})
+		f.count(j, len(chunk), size)
 	}
 	return nil
 }
 
+// apply has this node's replica take records.
+func (f *Filler) apply(ctx context.Context, t *topology.Topology, j job, ns *topology.Namespace, entries []*replicav1.Entry) error {
+	_, err := f.call(ctx, f.cfg.Self, &replicav1.Call{Epoch: t.Epoch, Operation: &replicav1.Call_Apply{Apply: &replicav1.Apply{
+		Namespace: ns.ID, Vnode: j.Vnode, Source: replicav1.Source_SOURCE_REPAIR, Entries: entries,
+	}}})
+	if err != nil {
+		return localError{err}
+	}
+	return nil
+}
+
+// count notes what has been taken in.
+func (f *Filler) count(j job, records, size int) {
+	f.records.Add(float64(records))
+	f.bytes.Add(float64(size))
+	f.cfg.Assignments.note(j.assignment, func(p *progress) {
+		p.records += uint64(records)
+		p.bytes += uint64(size)
+	})
+}
+
+// answer is what came of a call.
+type answer struct {
+	reply *replicav1.Reply
+	err   error
+}
+
 // call makes one call and waits for its reply.
 func (f *Filler) call(ctx context.Context, node uint64, call *replicav1.Call) (*replicav1.Reply, error) {
-	type answer struct {
-		reply *replicav1.Reply
-		err   error
-	}
-	got := make(chan answer, 1)
-	err := f.cfg.Peers.Go(node, call, time.Now().Add(f.cfg.Timeout), func(r *replicav1.Reply, err error) { got <- answer{r, err} })
+	got, err := f.send(node, call)
 	if err != nil {
 		return nil, err
 	}
+	return wait(ctx, got)
+}
+
+// send makes one call.
+func (f *Filler) send(node uint64, call *replicav1.Call) (chan answer, error) {
+	got := make(chan answer, 1)
+	err := f.cfg.Peers.Go(node, call, time.Now().Add(f.cfg.Timeout), func(r *replicav1.Reply, err error) { got <- answer{r, err} })
+	return got, err
+}
+
+func wait(ctx context.Context, got chan answer) (*replicav1.Reply, error) {
 	select {
 	case a := <-got:
 		return a.reply, a.err

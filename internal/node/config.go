@@ -50,6 +50,9 @@ type Config struct {
 	// ScrubBytesPerSecond how fast at least. Defaults 168 h and 4 MiB.
 	ScrubCycle          time.Duration `yaml:"scrub_cycle" help:"how often all data on disk are read to find bit rot"`
 	ScrubBytesPerSecond int64         `yaml:"scrub_bytes_per_second" help:"bytes a second that are read at least to find bit rot"`
+	// MoveBytesPerSecond bounds what a node takes in when vnodes move to it, as long as it
+	// has nothing else to do; under load it takes less. Default 64 MiB.
+	MoveBytesPerSecond int `yaml:"move_bytes_per_second" help:"bytes a second that are taken in at most when vnodes move here"`
 	// DrainTimeout bounds how long a stop waits for requests. Default 10 s.
 	DrainTimeout time.Duration `yaml:"drain_timeout" help:"how long a stop waits for requests"`
 	// TLS names PEM files: all three or none. It covers gRPC and Raft; gossip has a key.
@@ -78,6 +81,8 @@ type Seams struct {
 	Gossip func(bind string) (memberlist.Transport, error)
 	// WallClock returns milliseconds since 1970.
 	WallClock func() int64
+	// LeastFileBytes is what moves as a sorted file at least; small stores have less.
+	LeastFileBytes int
 	// SyncDelay delays the sync of commits in simulations.
 	SyncDelay func() time.Duration
 }
@@ -89,7 +94,8 @@ func Defaults() Config {
 		Listen: "0.0.0.0:7400", AdminListen: "0.0.0.0:7401", GossipListen: "0.0.0.0:7402",
 		CacheBytes: 64 << 20, MemTableBytes: 32 << 20,
 		ScrubCycle: 7 * 24 * time.Hour, ScrubBytesPerSecond: 4 << 20,
-		DrainTimeout: 10 * time.Second,
+		MoveBytesPerSecond: 64 << 20,
+		DrainTimeout:       10 * time.Second,
 	}
 }
 
@@ -148,6 +154,9 @@ func (c *Config) Validate() error {
 	}
 	if c.ScrubBytesPerSecond < 1<<10 {
 		bad("scrub_bytes_per_second", fmt.Errorf("%d: want at least 1024", c.ScrubBytesPerSecond))
+	}
+	if c.MoveBytesPerSecond < 64<<10 || c.MoveBytesPerSecond > 64<<30 {
+		bad("move_bytes_per_second", fmt.Errorf("%d: want 65536 to 68719476736", c.MoveBytesPerSecond))
 	}
 	if c.DrainTimeout < 0 || c.DrainTimeout > 10*time.Minute {
 		bad("drain_timeout", fmt.Errorf("%s: want 0s to 10m", c.DrainTimeout))

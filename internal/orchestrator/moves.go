@@ -148,9 +148,6 @@ func barrier(t *topology.Topology, vnode uint32, slot int, endpoint uint64, v vi
 	if why := allTaken(t, epoch, v); why != "" {
 		return why
 	}
-	if mutant.On("advance-on-live-nodes") {
-		return ""
-	}
 	for i := range t.Namespaces {
 		if ns := &t.Namespaces[i]; slot < ns.Wide() {
 			if why := quorumsTaken(t, ns, vnode, epoch, v); why != "" {

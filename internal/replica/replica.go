@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"log/slog"
 	"math/rand/v2"
 	"sync"
@@ -463,5 +464,18 @@ func (f *frame) scan(c *replicav1.Call, op *replicav1.Scan) {
 		f.fail(c, storeError(err))
 		return
 	}
+	if op.GetChecksum() {
+		res.Checksum = Checksum(res.GetEntries())
+	}
 	f.reply(&replicav1.Reply{Id: c.GetId(), Result: &replicav1.Reply_Scan{Scan: res}})
+}
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// Checksum returns the CRC-32C of all keys and records of a page, in order.
+func Checksum(entries []*replicav1.Entry) (sum uint32) {
+	for _, e := range entries {
+		sum = crc32.Update(crc32.Update(sum, castagnoli, e.GetKey()), castagnoli, e.GetRecord())
+	}
+	return sum
 }

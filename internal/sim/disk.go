@@ -115,7 +115,12 @@ func (w *World) Mended(name string) { w.process(name).trouble.rotten.Store(false
 
 // Died returns a channel that is closed when the process has ended because of its
 // disk. Crash and Start bring it back.
-func (w *World) Died(name string) <-chan struct{} { return w.process(name).live.died }
+func (w *World) Died(name string) <-chan struct{} {
+	if live := w.process(name).live; live != nil {
+		return live.died
+	}
+	return nil // it does not run
+}
 
 // fatal ends the instance. That is the test's failure unless its disk has a fault.
 func (in *instance) fatal(err error) {

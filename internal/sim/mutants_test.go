@@ -38,13 +38,12 @@ var mutants = [][2]string{
 	{"scan-believes-one", "a scan emits what one of several replicas that differ has"},
 	{"one-version-for-a-batch", "the operations of a batch share a version"},
 	{"wrong-phase-read", "the incoming node is read before it is filled"},
-	{"half-a-slot-counts", "of a slot in transition one node's acknowledgement is enough"},
 	{"early-sender-drop", "the old node deletes its records before the move is committed"},
 	{"not-owner-accepted", "a node serves vnodes of which it is no endpoint"},
 	{"hint-to-ex-owner", "hints go to nodes that have handed the vnode over, and are taken"},
 	{"no-wipe", "what is left of an earlier assignment is neither swept nor wiped"},
 	{"advance-unfilled", "a slot is read at the incoming node before that is filled"},
-	{"advance-on-live-nodes", "a slot goes a phase further without N−q+1 replicas"},
+	{"ingested-sets", "files that vnodes move in hold Sets, not Merges"},
 	{"two-transitions", "two slots of a vnode are in transition at once"},
 }
 

@@ -173,7 +173,8 @@ func (w *World) AddNode(name, zone string) {
 		cfg.Logger, cfg.Software, cfg.Fatal = w.logger(name), "sim", in.fatal
 		cfg.Seams = node.Seams{
 			FS: newFaultyDisk(p.disk, &p.trouble), Listen: in.listen, Dial: in.dial, WallClock: p.wall, SyncDelay: func() time.Duration { return w.syncDelay(name) },
-			Gossip: func(bind string) (memberlist.Transport, error) { return newGossipTransport(in, bind) },
+			LeastFileBytes: 100,
+			Gossip:         func(bind string) (memberlist.Transport, error) { return newGossipTransport(in, bind) },
 		}
 		n, err := node.Start(context.Background(), cfg)
 		if err != nil {

@@ -3,6 +3,7 @@ package storage
 import (
 	"errors"
 	"fmt"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -81,10 +82,12 @@ func (l logFS) Create(name string, category vfs.DiskWriteCategory) (vfs.File, er
 	return l.watch(name, f, err)
 }
 
-// Open waits before a table is read through. A compaction that fails on the first
-// block it reads creates no table; Pebble begins the next attempt at once.
+// Open waits before a table is read through, or opened again that was damaged. A
+// compaction that fails on the first block it reads creates no table; Pebble begins the
+// next attempt at once. So it does where it wants to know how much a table has that came
+// as a whole.
 func (l logFS) Open(name string, opts ...vfs.OpenOption) (vfs.File, error) {
-	if strings.HasSuffix(name, ".sst") && slices.Contains(opts, vfs.SequentialReadsOption) {
+	if strings.HasSuffix(name, ".sst") && (slices.Contains(opts, vfs.SequentialReadsOption) || l.store.suspected(filepath.Base(name))) {
 		l.store.pause()
 	}
 	return l.FS.Open(name, opts...)

@@ -286,6 +286,41 @@ func TestACompactionThatFailsRests(t *testing.T) {
 	})
 }
 
+// Nor does Pebble ask again at once how much a table has, where it cannot be opened.
+func TestATableThatCannotBeOpenedRests(t *testing.T) {
+	met := false
+	for fromEnd := 60; fromEnd < 900; fromEnd += 40 {
+		synctest.Test(t, func(t *testing.T) {
+			fs := vfs.NewMem()
+			s := open(t, fs)
+			var writes []Write
+			for i := range 2000 {
+				writes = append(writes, write(fmt.Sprintf("k%04d", i), value(1, "x")))
+			}
+			ingest(t, s, writes...)
+			closeStore(t, s)
+			path, size := largestTable(t, fs)
+			rot(t, fs, path, size-fromEnd)
+			failed := failures{slog.DiscardHandler, new(atomic.Int64)}
+			cfg := testConfig(t, fs)
+			cfg.Logger = slog.New(failed)
+			s, err := Open(cfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(10 * time.Second)
+			n := failed.count.Load()
+			if met = met || n > 0; n > 25 {
+				t.Errorf("damage %d bytes before the end: %d attempts in 10 s", fromEnd, n)
+			}
+			closeStore(t, s)
+		})
+	}
+	if !met {
+		t.Error("no damage was met: the test shows nothing")
+	}
+}
+
 // What is left of a table around a stretch that was cut out is checked up to where it
 // ends.
 func TestScrubFindsRotBesideACut(t *testing.T) {

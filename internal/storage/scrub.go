@@ -68,6 +68,14 @@ func (s *Store) suspect(info pebble.DataCorruptionInfo) {
 	s.signal()
 }
 
+// suspected reports whether damage was met in a table.
+func (s *Store) suspected(name string) bool {
+	s.suspects.Lock()
+	defer s.suspects.Unlock()
+	_, ok := s.suspects.tables[name]
+	return ok
+}
+
 // giveUp says that the store is damaged beyond its records. It does not block.
 func (s *Store) giveUp(what string) {
 	if s.damage.CompareAndSwap(nil, &what) {

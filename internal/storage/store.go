@@ -124,6 +124,7 @@ type Store struct {
 	marking  sync.Mutex // held by writeMark
 	lostTail string
 	hintSeq  atomic.Uint64
+	ingests  atomic.Uint64 // files that were begun
 	// diskFull is why records are refused, failed why the store has ended, or nil.
 	diskFull atomic.Pointer[string]
 	failed   atomic.Pointer[error]
@@ -231,7 +232,7 @@ func (s *Store) open() error {
 			return err
 		}
 	}
-	return errors.Join(s.loadHintSeq(), s.loadDirty(), s.loadCollections(), s.loadQuarantines())
+	return errors.Join(s.dropIngests(), s.loadHintSeq(), s.loadDirty(), s.loadCollections(), s.loadQuarantines())
 }
 
 // metaBoots counts how often the directory was opened; metaTail is the number that

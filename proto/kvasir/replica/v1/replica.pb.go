@@ -464,11 +464,13 @@ type Scan struct {
 	Start []byte `protobuf:"bytes,2,opt,name=start,proto3" json:"start,omitempty"`
 	End   []byte `protobuf:"bytes,3,opt,name=end,proto3" json:"end,omitempty"`
 	// Vnodes whose records are wanted whole, and those of which headers suffice.
-	FullVnodes    []uint32 `protobuf:"varint,4,rep,packed,name=full_vnodes,json=fullVnodes,proto3" json:"full_vnodes,omitempty"`
-	HeaderVnodes  []uint32 `protobuf:"varint,5,rep,packed,name=header_vnodes,json=headerVnodes,proto3" json:"header_vnodes,omitempty"`
-	Limit         uint32   `protobuf:"varint,6,opt,name=limit,proto3" json:"limit,omitempty"`
-	LimitBytes    uint32   `protobuf:"varint,7,opt,name=limit_bytes,json=limitBytes,proto3" json:"limit_bytes,omitempty"`
-	KeysOnly      bool     `protobuf:"varint,8,opt,name=keys_only,json=keysOnly,proto3" json:"keys_only,omitempty"`
+	FullVnodes   []uint32 `protobuf:"varint,4,rep,packed,name=full_vnodes,json=fullVnodes,proto3" json:"full_vnodes,omitempty"`
+	HeaderVnodes []uint32 `protobuf:"varint,5,rep,packed,name=header_vnodes,json=headerVnodes,proto3" json:"header_vnodes,omitempty"`
+	Limit        uint32   `protobuf:"varint,6,opt,name=limit,proto3" json:"limit,omitempty"`
+	LimitBytes   uint32   `protobuf:"varint,7,opt,name=limit_bytes,json=limitBytes,proto3" json:"limit_bytes,omitempty"`
+	KeysOnly     bool     `protobuf:"varint,8,opt,name=keys_only,json=keysOnly,proto3" json:"keys_only,omitempty"`
+	// Whether the page is to carry a checksum.
+	Checksum      bool `protobuf:"varint,9,opt,name=checksum,proto3" json:"checksum,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -559,12 +561,21 @@ func (x *Scan) GetKeysOnly() bool {
 	return false
 }
 
+func (x *Scan) GetChecksum() bool {
+	if x != nil {
+		return x.Checksum
+	}
+	return false
+}
+
 type ScanResult struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Entries []*Entry               `protobuf:"bytes,1,rep,name=entries,proto3" json:"entries,omitempty"`
 	// Set when the page ended early: every record up to the last entry's key is
 	// in it, of all the vnodes named.
-	Truncated     bool `protobuf:"varint,2,opt,name=truncated,proto3" json:"truncated,omitempty"`
+	Truncated bool `protobuf:"varint,2,opt,name=truncated,proto3" json:"truncated,omitempty"`
+	// CRC-32C over all keys and records, in order, where it was asked for.
+	Checksum      uint32 `protobuf:"fixed32,3,opt,name=checksum,proto3" json:"checksum,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -611,6 +622,13 @@ func (x *ScanResult) GetTruncated() bool {
 		return x.Truncated
 	}
 	return false
+}
+
+func (x *ScanResult) GetChecksum() uint32 {
+	if x != nil {
+		return x.Checksum
+	}
+	return 0
 }
 
 // Digest asks for nodes of the hash tree over a vnode's records with keys in
@@ -1728,7 +1746,7 @@ const file_kvasir_replica_v1_replica_proto_rawDesc = "" +
 	"\n" +
 	"ReadResult\x12\x14\n" +
 	"\x05found\x18\x01 \x01(\bR\x05found\x12\x16\n" +
-	"\x06record\x18\x02 \x01(\fR\x06record\"\xe6\x01\n" +
+	"\x06record\x18\x02 \x01(\fR\x06record\"\x82\x02\n" +
 	"\x04Scan\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\rR\tnamespace\x12\x14\n" +
 	"\x05start\x18\x02 \x01(\fR\x05start\x12\x10\n" +
@@ -1739,11 +1757,13 @@ const file_kvasir_replica_v1_replica_proto_rawDesc = "" +
 	"\x05limit\x18\x06 \x01(\rR\x05limit\x12\x1f\n" +
 	"\vlimit_bytes\x18\a \x01(\rR\n" +
 	"limitBytes\x12\x1b\n" +
-	"\tkeys_only\x18\b \x01(\bR\bkeysOnly\"^\n" +
+	"\tkeys_only\x18\b \x01(\bR\bkeysOnly\x12\x1a\n" +
+	"\bchecksum\x18\t \x01(\bR\bchecksum\"z\n" +
 	"\n" +
 	"ScanResult\x122\n" +
 	"\aentries\x18\x01 \x03(\v2\x18.kvasir.replica.v1.EntryR\aentries\x12\x1c\n" +
-	"\ttruncated\x18\x02 \x01(\bR\ttruncated\"\x9c\x01\n" +
+	"\ttruncated\x18\x02 \x01(\bR\ttruncated\x12\x1a\n" +
+	"\bchecksum\x18\x03 \x01(\aR\bchecksum\"\x9c\x01\n" +
 	"\x06Digest\x12\x1c\n" +
 	"\tnamespace\x18\x01 \x01(\rR\tnamespace\x12\x14\n" +
 	"\x05vnode\x18\x02 \x01(\rR\x05vnode\x12 \n" +

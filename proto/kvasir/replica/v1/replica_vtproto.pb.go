@@ -338,6 +338,16 @@ func (m *Scan) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
 	}
+	if m.Checksum {
+		i--
+		if m.Checksum {
+			dAtA[i] = 1
+		} else {
+			dAtA[i] = 0
+		}
+		i--
+		dAtA[i] = 0x48
+	}
 	if m.KeysOnly {
 		i--
 		if m.KeysOnly {
@@ -449,6 +459,12 @@ func (m *ScanResult) MarshalToSizedBufferVT(dAtA []byte) (int, error) {
 	if m.unknownFields != nil {
 		i -= len(m.unknownFields)
 		copy(dAtA[i:], m.unknownFields)
+	}
+	if m.Checksum != 0 {
+		i -= 4
+		binary.LittleEndian.PutUint32(dAtA[i:], uint32(m.Checksum))
+		i--
+		dAtA[i] = 0x1d
 	}
 	if m.Truncated {
 		i--
@@ -1704,6 +1720,9 @@ func (m *Scan) SizeVT() (n int) {
 	if m.KeysOnly {
 		n += 2
 	}
+	if m.Checksum {
+		n += 2
+	}
 	n += len(m.unknownFields)
 	return n
 }
@@ -1722,6 +1741,9 @@ func (m *ScanResult) SizeVT() (n int) {
 	}
 	if m.Truncated {
 		n += 2
+	}
+	if m.Checksum != 0 {
+		n += 5
 	}
 	n += len(m.unknownFields)
 	return n
@@ -3204,6 +3226,26 @@ func (m *Scan) UnmarshalVTUnsafe(dAtA []byte) error {
 				}
 			}
 			m.KeysOnly = bool(v != 0)
+		case 9:
+			if wireType != 0 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Checksum", wireType)
+			}
+			var v int
+			for shift := uint(0); ; shift += 7 {
+				if shift >= 64 {
+					return protohelpers.ErrIntOverflow
+				}
+				if iNdEx >= l {
+					return io.ErrUnexpectedEOF
+				}
+				b := dAtA[iNdEx]
+				iNdEx++
+				v |= int(b&0x7F) << shift
+				if b < 0x80 {
+					break
+				}
+			}
+			m.Checksum = bool(v != 0)
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
@@ -3309,6 +3351,16 @@ func (m *ScanResult) UnmarshalVTUnsafe(dAtA []byte) error {
 				}
 			}
 			m.Truncated = bool(v != 0)
+		case 3:
+			if wireType != 5 {
+				return fmt.Errorf("proto: wrong wireType = %d for field Checksum", wireType)
+			}
+			m.Checksum = 0
+			if (iNdEx + 4) > l {
+				return io.ErrUnexpectedEOF
+			}
+			m.Checksum = uint32(binary.LittleEndian.Uint32(dAtA[iNdEx:]))
+			iNdEx += 4
 		default:
 			iNdEx = preIndex
 			skippy, err := protohelpers.Skip(dAtA[iNdEx:])
