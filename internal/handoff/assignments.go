@@ -54,6 +54,10 @@ type Assignments struct {
 		open     map[storage.Place]bool
 		progress map[storage.Place]progress
 		pulled   []pulled
+		// taking counts the files that are being taken in, by vnode; ended tells of the end
+		// of one.
+		taking map[uint32]int
+		ended  *sync.Cond
 	}
 }
 
@@ -88,37 +92,76 @@ func (a *Assignments) pulled(as assignment, namespace uint32, source uint64) (fr
 	return nil, false
 }
 
-// take has records taken in while they are still assigned, and notes on disk how far a
-// source's have come by that. Otherwise they are dropped: the place may have been wiped.
+// take has records taken in while they are still assigned, and notes how far a source's
+// have come by that: on disk, unless that is all, which completion notes. Records that
+// are assigned no more are dropped: the place may have been wiped. Taking in may last,
+// and must not keep new topologies waiting, but for one that assigns the place anew.
 func (a *Assignments) take(as assignment, namespace uint32, source uint64, from []byte, done bool, take func() error, drop func()) error {
+	end, err := a.begin(as)
+	if err != nil {
+		drop()
+		return err
+	}
+	err = take()
+	end()
+	if err != nil {
+		return err
+	}
 	<-a.writing
 	defer func() { a.writing <- struct{}{} }()
 	all := a.all()
 	if all[as.place()] != as {
-		drop()
 		return errAssignedAnew
-	}
-	if err := take(); err != nil {
-		return err
 	}
 	a.mu.Lock()
 	next := slices.DeleteFunc(slices.Clone(a.mu.pulled), func(p pulled) bool {
 		now, ok := all[storage.Place{Namespace: p.Assigned, Vnode: p.Vnode}]
 		return !ok || !p.of(now) || now.Complete || p.of(as) && p.Namespace == namespace
 	})
-	a.mu.Unlock()
 	next = append(next, pulled{as.Vnode, as.Namespace, as.Epoch, namespace, source, from, done})
+	a.mu.pulled = next
+	a.mu.Unlock()
+	if done {
+		return nil
+	}
 	b, err := json.Marshal(next)
 	if err != nil {
 		panic(err) // it always encodes
 	}
-	if err := a.store.SetMeta(metaPulled, b); err != nil {
-		return err
-	}
+	return a.store.SetMeta(metaPulled, b)
+}
+
+// begin has whoever assigns or sweeps the vnode of an assignment wait until end is
+// called.
+func (a *Assignments) begin(as assignment) (end func(), _ error) {
+	<-a.writing
+	defer func() { a.writing <- struct{}{} }()
 	a.mu.Lock()
-	a.mu.pulled = next
-	a.mu.Unlock()
-	return nil
+	defer a.mu.Unlock()
+	if a.mu.byPlace[as.place()] != as {
+		return nil, errAssignedAnew
+	}
+	a.mu.taking[as.Vnode]++
+	return func() {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		if a.mu.taking[as.Vnode]--; a.mu.taking[as.Vnode] == 0 {
+			delete(a.mu.taking, as.Vnode)
+		}
+		a.mu.ended.Broadcast()
+	}, nil
+}
+
+// settled waits until nothing is being taken into some vnodes.
+// REQUIRES: the token of a.writing is held, so that nothing begins.
+func (a *Assignments) settled(vnodes ...uint32) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, v := range vnodes {
+		for a.mu.taking[v] > 0 {
+			a.mu.ended.Wait()
+		}
+	}
 }
 
 // progress is what is shown of an assignment.
@@ -131,6 +174,7 @@ type progress struct {
 func LoadAssignments(store *storage.Store) (*Assignments, error) {
 	a := &Assignments{store: store, writing: make(chan struct{}, 1)}
 	a.writing <- struct{}{}
+	a.mu.taking, a.mu.ended = map[uint32]int{}, sync.NewCond(&a.mu)
 	a.mu.byPlace, a.mu.open, a.mu.progress = map[storage.Place]assignment{}, map[storage.Place]bool{}, map[storage.Place]progress{}
 	b, err := store.Meta(metaAssignments)
 	if errors.Is(err, storage.ErrNotFound) {
@@ -187,6 +231,10 @@ func (a *Assignments) Prepare(self uint64, next *topology.Topology) error {
 	if mutant.On("no-wipe") {
 		places, vnodes = nil, nil
 	}
+	for _, p := range places {
+		a.settled(p.Vnode)
+	}
+	a.settled(vnodes...)
 	// Places first: until the assignments are on disk with the rest, all is done again.
 	if err := a.store.Wipe(places); err != nil {
 		return err
@@ -290,6 +338,9 @@ func (a *Assignments) Sweep(needed func(storage.Place) bool) (swept []storage.Pl
 	}
 	if len(swept) == 0 {
 		return nil, nil
+	}
+	for _, p := range swept {
+		a.settled(p.Vnode)
 	}
 	return swept, a.store.Wipe(swept)
 }

@@ -163,7 +163,7 @@ func TestPulledIsNoted(t *testing.T) {
 	if err := take(as, "z", true); err != nil {
 		t.Fatal(err)
 	}
-	if _, done := load().pulled(as, 1, 2); !done {
+	if _, done := a.pulled(as, 1, 2); !done {
 		t.Error("the end is not noted")
 	}
 	if err := a.Prepare(4, assignedIn(t, 20, 20)); err != nil {
