@@ -416,7 +416,7 @@ func TestCertificatesAreToldAgain(t *testing.T) {
 		time.Sleep(5 * time.Minute)
 		c.wantOnDisk(0, 1, 2, 3)
 		// As if the last step had not come through to n3, and its disk kept the record.
-		if err := c.nodes[2].store.VoidCertificate(1, 0); err != nil {
+		if err := c.nodes[2].store.VoidCertificates(storage.Place{Namespace: 1, Vnode: 0}); err != nil {
 			t.Fatal(err)
 		}
 		commit, err := c.nodes[2].store.Apply([]storage.Write{{Namespace: 1, Key: []byte("x"), Record: record.Encode(record.Record{

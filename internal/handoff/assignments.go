@@ -207,6 +207,14 @@ func LoadAssignments(store *storage.Store) (*Assignments, error) {
 // and returns when that is on disk. It is called before the topology is taken in:
 // what is left of an earlier assignment must not be there when the first write is.
 func (a *Assignments) Prepare(self uint64, next *topology.Topology) error {
+	known := a.all()
+	news := false
+	for p, as := range assigned(self, next) {
+		news = news || known[p].Epoch != as.Epoch
+	}
+	if !news {
+		return nil // most topologies assign nothing here, and need not wait for the disk
+	}
 	<-a.writing
 	defer func() { a.writing <- struct{}{} }()
 	all := a.all()
@@ -274,6 +282,9 @@ func assigned(self uint64, t *topology.Topology) map[storage.Place]assignment {
 // Settle forgets the assignments that are none any more under a topology that has
 // been taken in.
 func (a *Assignments) Settle(self uint64, t *topology.Topology) error {
+	if len(a.all()) == 0 {
+		return nil
+	}
 	<-a.writing
 	defer func() { a.writing <- struct{}{} }()
 	all := a.all()

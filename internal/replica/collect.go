@@ -2,7 +2,6 @@ package replica
 
 import (
 	"context"
-	"errors"
 	"slices"
 
 	"google.golang.org/grpc/codes"
@@ -135,12 +134,12 @@ func (r *Replica) VoidCertificates(t *topology.Topology) error {
 	if !t.Formed() {
 		return nil
 	}
-	var errs []error
+	var void []storage.Place
 	r.cfg.Store.Collections(func(namespace, vnode uint32, c storage.Collection) bool {
 		if c.Certificate != 0 && t.NamespaceByID(namespace) != nil && !ValidCertificate(t, namespace, vnode, c.Endpoints) {
-			errs = append(errs, r.cfg.Store.VoidCertificate(namespace, vnode))
+			void = append(void, storage.Place{Namespace: namespace, Vnode: vnode})
 		}
 		return true
 	})
-	return errors.Join(errs...)
+	return r.cfg.Store.VoidCertificates(void...)
 }

@@ -118,7 +118,7 @@ func TestCollectionStates(t *testing.T) {
 	if c := s.Collection(1, 7); c.Certificate != 8 || c.Endpoints[2] != 4 {
 		t.Fatalf("state is %+v", c)
 	}
-	if err := s.VoidCertificate(1, 7); err != nil {
+	if err := s.VoidCertificates(Place{1, 7}); err != nil {
 		t.Fatal(err)
 	}
 	if c := s.Collection(1, 7); c.Certificate != 0 || c.Promise != 20 {
@@ -191,7 +191,7 @@ func TestLateRepairsAreSkipped(t *testing.T) {
 	}
 	put(t, s, repair("value", value(4, "y"))) // may join or not, but nothing is superseded silently
 	wantRecord(t, s, "value", value(4, "y"))
-	if err := s.VoidCertificate(1, 7); err != nil {
+	if err := s.VoidCertificates(Place{1, 7}); err != nil {
 		t.Fatal(err)
 	}
 	put(t, s, repair("removed", tombstone(5)))

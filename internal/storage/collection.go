@@ -187,17 +187,40 @@ func (s *Store) Certify(namespace, vnode uint32, ts hlc.Timestamp, endpoints []u
 	return nil
 }
 
-// VoidCertificate forgets a vnode's certificate, and returns when that is on disk.
-// Promises stay: they are kept whoever asks.
-func (s *Store) VoidCertificate(namespace, vnode uint32) error {
-	err := s.changeCollection(namespace, vnode, func(c *Collection) {
-		c.Certificate, c.Endpoints, c.Learned = 0, nil, time.Time{}
-	})
-	if err != nil {
-		return fmt.Errorf("void certificate of vnode %d of namespace %d: %w", vnode, namespace, err)
+// VoidCertificates forgets the certificates of some places, as one commit, and returns
+// when that is on disk. Promises stay: they are kept whoever asks.
+func (s *Store) VoidCertificates(places ...Place) error {
+	<-s.collections.writing
+	defer func() { s.collections.writing <- struct{}{} }()
+	b := s.db.NewBatch()
+	defer b.Close()
+	voided := map[vnodeID]bool{}
+	var stores []func()
+	for _, p := range places {
+		c := s.collections.of(p)
+		next := *c.state.Load()
+		if next.Certificate == 0 && len(next.Endpoints) == 0 {
+			continue
+		}
+		next.Certificate, next.Endpoints, next.Learned = 0, nil, time.Time{}
+		if err := b.Set(collectionKey(p.Namespace, p.Vnode), encodeCollection(next), nil); err != nil {
+			return err
+		}
+		voided[vnodeID{p.Namespace, p.Vnode}] = true
+		stores = append(stores, func() { c.state.Store(&next) })
 	}
-	// What it let go is dead like all other records again.
-	s.trees.forget(func(id vnodeID) bool { return id == vnodeID{namespace, vnode} })
+	if len(voided) == 0 {
+		return nil
+	}
+	if err := s.commit(func() error { return b.Commit(pebble.Sync) }); err != nil {
+		return fmt.Errorf("void certificates of %d vnodes: %w", len(voided), err)
+	}
+	s.unmarked.Store(true)
+	for _, store := range stores {
+		store()
+	}
+	// What they let go is dead like all other records again.
+	s.trees.forget(func(id vnodeID) bool { return voided[id] })
 	return nil
 }
 

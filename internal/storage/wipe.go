@@ -38,13 +38,14 @@ func (s *Store) WipeVnodes(vnodes []uint32, name string, value []byte) error {
 		return err
 	}
 	// Without records too there may be certificates.
+	var certified []Place
 	s.Collections(func(namespace, vnode uint32, _ Collection) bool {
 		if slices.Contains(vnodes, vnode) {
-			err = errors.Join(err, s.VoidCertificate(namespace, vnode))
+			certified = append(certified, Place{namespace, vnode})
 		}
 		return true
 	})
-	return err
+	return s.VoidCertificates(certified...)
 }
 
 // Wipe removes all records of some places, and their certificates, and returns when
@@ -56,11 +57,7 @@ func (s *Store) Wipe(places []Place) error {
 	}
 	b := s.db.NewBatch()
 	defer b.Close()
-	err := s.wipe(b, places)
-	for _, p := range places {
-		err = errors.Join(err, s.VoidCertificate(p.Namespace, p.Vnode))
-	}
-	return err
+	return errors.Join(s.wipe(b, places), s.VoidCertificates(places...))
 }
 
 func (s *Store) wipe(b *pebble.Batch, places []Place) error {
