@@ -77,7 +77,19 @@ func (t *topologies) current() *topology.Topology { return t.fence.Topology() }
 
 // adopt makes a topology the node's, if it is newer: on disk first, then in use.
 func (t *topologies) adopt(next *topology.Topology) error {
-	t.token <- struct{}{}
+	// Many may bring it at once, with requests that wait for it: they go on as soon as one
+	// has it in use.
+	for taken := false; !taken; {
+		changed := t.changed()
+		if next.Epoch <= t.current().Epoch {
+			return nil
+		}
+		select {
+		case t.token <- struct{}{}:
+			taken = true
+		case <-changed:
+		}
+	}
 	defer func() { <-t.token }()
 	if next.Epoch <= t.current().Epoch {
 		return nil
@@ -97,8 +109,8 @@ func (t *topologies) adopt(next *topology.Topology) error {
 	}
 	if t.fence.Advance(next) {
 		t.logger.Info("topology adopted", "epoch", topology.EpochString(next.Epoch), "nodes", len(next.Nodes), "namespaces", len(next.Namespaces))
-		t.adopted(next)
 		t.signal()
+		t.adopted(next)
 	}
 	return nil
 }
