@@ -38,6 +38,13 @@ func scale[T any](short, long T) T {
 	return short
 }
 
+// besideOthers lets a test that mostly waits run beside others in a short run.
+func besideOthers(t *testing.T) {
+	if !full {
+		t.Parallel()
+	}
+}
+
 var binaries = sync.OnceValues(func() (string, error) {
 	dir, err := os.MkdirTemp("", "kvasir-e2e-bin")
 	if err != nil {

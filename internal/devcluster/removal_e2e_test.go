@@ -180,6 +180,7 @@ func (l large) restart() {
 // while hints with older values are still on their way. At most a fifth of the bytes
 // stays on each disk, and nothing comes back.
 func TestE2ERemovedRecordsFreeTheDisks(t *testing.T) {
+	besideOthers(t)
 	r := start(t, 3, 1)
 	l := large{r: r, c: r.client(), keys: scale(50_000, 140_000), size: scale(1<<10, 4<<10)}
 	began := time.Now()
