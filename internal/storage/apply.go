@@ -153,6 +153,7 @@ func (s *Store) forget(keys []string) {
 func (s *Store) decide(c *Commit, key string, v record.Version, rec []byte) error {
 	st := s.latches.of([]byte(key))
 	if !s.latches.cacheable(key) {
+		st.mu.versions.Remove(key)
 		return c.batch.Merge([]byte(key), rec, nil)
 	}
 	e, _ := st.mu.versions.Get(key)

@@ -1,12 +1,12 @@
 package storage
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"path/filepath"
+	"slices"
 	"syscall"
 
 	"github.com/cockroachdb/pebble/v2/objstorage/objstorageprovider"
@@ -26,12 +26,16 @@ const incomingDir = "incoming"
 // Its records join what the store has, as those of Apply do: the file holds Merges only,
 // and is taken in beside what is there. (A Set in it would hide an older, greater
 // record, and taking it in by excision would hide all.)
+//
+// REQUIRES: no certificate of the vnode is there or may come, as in a transition. Files
+// do not look at it, as Apply does for repairs, and whoever promised does not wait for
+// them.
 type Ingest struct {
 	store *Store
 	place Place
 	path  string
 	w     *sstable.Writer
-	keys  [][]byte
+	keys  [][]byte // in the store
 	size  int64
 }
 
@@ -73,7 +77,7 @@ func (i *Ingest) Add(key, rec []byte) error {
 	if err := add(k, rec); err != nil {
 		return fmt.Errorf("write %s: %w", i.path, noRoom(err))
 	}
-	i.keys = append(i.keys, bytes.Clone(key))
+	i.keys = append(i.keys, k)
 	i.size += int64(len(key) + len(rec))
 	return nil
 }
@@ -96,15 +100,14 @@ func (i *Ingest) Finish(ctx context.Context) error {
 		return nil
 	}
 	// No version may be taken for exact that does not know of these.
-	lower, upper := vnodeRange(i.place.Namespace, i.place.Vnode, nil, nil)
-	defer s.latches.suspend(lower, upper)()
+	defer s.latches.suspend(rangeOf(i.place)).resumeKeys(slices.Values(i.keys))
 	if err := s.commit(func() error { return s.db.Ingest(ctx, []string{i.path}) }); err != nil {
 		i.remove()
 		return fmt.Errorf("take in %s: %w", i.path, noRoom(err))
 	}
 	s.unmarked.Store(true)
 	for _, k := range i.keys { // after the records are visible, as in apply
-		s.trees.touch(vnodeID{i.place.Namespace, i.place.Vnode}, k)
+		s.trees.touch(vnodeID{i.place.Namespace, i.place.Vnode}, k[recordPrefixLen:])
 	}
 	return nil
 }

@@ -160,39 +160,57 @@ func TestTreesNoticeIngests(t *testing.T) {
 
 // A power cut at any moment leaves all of a file's records or none, and no file.
 func TestPowerCutDuringIngest(t *testing.T) {
-	for _, finished := range []bool{false, true} {
-		fs := vfs.NewCrashableMem()
-		s := open(t, fs)
-		put(t, s, write("a", value(1, "before")))
-		in, err := s.NewIngest(Place{1, 7})
-		if err != nil {
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	for _, stage := range []string{"begun", "built", "taken in"} {
+		for n := range uint64(5) {
+			cutDuringIngest(t, stage, vfs.CrashCloneCfg{UnsyncedDataPercent: 50, RNG: rand.New(rand.NewPCG(seed, n))})
+		}
+	}
+}
+
+// cutDuringIngest cuts the power while a file is at a stage.
+func cutDuringIngest(t *testing.T, stage string, crash vfs.CrashCloneCfg) {
+	t.Helper()
+	fs := vfs.NewCrashableMem()
+	s := open(t, fs)
+	put(t, s, write("a", value(1, "before")), write("k0500", value(9, "greater")))
+	in, err := s.NewIngest(Place{1, 7})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range 1000 {
+		if err := in.Add(fmt.Appendf(nil, "k%04d", i), value(5, "v")); err != nil {
 			t.Fatal(err)
 		}
-		for i := range 1000 {
-			if err := in.Add(fmt.Appendf(nil, "k%04d", i), value(5, "v")); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if finished {
-			if err := in.Finish(context.Background()); err != nil {
-				t.Fatal(err)
-			}
-		}
-		after := fs.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: 50, RNG: rand.New(rand.NewPCG(1, 1))})
-		if !finished {
-			in.Abort()
-		}
-		closeStore(t, s)
-		s = open(t, after)
-		wantRecord(t, s, "a", value(1, "before"))
-		if _, err := s.Get(1, 7, []byte("k0500")); finished != (err == nil) {
-			t.Errorf("finished %v: %v", finished, err)
-		}
-		left, err := after.List(filepath.Join(s.cfg.Dir, incomingDir))
-		if err == nil && len(left) > 0 {
-			t.Errorf("finished %v: %v are left", finished, left)
-		}
-		closeStore(t, s)
+	}
+	switch stage {
+	case "built":
+		err = in.w.Close()
+	case "taken in":
+		err = in.Finish(context.Background())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	after := fs.CrashClone(crash)
+	switch stage {
+	case "begun":
+		in.Abort()
+	case "built":
+		in.remove()
+	}
+	closeStore(t, s)
+	s = open(t, after)
+	defer closeStore(t, s)
+	wantRecord(t, s, "a", value(1, "before"))
+	wantRecord(t, s, "k0500", value(9, "greater"))
+	if _, err := s.Get(1, 7, []byte("k0501")); (stage == "taken in") != (err == nil) {
+		t.Errorf("%s: %v", stage, err)
+	}
+	left, err := after.List(filepath.Join(s.cfg.Dir, incomingDir))
+	if err == nil && len(left) > 0 {
+		t.Errorf("%s: %v are left", stage, left)
 	}
 }
 

@@ -178,7 +178,7 @@ func (s *Store) Cut(ctx context.Context) error {
 }
 
 func (s *Store) cut(ctx context.Context, q *Quarantine) error {
-	resume := s.latches.suspend(q.lower, q.upper)
+	off := s.latches.suspend(keyRange{string(q.lower), string(q.upper)})
 	err := s.commit(func() error {
 		// What is cut out of the log would be cut out again by a flush, which must not
 		// meet damage.
@@ -187,7 +187,7 @@ func (s *Store) cut(ctx context.Context, q *Quarantine) error {
 		}
 		return s.db.Excise(ctx, pebble.KeyRange{Start: q.lower, End: q.upper})
 	})
-	resume()
+	off.resume()
 	s.trees.forget(func(id vnodeID) bool { return q.Covers(Place{id.namespace, id.vnode}) })
 	// Whoever collects dead records must not take this replica for what it was.
 	s.collections.states.Range(func(p, c any) bool {

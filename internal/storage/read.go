@@ -197,8 +197,7 @@ func (m *merge) Pop() any {
 // REQUIRES: the namespace is not in use any more.
 func (s *Store) DropNamespace(namespace uint32) error {
 	lower, upper := namespaceRange(namespace)
-	resume := s.latches.suspend(lower, upper)
-	defer resume()
+	defer s.latches.suspend(keyRange{string(lower), string(upper)}).resume()
 	<-s.collections.writing
 	defer func() { s.collections.writing <- struct{}{} }()
 	b := s.db.NewBatch()

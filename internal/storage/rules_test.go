@@ -1,6 +1,7 @@
 package storage
 
 import (
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -70,7 +71,7 @@ func TestRuleNoEntriesAcrossARangeChange(t *testing.T) {
 	put(t, s, write("k", value(1, "x")))
 	wantRecord(t, s, "k", value(1, "x"))
 	lower, upper := namespaceRange(1)
-	resume := s.latches.suspend(lower, upper)
+	off := s.latches.suspend(keyRange{string(lower), string(upper)})
 	put(t, s, write("k", value(2, "x")))
 	wantRecord(t, s, "k", value(2, "x"))
 	// What an ingested table would do: a greater record appears beside the cache.
@@ -79,9 +80,77 @@ func TestRuleNoEntriesAcrossARangeChange(t *testing.T) {
 	}
 	put(t, s, write("k", value(3, "late")))
 	wantRecord(t, s, "k", value(10, "ingested"))
-	resume()
+	off.resume()
 	put(t, s, write("k", value(4, "late")))
 	wantRecord(t, s, "k", value(10, "ingested"))
+}
+
+// An entry that outlasts a suspension is exact: the keys that came meanwhile, and those
+// that were written, have none.
+func TestRuleNoStaleEntriesAcrossAnIngest(t *testing.T) {
+	s := open(t, vfs.NewMem())
+	defer closeStore(t, s)
+	cached := func(key string) bool {
+		k := appendRecordKey(nil, 1, 7, []byte(key))
+		e, ok := s.latches.of(k).mu.versions.Peek(string(k))
+		return ok && e.exact
+	}
+	for _, k := range []string{"came", "rests", "written"} {
+		put(t, s, write(k, value(1, "x")))
+		wantRecord(t, s, k, value(1, "x"))
+		if !cached(k) {
+			t.Fatalf("%s is not cached: the test shows nothing", k)
+		}
+	}
+	off := s.latches.suspend(rangeOf(Place{1, 7}))
+	came := appendRecordKey(nil, 1, 7, []byte("came"))
+	if err := s.db.Merge(came, value(10, "ingested"), nil); err != nil {
+		t.Fatal(err)
+	}
+	put(t, s, write("written", value(10, "written")))
+	off.resumeKeys(slices.Values([][]byte{came}))
+	if cached("came") || cached("written") || !cached("rests") {
+		t.Errorf("cached: %v, %v, %v", cached("came"), cached("written"), cached("rests"))
+	}
+	for _, k := range []string{"came", "rests", "written"} {
+		put(t, s, write(k, value(4, "late")))
+	}
+	wantRecord(t, s, "came", value(10, "ingested"))
+	wantRecord(t, s, "written", value(10, "written"))
+	wantRecord(t, s, "rests", value(4, "late"))
+}
+
+// Many places are wiped as one; what was cached of them, and only that, is forgotten.
+func TestRuleNoEntriesAcrossAWipe(t *testing.T) {
+	s := open(t, vfs.NewMem())
+	defer closeStore(t, s)
+	in := func(vnode uint32, v uint64) Write {
+		w := write("k", value(v, "x"))
+		w.Vnode = vnode
+		return w
+	}
+	for v := range uint32(6) {
+		put(t, s, in(v, 9))
+		if _, err := s.Get(1, v, []byte("k")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.Wipe([]Place{{1, 4}, {1, 1}, {1, 2}}); err != nil {
+		t.Fatal(err)
+	}
+	for v := range uint32(6) {
+		put(t, s, in(v, 5)) // lower than what was there
+		want := value(9, "x")
+		if v == 1 || v == 2 || v == 4 {
+			want = value(5, "x")
+		}
+		if got, err := s.Get(1, v, []byte("k")); err != nil || string(got) != string(want) {
+			t.Errorf("vnode %d holds %x, %v", v, got, err)
+		}
+	}
+	if off := *s.latches.off.Load(); len(off) != 0 {
+		t.Errorf("the cache is off for %v", off)
+	}
 }
 
 // gateFS holds back the syncs of log files while it is shut.

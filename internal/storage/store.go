@@ -1,6 +1,6 @@
 // Package storage keeps records, hints and what a node must remember, in one
 // Pebble. It is the only place that implements the join on disk: every record
-// enters through Apply, and none is ever overwritten in another way. It knows
+// enters through Apply or an Ingest, and none is ever overwritten in another way. It knows
 // nothing of nodes, quorums or the network.
 package storage
 

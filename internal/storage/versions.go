@@ -1,6 +1,10 @@
 package storage
 
 import (
+	"iter"
+	"slices"
+	"sort"
+	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -34,7 +38,7 @@ type entry struct {
 // stripe is a latch with what it guards.
 type stripe struct {
 	// generation is odd while the latch is held by a writer, and changes with every
-	// write. A read that began and ended in the same even generation happened as if
+	// write, and where files are taken in. A read that began and ended in the same even generation happened as if
 	// under the latch.
 	generation atomic.Uint64
 	// dirty is the size of unsynced, to be read without the latch.
@@ -51,13 +55,19 @@ type stripe struct {
 // latches is the version cache and the latches in one.
 type latches struct {
 	stripes [stripes]stripe
-	// off lists the key ranges whose versions must not be cached.
+	// off lists the key ranges whose entries must not be relied on, nor any be made.
 	off atomic.Pointer[[]keyRange]
 	// offMu serializes changes of off.
 	offMu sync.Mutex
 }
 
 type keyRange struct{ lower, upper string }
+
+// rangeOf returns the range of a place's records.
+func rangeOf(p Place) keyRange {
+	lower, upper := vnodeRange(p.Namespace, p.Vnode, nil, nil)
+	return keyRange{string(lower), string(upper)}
+}
 
 func (r keyRange) contains(key string) bool { return key >= r.lower && key < r.upper }
 
@@ -93,39 +103,73 @@ func (l *latches) cacheable(key string) bool {
 	return true
 }
 
-// suspend keeps the versions of a range out of the cache until resume is called.
-// On return none is cached and every writer has noticed.
-func (l *latches) suspend(lower, upper []byte) (resume func()) {
-	r := keyRange{string(lower), string(upper)}
-	l.offMu.Lock()
-	next := append(append([]keyRange(nil), *l.off.Load()...), r)
-	l.off.Store(&next)
-	l.offMu.Unlock()
-	l.purge(r)
-	return func() {
-		l.purge(r)
-		l.offMu.Lock()
-		defer l.offMu.Unlock()
-		var rest []keyRange
-		dropped := false
-		for _, o := range *l.off.Load() {
-			if o == r && !dropped {
-				dropped = true
-				continue
-			}
-			rest = append(rest, o)
-		}
-		l.off.Store(&rest)
-	}
+// suspension keeps the versions of some ranges out of the cache.
+type suspension struct {
+	latches *latches
+	ranges  []keyRange // ascending
 }
 
-// purge removes the entries of a range, taking every latch once.
-func (l *latches) purge(r keyRange) {
+// suspend keeps the versions of some ranges out of the cache until resume or
+// resumeKeys is called. On return every writer has noticed: none relies on an entry of
+// theirs, and whoever writes a key removes its entry, which is exact no more.
+// REQUIRES: the ranges do not overlap.
+func (l *latches) suspend(ranges ...keyRange) *suspension {
+	ranges = slices.Clone(ranges)
+	slices.SortFunc(ranges, func(a, b keyRange) int { return strings.Compare(a.lower, b.lower) })
+	l.offMu.Lock()
+	next := append(slices.Clone(*l.off.Load()), ranges...)
+	l.off.Store(&next)
+	l.offMu.Unlock()
+	for i := range l.stripes { // whoever has not noticed holds a latch
+		st := &l.stripes[i]
+		st.mu.Lock()
+		st.generation.Add(2) // reads that have begun tell of what was
+		st.mu.Unlock()
+	}
+	return &suspension{l, ranges}
+}
+
+// resume ends a suspension after which no entry of the ranges holds good. It looks
+// through the whole cache, for all the ranges at once.
+func (s *suspension) resume() {
+	s.latches.purge(s.ranges...)
+	s.end()
+}
+
+// resumeKeys ends a suspension in which, but for writers, only some keys' records may
+// have changed.
+func (s *suspension) resumeKeys(keys iter.Seq[[]byte]) {
+	for k := range keys {
+		st := s.latches.of(k)
+		st.mu.Lock()
+		st.mu.versions.Remove(string(k))
+		st.generation.Add(2)
+		st.mu.Unlock()
+	}
+	s.end()
+}
+
+func (s *suspension) end() {
+	l := s.latches
+	l.offMu.Lock()
+	defer l.offMu.Unlock()
+	rest := slices.Clone(*l.off.Load())
+	for _, r := range s.ranges {
+		i := slices.Index(rest, r) // another suspension may be of the same range
+		rest = slices.Delete(rest, i, i+1)
+	}
+	l.off.Store(&rest)
+}
+
+// purge removes the entries of some ranges, taking every latch once.
+// REQUIRES: the ranges are ascending and do not overlap.
+func (l *latches) purge(ranges ...keyRange) {
 	for i := range l.stripes {
 		s := &l.stripes[i]
 		s.mu.Lock()
 		for _, k := range s.mu.versions.Keys() {
-			if r.contains(k) {
+			at := sort.Search(len(ranges), func(i int) bool { return ranges[i].lower > k })
+			if at > 0 && ranges[at-1].contains(k) {
 				s.mu.versions.Remove(k)
 			}
 		}

@@ -62,15 +62,18 @@ func (s *Store) Wipe(places []Place) error {
 
 func (s *Store) wipe(b *pebble.Batch, places []Place) error {
 	var errs []error
+	var ranges []keyRange
 	wiped := map[vnodeID]bool{}
 	for _, p := range places {
-		lower, upper := vnodeRange(p.Namespace, p.Vnode, nil, nil)
-		defer s.latches.suspend(lower, upper)()
-		errs = append(errs, b.DeleteRange(lower, upper, nil))
-		wiped[vnodeID{p.Namespace, p.Vnode}] = true
+		r := rangeOf(p)
+		errs = append(errs, b.DeleteRange([]byte(r.lower), []byte(r.upper), nil))
+		ranges, wiped[vnodeID{p.Namespace, p.Vnode}] = append(ranges, r), true
 	}
 	if err := errors.Join(errs...); err != nil {
 		return err
+	}
+	if len(ranges) > 0 { // else there is but a value to store
+		defer s.latches.suspend(ranges...).resume()
 	}
 	if err := s.commit(func() error { return b.Commit(pebble.Sync) }); err != nil {
 		return fmt.Errorf("wipe %d vnodes: %w", len(places), err)
