@@ -30,6 +30,7 @@ func (n *Node) describe(reg prometheus.Registerer) {
 	gauge("clock", "offset_seconds", "This clock against the median of its peers.", func() float64 { d, _ := n.clock.Offset(); return d.Seconds() })
 	gauge("clock", "lead_seconds", "How far the hybrid clock leads the wall clock.", func() float64 { return float64(n.clock.Lead()) / 1000 })
 	n.describeHints(reg)
+	reg.MustRegister(useCollector{n})
 	n.scrubber.describe(reg)
 	reg.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
 		Namespace: "kvasir", Subsystem: "collect", Name: "refused_calls_total", Help: "Writes and hints that were at or below a promise of this node.",

@@ -13,6 +13,7 @@ import (
 
 	"github.com/kvasirdb/kvasir/internal/coordinator"
 	"github.com/kvasirdb/kvasir/internal/rpc"
+	"github.com/kvasirdb/kvasir/internal/storage"
 	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
 	kvv1 "github.com/kvasirdb/kvasir/proto/kvasir/kv/v1"
 	replicav1 "github.com/kvasirdb/kvasir/proto/kvasir/replica/v1"
@@ -276,4 +277,12 @@ type statusService struct {
 
 func (s statusService) GetNodeStatus(context.Context, *adminv1.GetNodeStatusRequest) (*adminv1.GetNodeStatusResponse, error) {
 	return &adminv1.GetNodeStatusResponse{Status: s.node.status()}, nil
+}
+
+func (s statusService) GetNodeUse(context.Context, *adminv1.GetNodeUseRequest) (*adminv1.GetNodeUseResponse, error) {
+	resp := &adminv1.GetNodeUseResponse{}
+	s.node.use(func(p storage.Place, u storage.Use) {
+		resp.Vnodes = append(resp.Vnodes, &adminv1.VnodeUse{NamespaceId: p.Namespace, Vnode: p.Vnode, Bytes: u.Bytes, Records: u.Records})
+	})
+	return resp, nil
 }

@@ -123,6 +123,7 @@ func (o *Orchestrator) open(run context.Context) error {
 		return err
 	}
 	o.describe(o.registry)
+	o.describeRing(o.registry)
 	o.workers.Go(func() {
 		if err := rpc.ServeAdmin(run, o.adminListener, o.registry, o.ready); err != nil {
 			o.cfg.Fatal(err)
@@ -400,6 +401,27 @@ func (o *Orchestrator) describe(reg prometheus.Registerer) {
 			}
 		}
 		return float64(n)
+	})
+}
+
+// describeRing registers the gauges of the ring as it was agreed on.
+func (o *Orchestrator) describeRing(reg prometheus.Registerer) {
+	gauge := func(name, help string, f func(*topology.State) float64) {
+		reg.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Namespace: "kvasir", Subsystem: "ring", Name: name, Help: help}, func() float64 {
+			if s := o.machine.state.Load(); s != nil {
+				return f(s)
+			}
+			return 0
+		}))
+	}
+	gauge("imbalance_ratio", "Slots of the node that has most over the mean of the nodes that have some; 1 is even, 0 no ring.", func(s *topology.State) float64 {
+		return s.Topology.Imbalance()
+	})
+	gauge("moves_left", "Moves of the operation under way that are not done.", func(s *topology.State) float64 {
+		if op := s.Active(); op != nil {
+			return float64(op.Left())
+		}
+		return 0
 	})
 }
 

@@ -75,8 +75,10 @@ type leaf struct {
 	start string
 	dirty bool
 	hash  TreeHash
-	// records are those in the hash; gone those left out for the certificate.
+	// records are those in the hash, bytes their keys and values; gone are those left out
+	// for the certificate.
 	records, gone uint32
+	bytes         uint64
 	// dead counts the records in the hash that may be removed one day, oldestDead is
 	// when the first of them may.
 	dead       uint32

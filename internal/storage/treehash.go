@@ -43,6 +43,7 @@ func (h *leafHasher) add(key, encoded []byte) error {
 		l.start = string(key)
 	}
 	l.records++
+	l.bytes += uint64(len(key) + len(encoded))
 	if dies {
 		if l.dead == 0 || at < l.oldestDead {
 			l.oldestDead = at

@@ -445,6 +445,20 @@ func (t *Topology) SlotCounts(n int) map[uint64]int {
 	return counts
 }
 
+// Imbalance returns how much more than its fair share the node with most slots has: 1
+// is even, 0 means that there is no ring. Spares do not count.
+func (t *Topology) Imbalance() float64 {
+	sum, most := 0, 0
+	counts := t.SlotCounts(quorum.MaxN)
+	for _, n := range counts {
+		sum, most = sum+n, max(most, n)
+	}
+	if sum == 0 {
+		return 0
+	}
+	return float64(most*len(counts)) / float64(sum)
+}
+
 // validate returns an error that names the first broken rule.
 func (t *Topology) validate() error {
 	if err := ring.CheckVnodes(t.Vnodes); err != nil {

@@ -80,7 +80,7 @@ func (x NodeStatus_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use NodeStatus_State.Descriptor instead.
 func (NodeStatus_State) EnumDescriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{22, 0}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{25, 0}
 }
 
 type VnodeRepair_State int32
@@ -140,7 +140,7 @@ func (x VnodeRepair_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use VnodeRepair_State.Descriptor instead.
 func (VnodeRepair_State) EnumDescriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{35, 0}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{38, 0}
 }
 
 type RegisterNodeRequest struct {
@@ -1281,6 +1281,159 @@ func (x *MoveProgress) GetWaitsFor() string {
 	return ""
 }
 
+type GetNodeUseRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetNodeUseRequest) Reset() {
+	*x = GetNodeUseRequest{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetNodeUseRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetNodeUseRequest) ProtoMessage() {}
+
+func (x *GetNodeUseRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetNodeUseRequest.ProtoReflect.Descriptor instead.
+func (*GetNodeUseRequest) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{19}
+}
+
+// GetNodeUseResponse says what a node holds of the vnodes that it is an endpoint of.
+type GetNodeUseResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Vnodes        []*VnodeUse            `protobuf:"bytes,1,rep,name=vnodes,proto3" json:"vnodes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetNodeUseResponse) Reset() {
+	*x = GetNodeUseResponse{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetNodeUseResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetNodeUseResponse) ProtoMessage() {}
+
+func (x *GetNodeUseResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetNodeUseResponse.ProtoReflect.Descriptor instead.
+func (*GetNodeUseResponse) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *GetNodeUseResponse) GetVnodes() []*VnodeUse {
+	if x != nil {
+		return x.Vnodes
+	}
+	return nil
+}
+
+// VnodeUse is about how much a node holds of one vnode of a namespace: what its hash
+// tree has counted, or else an estimate.
+type VnodeUse struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	NamespaceId uint32                 `protobuf:"varint,1,opt,name=namespace_id,json=namespaceId,proto3" json:"namespace_id,omitempty"`
+	Vnode       uint32                 `protobuf:"varint,2,opt,name=vnode,proto3" json:"vnode,omitempty"`
+	// Of keys and records.
+	Bytes uint64 `protobuf:"varint,3,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	// Tombstones included.
+	Records       uint64 `protobuf:"varint,4,opt,name=records,proto3" json:"records,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VnodeUse) Reset() {
+	*x = VnodeUse{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VnodeUse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VnodeUse) ProtoMessage() {}
+
+func (x *VnodeUse) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VnodeUse.ProtoReflect.Descriptor instead.
+func (*VnodeUse) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *VnodeUse) GetNamespaceId() uint32 {
+	if x != nil {
+		return x.NamespaceId
+	}
+	return 0
+}
+
+func (x *VnodeUse) GetVnode() uint32 {
+	if x != nil {
+		return x.Vnode
+	}
+	return 0
+}
+
+func (x *VnodeUse) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *VnodeUse) GetRecords() uint64 {
+	if x != nil {
+		return x.Records
+	}
+	return 0
+}
+
 type GetNodeStatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1289,7 +1442,7 @@ type GetNodeStatusRequest struct {
 
 func (x *GetNodeStatusRequest) Reset() {
 	*x = GetNodeStatusRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1301,7 +1454,7 @@ func (x *GetNodeStatusRequest) String() string {
 func (*GetNodeStatusRequest) ProtoMessage() {}
 
 func (x *GetNodeStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1314,7 +1467,7 @@ func (x *GetNodeStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetNodeStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetNodeStatusRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{19}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{22}
 }
 
 type OperationStats struct {
@@ -1330,7 +1483,7 @@ type OperationStats struct {
 
 func (x *OperationStats) Reset() {
 	*x = OperationStats{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[20]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1342,7 +1495,7 @@ func (x *OperationStats) String() string {
 func (*OperationStats) ProtoMessage() {}
 
 func (x *OperationStats) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[20]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1355,7 +1508,7 @@ func (x *OperationStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OperationStats.ProtoReflect.Descriptor instead.
 func (*OperationStats) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{20}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *OperationStats) GetPerSecond() float64 {
@@ -1405,7 +1558,7 @@ type HintBacklog struct {
 
 func (x *HintBacklog) Reset() {
 	*x = HintBacklog{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[21]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1417,7 +1570,7 @@ func (x *HintBacklog) String() string {
 func (*HintBacklog) ProtoMessage() {}
 
 func (x *HintBacklog) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[21]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1430,7 +1583,7 @@ func (x *HintBacklog) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HintBacklog.ProtoReflect.Descriptor instead.
 func (*HintBacklog) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{21}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *HintBacklog) GetTarget() uint64 {
@@ -1508,7 +1661,7 @@ type NodeStatus struct {
 
 func (x *NodeStatus) Reset() {
 	*x = NodeStatus{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[22]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1520,7 +1673,7 @@ func (x *NodeStatus) String() string {
 func (*NodeStatus) ProtoMessage() {}
 
 func (x *NodeStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[22]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1533,7 +1686,7 @@ func (x *NodeStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeStatus.ProtoReflect.Descriptor instead.
 func (*NodeStatus) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{22}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *NodeStatus) GetIncarnation() uint64 {
@@ -1744,7 +1897,7 @@ type Filling struct {
 
 func (x *Filling) Reset() {
 	*x = Filling{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[23]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1756,7 +1909,7 @@ func (x *Filling) String() string {
 func (*Filling) ProtoMessage() {}
 
 func (x *Filling) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[23]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1769,7 +1922,7 @@ func (x *Filling) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Filling.ProtoReflect.Descriptor instead.
 func (*Filling) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{23}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *Filling) GetVnode() uint32 {
@@ -1832,7 +1985,7 @@ type QueueDepth struct {
 
 func (x *QueueDepth) Reset() {
 	*x = QueueDepth{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[24]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1844,7 +1997,7 @@ func (x *QueueDepth) String() string {
 func (*QueueDepth) ProtoMessage() {}
 
 func (x *QueueDepth) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[24]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1857,7 +2010,7 @@ func (x *QueueDepth) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueueDepth.ProtoReflect.Descriptor instead.
 func (*QueueDepth) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{24}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *QueueDepth) GetName() string {
@@ -1890,7 +2043,7 @@ type GetNodeStatusResponse struct {
 
 func (x *GetNodeStatusResponse) Reset() {
 	*x = GetNodeStatusResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[25]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1902,7 +2055,7 @@ func (x *GetNodeStatusResponse) String() string {
 func (*GetNodeStatusResponse) ProtoMessage() {}
 
 func (x *GetNodeStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[25]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1915,7 +2068,7 @@ func (x *GetNodeStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetNodeStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetNodeStatusResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{25}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *GetNodeStatusResponse) GetStatus() *NodeStatus {
@@ -1933,7 +2086,7 @@ type GetOrchestratorStatusRequest struct {
 
 func (x *GetOrchestratorStatusRequest) Reset() {
 	*x = GetOrchestratorStatusRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[26]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1945,7 +2098,7 @@ func (x *GetOrchestratorStatusRequest) String() string {
 func (*GetOrchestratorStatusRequest) ProtoMessage() {}
 
 func (x *GetOrchestratorStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[26]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1958,7 +2111,7 @@ func (x *GetOrchestratorStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOrchestratorStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetOrchestratorStatusRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{26}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{29}
 }
 
 type OrchestratorStatus struct {
@@ -1980,7 +2133,7 @@ type OrchestratorStatus struct {
 
 func (x *OrchestratorStatus) Reset() {
 	*x = OrchestratorStatus{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[27]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1992,7 +2145,7 @@ func (x *OrchestratorStatus) String() string {
 func (*OrchestratorStatus) ProtoMessage() {}
 
 func (x *OrchestratorStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[27]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2005,7 +2158,7 @@ func (x *OrchestratorStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OrchestratorStatus.ProtoReflect.Descriptor instead.
 func (*OrchestratorStatus) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{27}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *OrchestratorStatus) GetName() string {
@@ -2080,7 +2233,7 @@ type GetOrchestratorStatusResponse struct {
 
 func (x *GetOrchestratorStatusResponse) Reset() {
 	*x = GetOrchestratorStatusResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[28]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2092,7 +2245,7 @@ func (x *GetOrchestratorStatusResponse) String() string {
 func (*GetOrchestratorStatusResponse) ProtoMessage() {}
 
 func (x *GetOrchestratorStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[28]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2105,7 +2258,7 @@ func (x *GetOrchestratorStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOrchestratorStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetOrchestratorStatusResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{28}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *GetOrchestratorStatusResponse) GetStatus() *OrchestratorStatus {
@@ -2123,7 +2276,7 @@ type GetClusterStatusRequest struct {
 
 func (x *GetClusterStatusRequest) Reset() {
 	*x = GetClusterStatusRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[29]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2135,7 +2288,7 @@ func (x *GetClusterStatusRequest) String() string {
 func (*GetClusterStatusRequest) ProtoMessage() {}
 
 func (x *GetClusterStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[29]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2148,7 +2301,7 @@ func (x *GetClusterStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetClusterStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetClusterStatusRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{29}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{32}
 }
 
 type ObservedNode struct {
@@ -2164,7 +2317,7 @@ type ObservedNode struct {
 
 func (x *ObservedNode) Reset() {
 	*x = ObservedNode{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[30]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2176,7 +2329,7 @@ func (x *ObservedNode) String() string {
 func (*ObservedNode) ProtoMessage() {}
 
 func (x *ObservedNode) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[30]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2189,7 +2342,7 @@ func (x *ObservedNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObservedNode.ProtoReflect.Descriptor instead.
 func (*ObservedNode) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{30}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ObservedNode) GetHealth() *v1.NodeHealth {
@@ -2224,7 +2377,7 @@ type ObservedOrchestrator struct {
 
 func (x *ObservedOrchestrator) Reset() {
 	*x = ObservedOrchestrator{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[31]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2236,7 +2389,7 @@ func (x *ObservedOrchestrator) String() string {
 func (*ObservedOrchestrator) ProtoMessage() {}
 
 func (x *ObservedOrchestrator) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[31]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2249,7 +2402,7 @@ func (x *ObservedOrchestrator) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObservedOrchestrator.ProtoReflect.Descriptor instead.
 func (*ObservedOrchestrator) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{31}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ObservedOrchestrator) GetName() string {
@@ -2287,7 +2440,7 @@ type GetClusterStatusResponse struct {
 
 func (x *GetClusterStatusResponse) Reset() {
 	*x = GetClusterStatusResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[32]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2299,7 +2452,7 @@ func (x *GetClusterStatusResponse) String() string {
 func (*GetClusterStatusResponse) ProtoMessage() {}
 
 func (x *GetClusterStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[32]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2312,7 +2465,7 @@ func (x *GetClusterStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetClusterStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetClusterStatusResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{32}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *GetClusterStatusResponse) GetTopology() *v1.Topology {
@@ -2360,7 +2513,7 @@ type GetRepairStatusRequest struct {
 
 func (x *GetRepairStatusRequest) Reset() {
 	*x = GetRepairStatusRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[33]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2372,7 +2525,7 @@ func (x *GetRepairStatusRequest) String() string {
 func (*GetRepairStatusRequest) ProtoMessage() {}
 
 func (x *GetRepairStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[33]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2385,7 +2538,7 @@ func (x *GetRepairStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRepairStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetRepairStatusRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{33}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *GetRepairStatusRequest) GetVnodes() bool {
@@ -2420,7 +2573,7 @@ type GetRepairStatusResponse struct {
 
 func (x *GetRepairStatusResponse) Reset() {
 	*x = GetRepairStatusResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[34]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2432,7 +2585,7 @@ func (x *GetRepairStatusResponse) String() string {
 func (*GetRepairStatusResponse) ProtoMessage() {}
 
 func (x *GetRepairStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[34]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2445,7 +2598,7 @@ func (x *GetRepairStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRepairStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetRepairStatusResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{34}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *GetRepairStatusResponse) GetPaused() bool {
@@ -2560,7 +2713,7 @@ type VnodeRepair struct {
 
 func (x *VnodeRepair) Reset() {
 	*x = VnodeRepair{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[35]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2572,7 +2725,7 @@ func (x *VnodeRepair) String() string {
 func (*VnodeRepair) ProtoMessage() {}
 
 func (x *VnodeRepair) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[35]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2585,7 +2738,7 @@ func (x *VnodeRepair) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VnodeRepair.ProtoReflect.Descriptor instead.
 func (*VnodeRepair) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{35}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *VnodeRepair) GetNamespace() string {
@@ -2682,7 +2835,7 @@ type StartRepairRequest struct {
 
 func (x *StartRepairRequest) Reset() {
 	*x = StartRepairRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[36]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2694,7 +2847,7 @@ func (x *StartRepairRequest) String() string {
 func (*StartRepairRequest) ProtoMessage() {}
 
 func (x *StartRepairRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[36]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2707,7 +2860,7 @@ func (x *StartRepairRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRepairRequest.ProtoReflect.Descriptor instead.
 func (*StartRepairRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{36}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *StartRepairRequest) GetScrub() bool {
@@ -2725,7 +2878,7 @@ type StartRepairResponse struct {
 
 func (x *StartRepairResponse) Reset() {
 	*x = StartRepairResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[37]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2737,7 +2890,7 @@ func (x *StartRepairResponse) String() string {
 func (*StartRepairResponse) ProtoMessage() {}
 
 func (x *StartRepairResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[37]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2750,7 +2903,7 @@ func (x *StartRepairResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRepairResponse.ProtoReflect.Descriptor instead.
 func (*StartRepairResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{37}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{40}
 }
 
 type PauseRepairRequest struct {
@@ -2761,7 +2914,7 @@ type PauseRepairRequest struct {
 
 func (x *PauseRepairRequest) Reset() {
 	*x = PauseRepairRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[38]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2773,7 +2926,7 @@ func (x *PauseRepairRequest) String() string {
 func (*PauseRepairRequest) ProtoMessage() {}
 
 func (x *PauseRepairRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[38]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2786,7 +2939,7 @@ func (x *PauseRepairRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseRepairRequest.ProtoReflect.Descriptor instead.
 func (*PauseRepairRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{38}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{41}
 }
 
 type PauseRepairResponse struct {
@@ -2797,7 +2950,7 @@ type PauseRepairResponse struct {
 
 func (x *PauseRepairResponse) Reset() {
 	*x = PauseRepairResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[39]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2809,7 +2962,7 @@ func (x *PauseRepairResponse) String() string {
 func (*PauseRepairResponse) ProtoMessage() {}
 
 func (x *PauseRepairResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[39]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2822,7 +2975,7 @@ func (x *PauseRepairResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseRepairResponse.ProtoReflect.Descriptor instead.
 func (*PauseRepairResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{39}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{42}
 }
 
 type ExplainCollectionRequest struct {
@@ -2839,7 +2992,7 @@ type ExplainCollectionRequest struct {
 
 func (x *ExplainCollectionRequest) Reset() {
 	*x = ExplainCollectionRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[40]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2851,7 +3004,7 @@ func (x *ExplainCollectionRequest) String() string {
 func (*ExplainCollectionRequest) ProtoMessage() {}
 
 func (x *ExplainCollectionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[40]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2864,7 +3017,7 @@ func (x *ExplainCollectionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainCollectionRequest.ProtoReflect.Descriptor instead.
 func (*ExplainCollectionRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{40}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ExplainCollectionRequest) GetNamespace() string {
@@ -2932,7 +3085,7 @@ type ExplainCollectionResponse struct {
 
 func (x *ExplainCollectionResponse) Reset() {
 	*x = ExplainCollectionResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[41]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2944,7 +3097,7 @@ func (x *ExplainCollectionResponse) String() string {
 func (*ExplainCollectionResponse) ProtoMessage() {}
 
 func (x *ExplainCollectionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[41]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2957,7 +3110,7 @@ func (x *ExplainCollectionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainCollectionResponse.ProtoReflect.Descriptor instead.
 func (*ExplainCollectionResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{41}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ExplainCollectionResponse) GetVnode() uint32 {
@@ -3018,7 +3171,7 @@ type CollectionReplica struct {
 
 func (x *CollectionReplica) Reset() {
 	*x = CollectionReplica{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[42]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3030,7 +3183,7 @@ func (x *CollectionReplica) String() string {
 func (*CollectionReplica) ProtoMessage() {}
 
 func (x *CollectionReplica) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[42]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3043,7 +3196,7 @@ func (x *CollectionReplica) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CollectionReplica.ProtoReflect.Descriptor instead.
 func (*CollectionReplica) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{42}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *CollectionReplica) GetIncarnation() uint64 {
@@ -3112,7 +3265,7 @@ type ListHintsRequest struct {
 
 func (x *ListHintsRequest) Reset() {
 	*x = ListHintsRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[43]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3124,7 +3277,7 @@ func (x *ListHintsRequest) String() string {
 func (*ListHintsRequest) ProtoMessage() {}
 
 func (x *ListHintsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[43]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3137,7 +3290,7 @@ func (x *ListHintsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHintsRequest.ProtoReflect.Descriptor instead.
 func (*ListHintsRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{43}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ListHintsRequest) GetTarget() uint64 {
@@ -3166,7 +3319,7 @@ type ListHintsResponse struct {
 
 func (x *ListHintsResponse) Reset() {
 	*x = ListHintsResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[44]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3178,7 +3331,7 @@ func (x *ListHintsResponse) String() string {
 func (*ListHintsResponse) ProtoMessage() {}
 
 func (x *ListHintsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[44]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3191,7 +3344,7 @@ func (x *ListHintsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHintsResponse.ProtoReflect.Descriptor instead.
 func (*ListHintsResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{44}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ListHintsResponse) GetGroups() []*HintGroup {
@@ -3272,7 +3425,7 @@ type HintGroup struct {
 
 func (x *HintGroup) Reset() {
 	*x = HintGroup{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[45]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3284,7 +3437,7 @@ func (x *HintGroup) String() string {
 func (*HintGroup) ProtoMessage() {}
 
 func (x *HintGroup) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[45]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3297,7 +3450,7 @@ func (x *HintGroup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HintGroup.ProtoReflect.Descriptor instead.
 func (*HintGroup) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{45}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *HintGroup) GetTarget() uint64 {
@@ -3432,7 +3585,15 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\x05phase\x18\x02 \x01(\x0e2\x19.kvasir.topology.v1.PhaseR\x05phase\x12\x18\n" +
 	"\arecords\x18\x03 \x01(\x04R\arecords\x12\x14\n" +
 	"\x05bytes\x18\x04 \x01(\x04R\x05bytes\x12\x1b\n" +
-	"\twaits_for\x18\x05 \x01(\tR\bwaitsFor\"\x16\n" +
+	"\twaits_for\x18\x05 \x01(\tR\bwaitsFor\"\x13\n" +
+	"\x11GetNodeUseRequest\"G\n" +
+	"\x12GetNodeUseResponse\x121\n" +
+	"\x06vnodes\x18\x01 \x03(\v2\x19.kvasir.admin.v1.VnodeUseR\x06vnodes\"s\n" +
+	"\bVnodeUse\x12!\n" +
+	"\fnamespace_id\x18\x01 \x01(\rR\vnamespaceId\x12\x14\n" +
+	"\x05vnode\x18\x02 \x01(\rR\x05vnode\x12\x14\n" +
+	"\x05bytes\x18\x03 \x01(\x04R\x05bytes\x12\x18\n" +
+	"\arecords\x18\x04 \x01(\x04R\arecords\"\x16\n" +
 	"\x14GetNodeStatusRequest\"\x8b\x01\n" +
 	"\x0eOperationStats\x12\x1d\n" +
 	"\n" +
@@ -3625,10 +3786,12 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\x10GetClusterStatus\x12(.kvasir.admin.v1.GetClusterStatusRequest\x1a).kvasir.admin.v1.GetClusterStatusResponse\x12a\n" +
 	"\x0eStartOperation\x12&.kvasir.admin.v1.StartOperationRequest\x1a'.kvasir.admin.v1.StartOperationResponse\x12a\n" +
 	"\x0eSteerOperation\x12&.kvasir.admin.v1.SteerOperationRequest\x1a'.kvasir.admin.v1.SteerOperationResponse\x12a\n" +
-	"\x0eListOperations\x12&.kvasir.admin.v1.ListOperationsRequest\x1a'.kvasir.admin.v1.ListOperationsResponse2\xe7\x01\n" +
+	"\x0eListOperations\x12&.kvasir.admin.v1.ListOperationsRequest\x1a'.kvasir.admin.v1.ListOperationsResponse2\xbe\x02\n" +
 	"\rStatusService\x12^\n" +
 	"\rGetNodeStatus\x12%.kvasir.admin.v1.GetNodeStatusRequest\x1a&.kvasir.admin.v1.GetNodeStatusResponse\x12v\n" +
-	"\x15GetOrchestratorStatus\x12-.kvasir.admin.v1.GetOrchestratorStatusRequest\x1a..kvasir.admin.v1.GetOrchestratorStatusResponse2\xe9\x03\n" +
+	"\x15GetOrchestratorStatus\x12-.kvasir.admin.v1.GetOrchestratorStatusRequest\x1a..kvasir.admin.v1.GetOrchestratorStatusResponse\x12U\n" +
+	"\n" +
+	"GetNodeUse\x12\".kvasir.admin.v1.GetNodeUseRequest\x1a#.kvasir.admin.v1.GetNodeUseResponse2\xe9\x03\n" +
 	"\rRepairService\x12d\n" +
 	"\x0fGetRepairStatus\x12'.kvasir.admin.v1.GetRepairStatusRequest\x1a(.kvasir.admin.v1.GetRepairStatusResponse\x12X\n" +
 	"\vStartRepair\x12#.kvasir.admin.v1.StartRepairRequest\x1a$.kvasir.admin.v1.StartRepairResponse\x12X\n" +
@@ -3649,7 +3812,7 @@ func file_kvasir_admin_v1_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_kvasir_admin_v1_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_kvasir_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 46)
+var file_kvasir_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
 var file_kvasir_admin_v1_admin_proto_goTypes = []any{
 	(NodeStatus_State)(0),                 // 0: kvasir.admin.v1.NodeStatus.State
 	(VnodeRepair_State)(0),                // 1: kvasir.admin.v1.VnodeRepair.State
@@ -3672,119 +3835,125 @@ var file_kvasir_admin_v1_admin_proto_goTypes = []any{
 	(*ListOperationsResponse)(nil),        // 18: kvasir.admin.v1.ListOperationsResponse
 	(*ObservedOperation)(nil),             // 19: kvasir.admin.v1.ObservedOperation
 	(*MoveProgress)(nil),                  // 20: kvasir.admin.v1.MoveProgress
-	(*GetNodeStatusRequest)(nil),          // 21: kvasir.admin.v1.GetNodeStatusRequest
-	(*OperationStats)(nil),                // 22: kvasir.admin.v1.OperationStats
-	(*HintBacklog)(nil),                   // 23: kvasir.admin.v1.HintBacklog
-	(*NodeStatus)(nil),                    // 24: kvasir.admin.v1.NodeStatus
-	(*Filling)(nil),                       // 25: kvasir.admin.v1.Filling
-	(*QueueDepth)(nil),                    // 26: kvasir.admin.v1.QueueDepth
-	(*GetNodeStatusResponse)(nil),         // 27: kvasir.admin.v1.GetNodeStatusResponse
-	(*GetOrchestratorStatusRequest)(nil),  // 28: kvasir.admin.v1.GetOrchestratorStatusRequest
-	(*OrchestratorStatus)(nil),            // 29: kvasir.admin.v1.OrchestratorStatus
-	(*GetOrchestratorStatusResponse)(nil), // 30: kvasir.admin.v1.GetOrchestratorStatusResponse
-	(*GetClusterStatusRequest)(nil),       // 31: kvasir.admin.v1.GetClusterStatusRequest
-	(*ObservedNode)(nil),                  // 32: kvasir.admin.v1.ObservedNode
-	(*ObservedOrchestrator)(nil),          // 33: kvasir.admin.v1.ObservedOrchestrator
-	(*GetClusterStatusResponse)(nil),      // 34: kvasir.admin.v1.GetClusterStatusResponse
-	(*GetRepairStatusRequest)(nil),        // 35: kvasir.admin.v1.GetRepairStatusRequest
-	(*GetRepairStatusResponse)(nil),       // 36: kvasir.admin.v1.GetRepairStatusResponse
-	(*VnodeRepair)(nil),                   // 37: kvasir.admin.v1.VnodeRepair
-	(*StartRepairRequest)(nil),            // 38: kvasir.admin.v1.StartRepairRequest
-	(*StartRepairResponse)(nil),           // 39: kvasir.admin.v1.StartRepairResponse
-	(*PauseRepairRequest)(nil),            // 40: kvasir.admin.v1.PauseRepairRequest
-	(*PauseRepairResponse)(nil),           // 41: kvasir.admin.v1.PauseRepairResponse
-	(*ExplainCollectionRequest)(nil),      // 42: kvasir.admin.v1.ExplainCollectionRequest
-	(*ExplainCollectionResponse)(nil),     // 43: kvasir.admin.v1.ExplainCollectionResponse
-	(*CollectionReplica)(nil),             // 44: kvasir.admin.v1.CollectionReplica
-	(*ListHintsRequest)(nil),              // 45: kvasir.admin.v1.ListHintsRequest
-	(*ListHintsResponse)(nil),             // 46: kvasir.admin.v1.ListHintsResponse
-	(*HintGroup)(nil),                     // 47: kvasir.admin.v1.HintGroup
-	(v1.Role)(0),                          // 48: kvasir.topology.v1.Role
-	(*v1.Topology)(nil),                   // 49: kvasir.topology.v1.Topology
-	(v1.ReadRepairMode)(0),                // 50: kvasir.topology.v1.ReadRepairMode
-	(*v1.Namespace)(nil),                  // 51: kvasir.topology.v1.Namespace
-	(*v1.Operation)(nil),                  // 52: kvasir.topology.v1.Operation
-	(*v1.Change)(nil),                     // 53: kvasir.topology.v1.Change
-	(v1.Operation_State)(0),               // 54: kvasir.topology.v1.Operation.State
-	(*v1.Move)(nil),                       // 55: kvasir.topology.v1.Move
-	(v1.Phase)(0),                         // 56: kvasir.topology.v1.Phase
-	(*v1.NodeHealth)(nil),                 // 57: kvasir.topology.v1.NodeHealth
+	(*GetNodeUseRequest)(nil),             // 21: kvasir.admin.v1.GetNodeUseRequest
+	(*GetNodeUseResponse)(nil),            // 22: kvasir.admin.v1.GetNodeUseResponse
+	(*VnodeUse)(nil),                      // 23: kvasir.admin.v1.VnodeUse
+	(*GetNodeStatusRequest)(nil),          // 24: kvasir.admin.v1.GetNodeStatusRequest
+	(*OperationStats)(nil),                // 25: kvasir.admin.v1.OperationStats
+	(*HintBacklog)(nil),                   // 26: kvasir.admin.v1.HintBacklog
+	(*NodeStatus)(nil),                    // 27: kvasir.admin.v1.NodeStatus
+	(*Filling)(nil),                       // 28: kvasir.admin.v1.Filling
+	(*QueueDepth)(nil),                    // 29: kvasir.admin.v1.QueueDepth
+	(*GetNodeStatusResponse)(nil),         // 30: kvasir.admin.v1.GetNodeStatusResponse
+	(*GetOrchestratorStatusRequest)(nil),  // 31: kvasir.admin.v1.GetOrchestratorStatusRequest
+	(*OrchestratorStatus)(nil),            // 32: kvasir.admin.v1.OrchestratorStatus
+	(*GetOrchestratorStatusResponse)(nil), // 33: kvasir.admin.v1.GetOrchestratorStatusResponse
+	(*GetClusterStatusRequest)(nil),       // 34: kvasir.admin.v1.GetClusterStatusRequest
+	(*ObservedNode)(nil),                  // 35: kvasir.admin.v1.ObservedNode
+	(*ObservedOrchestrator)(nil),          // 36: kvasir.admin.v1.ObservedOrchestrator
+	(*GetClusterStatusResponse)(nil),      // 37: kvasir.admin.v1.GetClusterStatusResponse
+	(*GetRepairStatusRequest)(nil),        // 38: kvasir.admin.v1.GetRepairStatusRequest
+	(*GetRepairStatusResponse)(nil),       // 39: kvasir.admin.v1.GetRepairStatusResponse
+	(*VnodeRepair)(nil),                   // 40: kvasir.admin.v1.VnodeRepair
+	(*StartRepairRequest)(nil),            // 41: kvasir.admin.v1.StartRepairRequest
+	(*StartRepairResponse)(nil),           // 42: kvasir.admin.v1.StartRepairResponse
+	(*PauseRepairRequest)(nil),            // 43: kvasir.admin.v1.PauseRepairRequest
+	(*PauseRepairResponse)(nil),           // 44: kvasir.admin.v1.PauseRepairResponse
+	(*ExplainCollectionRequest)(nil),      // 45: kvasir.admin.v1.ExplainCollectionRequest
+	(*ExplainCollectionResponse)(nil),     // 46: kvasir.admin.v1.ExplainCollectionResponse
+	(*CollectionReplica)(nil),             // 47: kvasir.admin.v1.CollectionReplica
+	(*ListHintsRequest)(nil),              // 48: kvasir.admin.v1.ListHintsRequest
+	(*ListHintsResponse)(nil),             // 49: kvasir.admin.v1.ListHintsResponse
+	(*HintGroup)(nil),                     // 50: kvasir.admin.v1.HintGroup
+	(v1.Role)(0),                          // 51: kvasir.topology.v1.Role
+	(*v1.Topology)(nil),                   // 52: kvasir.topology.v1.Topology
+	(v1.ReadRepairMode)(0),                // 53: kvasir.topology.v1.ReadRepairMode
+	(*v1.Namespace)(nil),                  // 54: kvasir.topology.v1.Namespace
+	(*v1.Operation)(nil),                  // 55: kvasir.topology.v1.Operation
+	(*v1.Change)(nil),                     // 56: kvasir.topology.v1.Change
+	(v1.Operation_State)(0),               // 57: kvasir.topology.v1.Operation.State
+	(*v1.Move)(nil),                       // 58: kvasir.topology.v1.Move
+	(v1.Phase)(0),                         // 59: kvasir.topology.v1.Phase
+	(*v1.NodeHealth)(nil),                 // 60: kvasir.topology.v1.NodeHealth
 }
 var file_kvasir_admin_v1_admin_proto_depIdxs = []int32{
-	48, // 0: kvasir.admin.v1.RegisterNodeRequest.role:type_name -> kvasir.topology.v1.Role
-	49, // 1: kvasir.admin.v1.RegisterNodeResponse.topology:type_name -> kvasir.topology.v1.Topology
-	50, // 2: kvasir.admin.v1.NamespaceSettings.read_repair:type_name -> kvasir.topology.v1.ReadRepairMode
+	51, // 0: kvasir.admin.v1.RegisterNodeRequest.role:type_name -> kvasir.topology.v1.Role
+	52, // 1: kvasir.admin.v1.RegisterNodeResponse.topology:type_name -> kvasir.topology.v1.Topology
+	53, // 2: kvasir.admin.v1.NamespaceSettings.read_repair:type_name -> kvasir.topology.v1.ReadRepairMode
 	4,  // 3: kvasir.admin.v1.CreateNamespaceRequest.settings:type_name -> kvasir.admin.v1.NamespaceSettings
-	51, // 4: kvasir.admin.v1.CreateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
+	54, // 4: kvasir.admin.v1.CreateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
 	4,  // 5: kvasir.admin.v1.UpdateNamespaceRequest.settings:type_name -> kvasir.admin.v1.NamespaceSettings
-	51, // 6: kvasir.admin.v1.UpdateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
-	52, // 7: kvasir.admin.v1.UpdateNamespaceResponse.operation:type_name -> kvasir.topology.v1.Operation
-	53, // 8: kvasir.admin.v1.ListChangesResponse.changes:type_name -> kvasir.topology.v1.Change
-	52, // 9: kvasir.admin.v1.StartOperationRequest.operation:type_name -> kvasir.topology.v1.Operation
-	52, // 10: kvasir.admin.v1.StartOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
-	54, // 11: kvasir.admin.v1.SteerOperationRequest.state:type_name -> kvasir.topology.v1.Operation.State
-	52, // 12: kvasir.admin.v1.SteerOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
+	54, // 6: kvasir.admin.v1.UpdateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
+	55, // 7: kvasir.admin.v1.UpdateNamespaceResponse.operation:type_name -> kvasir.topology.v1.Operation
+	56, // 8: kvasir.admin.v1.ListChangesResponse.changes:type_name -> kvasir.topology.v1.Change
+	55, // 9: kvasir.admin.v1.StartOperationRequest.operation:type_name -> kvasir.topology.v1.Operation
+	55, // 10: kvasir.admin.v1.StartOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
+	57, // 11: kvasir.admin.v1.SteerOperationRequest.state:type_name -> kvasir.topology.v1.Operation.State
+	55, // 12: kvasir.admin.v1.SteerOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
 	19, // 13: kvasir.admin.v1.ListOperationsResponse.operations:type_name -> kvasir.admin.v1.ObservedOperation
-	52, // 14: kvasir.admin.v1.ObservedOperation.operation:type_name -> kvasir.topology.v1.Operation
+	55, // 14: kvasir.admin.v1.ObservedOperation.operation:type_name -> kvasir.topology.v1.Operation
 	20, // 15: kvasir.admin.v1.ObservedOperation.moving:type_name -> kvasir.admin.v1.MoveProgress
-	55, // 16: kvasir.admin.v1.MoveProgress.move:type_name -> kvasir.topology.v1.Move
-	56, // 17: kvasir.admin.v1.MoveProgress.phase:type_name -> kvasir.topology.v1.Phase
-	0,  // 18: kvasir.admin.v1.NodeStatus.state:type_name -> kvasir.admin.v1.NodeStatus.State
-	22, // 19: kvasir.admin.v1.NodeStatus.get:type_name -> kvasir.admin.v1.OperationStats
-	22, // 20: kvasir.admin.v1.NodeStatus.put:type_name -> kvasir.admin.v1.OperationStats
-	22, // 21: kvasir.admin.v1.NodeStatus.scan:type_name -> kvasir.admin.v1.OperationStats
-	23, // 22: kvasir.admin.v1.NodeStatus.hints:type_name -> kvasir.admin.v1.HintBacklog
-	26, // 23: kvasir.admin.v1.NodeStatus.queues:type_name -> kvasir.admin.v1.QueueDepth
-	25, // 24: kvasir.admin.v1.NodeStatus.fillings:type_name -> kvasir.admin.v1.Filling
-	24, // 25: kvasir.admin.v1.GetNodeStatusResponse.status:type_name -> kvasir.admin.v1.NodeStatus
-	29, // 26: kvasir.admin.v1.GetOrchestratorStatusResponse.status:type_name -> kvasir.admin.v1.OrchestratorStatus
-	57, // 27: kvasir.admin.v1.ObservedNode.health:type_name -> kvasir.topology.v1.NodeHealth
-	24, // 28: kvasir.admin.v1.ObservedNode.status:type_name -> kvasir.admin.v1.NodeStatus
-	29, // 29: kvasir.admin.v1.ObservedOrchestrator.status:type_name -> kvasir.admin.v1.OrchestratorStatus
-	49, // 30: kvasir.admin.v1.GetClusterStatusResponse.topology:type_name -> kvasir.topology.v1.Topology
-	32, // 31: kvasir.admin.v1.GetClusterStatusResponse.nodes:type_name -> kvasir.admin.v1.ObservedNode
-	33, // 32: kvasir.admin.v1.GetClusterStatusResponse.orchestrators:type_name -> kvasir.admin.v1.ObservedOrchestrator
-	37, // 33: kvasir.admin.v1.GetRepairStatusResponse.vnodes:type_name -> kvasir.admin.v1.VnodeRepair
-	1,  // 34: kvasir.admin.v1.VnodeRepair.state:type_name -> kvasir.admin.v1.VnodeRepair.State
-	44, // 35: kvasir.admin.v1.ExplainCollectionResponse.replicas:type_name -> kvasir.admin.v1.CollectionReplica
-	47, // 36: kvasir.admin.v1.ListHintsResponse.groups:type_name -> kvasir.admin.v1.HintGroup
-	2,  // 37: kvasir.admin.v1.ControlService.RegisterNode:input_type -> kvasir.admin.v1.RegisterNodeRequest
-	5,  // 38: kvasir.admin.v1.ControlService.CreateNamespace:input_type -> kvasir.admin.v1.CreateNamespaceRequest
-	7,  // 39: kvasir.admin.v1.ControlService.UpdateNamespace:input_type -> kvasir.admin.v1.UpdateNamespaceRequest
-	9,  // 40: kvasir.admin.v1.ControlService.DropNamespace:input_type -> kvasir.admin.v1.DropNamespaceRequest
-	11, // 41: kvasir.admin.v1.ControlService.ListChanges:input_type -> kvasir.admin.v1.ListChangesRequest
-	31, // 42: kvasir.admin.v1.ControlService.GetClusterStatus:input_type -> kvasir.admin.v1.GetClusterStatusRequest
-	13, // 43: kvasir.admin.v1.ControlService.StartOperation:input_type -> kvasir.admin.v1.StartOperationRequest
-	15, // 44: kvasir.admin.v1.ControlService.SteerOperation:input_type -> kvasir.admin.v1.SteerOperationRequest
-	17, // 45: kvasir.admin.v1.ControlService.ListOperations:input_type -> kvasir.admin.v1.ListOperationsRequest
-	21, // 46: kvasir.admin.v1.StatusService.GetNodeStatus:input_type -> kvasir.admin.v1.GetNodeStatusRequest
-	28, // 47: kvasir.admin.v1.StatusService.GetOrchestratorStatus:input_type -> kvasir.admin.v1.GetOrchestratorStatusRequest
-	35, // 48: kvasir.admin.v1.RepairService.GetRepairStatus:input_type -> kvasir.admin.v1.GetRepairStatusRequest
-	38, // 49: kvasir.admin.v1.RepairService.StartRepair:input_type -> kvasir.admin.v1.StartRepairRequest
-	40, // 50: kvasir.admin.v1.RepairService.PauseRepair:input_type -> kvasir.admin.v1.PauseRepairRequest
-	42, // 51: kvasir.admin.v1.RepairService.ExplainCollection:input_type -> kvasir.admin.v1.ExplainCollectionRequest
-	45, // 52: kvasir.admin.v1.RepairService.ListHints:input_type -> kvasir.admin.v1.ListHintsRequest
-	3,  // 53: kvasir.admin.v1.ControlService.RegisterNode:output_type -> kvasir.admin.v1.RegisterNodeResponse
-	6,  // 54: kvasir.admin.v1.ControlService.CreateNamespace:output_type -> kvasir.admin.v1.CreateNamespaceResponse
-	8,  // 55: kvasir.admin.v1.ControlService.UpdateNamespace:output_type -> kvasir.admin.v1.UpdateNamespaceResponse
-	10, // 56: kvasir.admin.v1.ControlService.DropNamespace:output_type -> kvasir.admin.v1.DropNamespaceResponse
-	12, // 57: kvasir.admin.v1.ControlService.ListChanges:output_type -> kvasir.admin.v1.ListChangesResponse
-	34, // 58: kvasir.admin.v1.ControlService.GetClusterStatus:output_type -> kvasir.admin.v1.GetClusterStatusResponse
-	14, // 59: kvasir.admin.v1.ControlService.StartOperation:output_type -> kvasir.admin.v1.StartOperationResponse
-	16, // 60: kvasir.admin.v1.ControlService.SteerOperation:output_type -> kvasir.admin.v1.SteerOperationResponse
-	18, // 61: kvasir.admin.v1.ControlService.ListOperations:output_type -> kvasir.admin.v1.ListOperationsResponse
-	27, // 62: kvasir.admin.v1.StatusService.GetNodeStatus:output_type -> kvasir.admin.v1.GetNodeStatusResponse
-	30, // 63: kvasir.admin.v1.StatusService.GetOrchestratorStatus:output_type -> kvasir.admin.v1.GetOrchestratorStatusResponse
-	36, // 64: kvasir.admin.v1.RepairService.GetRepairStatus:output_type -> kvasir.admin.v1.GetRepairStatusResponse
-	39, // 65: kvasir.admin.v1.RepairService.StartRepair:output_type -> kvasir.admin.v1.StartRepairResponse
-	41, // 66: kvasir.admin.v1.RepairService.PauseRepair:output_type -> kvasir.admin.v1.PauseRepairResponse
-	43, // 67: kvasir.admin.v1.RepairService.ExplainCollection:output_type -> kvasir.admin.v1.ExplainCollectionResponse
-	46, // 68: kvasir.admin.v1.RepairService.ListHints:output_type -> kvasir.admin.v1.ListHintsResponse
-	53, // [53:69] is the sub-list for method output_type
-	37, // [37:53] is the sub-list for method input_type
-	37, // [37:37] is the sub-list for extension type_name
-	37, // [37:37] is the sub-list for extension extendee
-	0,  // [0:37] is the sub-list for field type_name
+	58, // 16: kvasir.admin.v1.MoveProgress.move:type_name -> kvasir.topology.v1.Move
+	59, // 17: kvasir.admin.v1.MoveProgress.phase:type_name -> kvasir.topology.v1.Phase
+	23, // 18: kvasir.admin.v1.GetNodeUseResponse.vnodes:type_name -> kvasir.admin.v1.VnodeUse
+	0,  // 19: kvasir.admin.v1.NodeStatus.state:type_name -> kvasir.admin.v1.NodeStatus.State
+	25, // 20: kvasir.admin.v1.NodeStatus.get:type_name -> kvasir.admin.v1.OperationStats
+	25, // 21: kvasir.admin.v1.NodeStatus.put:type_name -> kvasir.admin.v1.OperationStats
+	25, // 22: kvasir.admin.v1.NodeStatus.scan:type_name -> kvasir.admin.v1.OperationStats
+	26, // 23: kvasir.admin.v1.NodeStatus.hints:type_name -> kvasir.admin.v1.HintBacklog
+	29, // 24: kvasir.admin.v1.NodeStatus.queues:type_name -> kvasir.admin.v1.QueueDepth
+	28, // 25: kvasir.admin.v1.NodeStatus.fillings:type_name -> kvasir.admin.v1.Filling
+	27, // 26: kvasir.admin.v1.GetNodeStatusResponse.status:type_name -> kvasir.admin.v1.NodeStatus
+	32, // 27: kvasir.admin.v1.GetOrchestratorStatusResponse.status:type_name -> kvasir.admin.v1.OrchestratorStatus
+	60, // 28: kvasir.admin.v1.ObservedNode.health:type_name -> kvasir.topology.v1.NodeHealth
+	27, // 29: kvasir.admin.v1.ObservedNode.status:type_name -> kvasir.admin.v1.NodeStatus
+	32, // 30: kvasir.admin.v1.ObservedOrchestrator.status:type_name -> kvasir.admin.v1.OrchestratorStatus
+	52, // 31: kvasir.admin.v1.GetClusterStatusResponse.topology:type_name -> kvasir.topology.v1.Topology
+	35, // 32: kvasir.admin.v1.GetClusterStatusResponse.nodes:type_name -> kvasir.admin.v1.ObservedNode
+	36, // 33: kvasir.admin.v1.GetClusterStatusResponse.orchestrators:type_name -> kvasir.admin.v1.ObservedOrchestrator
+	40, // 34: kvasir.admin.v1.GetRepairStatusResponse.vnodes:type_name -> kvasir.admin.v1.VnodeRepair
+	1,  // 35: kvasir.admin.v1.VnodeRepair.state:type_name -> kvasir.admin.v1.VnodeRepair.State
+	47, // 36: kvasir.admin.v1.ExplainCollectionResponse.replicas:type_name -> kvasir.admin.v1.CollectionReplica
+	50, // 37: kvasir.admin.v1.ListHintsResponse.groups:type_name -> kvasir.admin.v1.HintGroup
+	2,  // 38: kvasir.admin.v1.ControlService.RegisterNode:input_type -> kvasir.admin.v1.RegisterNodeRequest
+	5,  // 39: kvasir.admin.v1.ControlService.CreateNamespace:input_type -> kvasir.admin.v1.CreateNamespaceRequest
+	7,  // 40: kvasir.admin.v1.ControlService.UpdateNamespace:input_type -> kvasir.admin.v1.UpdateNamespaceRequest
+	9,  // 41: kvasir.admin.v1.ControlService.DropNamespace:input_type -> kvasir.admin.v1.DropNamespaceRequest
+	11, // 42: kvasir.admin.v1.ControlService.ListChanges:input_type -> kvasir.admin.v1.ListChangesRequest
+	34, // 43: kvasir.admin.v1.ControlService.GetClusterStatus:input_type -> kvasir.admin.v1.GetClusterStatusRequest
+	13, // 44: kvasir.admin.v1.ControlService.StartOperation:input_type -> kvasir.admin.v1.StartOperationRequest
+	15, // 45: kvasir.admin.v1.ControlService.SteerOperation:input_type -> kvasir.admin.v1.SteerOperationRequest
+	17, // 46: kvasir.admin.v1.ControlService.ListOperations:input_type -> kvasir.admin.v1.ListOperationsRequest
+	24, // 47: kvasir.admin.v1.StatusService.GetNodeStatus:input_type -> kvasir.admin.v1.GetNodeStatusRequest
+	31, // 48: kvasir.admin.v1.StatusService.GetOrchestratorStatus:input_type -> kvasir.admin.v1.GetOrchestratorStatusRequest
+	21, // 49: kvasir.admin.v1.StatusService.GetNodeUse:input_type -> kvasir.admin.v1.GetNodeUseRequest
+	38, // 50: kvasir.admin.v1.RepairService.GetRepairStatus:input_type -> kvasir.admin.v1.GetRepairStatusRequest
+	41, // 51: kvasir.admin.v1.RepairService.StartRepair:input_type -> kvasir.admin.v1.StartRepairRequest
+	43, // 52: kvasir.admin.v1.RepairService.PauseRepair:input_type -> kvasir.admin.v1.PauseRepairRequest
+	45, // 53: kvasir.admin.v1.RepairService.ExplainCollection:input_type -> kvasir.admin.v1.ExplainCollectionRequest
+	48, // 54: kvasir.admin.v1.RepairService.ListHints:input_type -> kvasir.admin.v1.ListHintsRequest
+	3,  // 55: kvasir.admin.v1.ControlService.RegisterNode:output_type -> kvasir.admin.v1.RegisterNodeResponse
+	6,  // 56: kvasir.admin.v1.ControlService.CreateNamespace:output_type -> kvasir.admin.v1.CreateNamespaceResponse
+	8,  // 57: kvasir.admin.v1.ControlService.UpdateNamespace:output_type -> kvasir.admin.v1.UpdateNamespaceResponse
+	10, // 58: kvasir.admin.v1.ControlService.DropNamespace:output_type -> kvasir.admin.v1.DropNamespaceResponse
+	12, // 59: kvasir.admin.v1.ControlService.ListChanges:output_type -> kvasir.admin.v1.ListChangesResponse
+	37, // 60: kvasir.admin.v1.ControlService.GetClusterStatus:output_type -> kvasir.admin.v1.GetClusterStatusResponse
+	14, // 61: kvasir.admin.v1.ControlService.StartOperation:output_type -> kvasir.admin.v1.StartOperationResponse
+	16, // 62: kvasir.admin.v1.ControlService.SteerOperation:output_type -> kvasir.admin.v1.SteerOperationResponse
+	18, // 63: kvasir.admin.v1.ControlService.ListOperations:output_type -> kvasir.admin.v1.ListOperationsResponse
+	30, // 64: kvasir.admin.v1.StatusService.GetNodeStatus:output_type -> kvasir.admin.v1.GetNodeStatusResponse
+	33, // 65: kvasir.admin.v1.StatusService.GetOrchestratorStatus:output_type -> kvasir.admin.v1.GetOrchestratorStatusResponse
+	22, // 66: kvasir.admin.v1.StatusService.GetNodeUse:output_type -> kvasir.admin.v1.GetNodeUseResponse
+	39, // 67: kvasir.admin.v1.RepairService.GetRepairStatus:output_type -> kvasir.admin.v1.GetRepairStatusResponse
+	42, // 68: kvasir.admin.v1.RepairService.StartRepair:output_type -> kvasir.admin.v1.StartRepairResponse
+	44, // 69: kvasir.admin.v1.RepairService.PauseRepair:output_type -> kvasir.admin.v1.PauseRepairResponse
+	46, // 70: kvasir.admin.v1.RepairService.ExplainCollection:output_type -> kvasir.admin.v1.ExplainCollectionResponse
+	49, // 71: kvasir.admin.v1.RepairService.ListHints:output_type -> kvasir.admin.v1.ListHintsResponse
+	55, // [55:72] is the sub-list for method output_type
+	38, // [38:55] is the sub-list for method input_type
+	38, // [38:38] is the sub-list for extension type_name
+	38, // [38:38] is the sub-list for extension extendee
+	0,  // [0:38] is the sub-list for field type_name
 }
 
 func init() { file_kvasir_admin_v1_admin_proto_init() }
@@ -3793,7 +3962,7 @@ func file_kvasir_admin_v1_admin_proto_init() {
 		return
 	}
 	file_kvasir_admin_v1_admin_proto_msgTypes[2].OneofWrappers = []any{}
-	file_kvasir_admin_v1_admin_proto_msgTypes[40].OneofWrappers = []any{
+	file_kvasir_admin_v1_admin_proto_msgTypes[43].OneofWrappers = []any{
 		(*ExplainCollectionRequest_Key)(nil),
 		(*ExplainCollectionRequest_Vnode)(nil),
 	}
@@ -3803,7 +3972,7 @@ func file_kvasir_admin_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kvasir_admin_v1_admin_proto_rawDesc), len(file_kvasir_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   46,
+			NumMessages:   49,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -435,6 +435,7 @@ var ControlService_ServiceDesc = grpc.ServiceDesc{
 const (
 	StatusService_GetNodeStatus_FullMethodName         = "/kvasir.admin.v1.StatusService/GetNodeStatus"
 	StatusService_GetOrchestratorStatus_FullMethodName = "/kvasir.admin.v1.StatusService/GetOrchestratorStatus"
+	StatusService_GetNodeUse_FullMethodName            = "/kvasir.admin.v1.StatusService/GetNodeUse"
 )
 
 // StatusServiceClient is the client API for StatusService service.
@@ -445,6 +446,7 @@ const (
 type StatusServiceClient interface {
 	GetNodeStatus(ctx context.Context, in *GetNodeStatusRequest, opts ...grpc.CallOption) (*GetNodeStatusResponse, error)
 	GetOrchestratorStatus(ctx context.Context, in *GetOrchestratorStatusRequest, opts ...grpc.CallOption) (*GetOrchestratorStatusResponse, error)
+	GetNodeUse(ctx context.Context, in *GetNodeUseRequest, opts ...grpc.CallOption) (*GetNodeUseResponse, error)
 }
 
 type statusServiceClient struct {
@@ -475,6 +477,16 @@ func (c *statusServiceClient) GetOrchestratorStatus(ctx context.Context, in *Get
 	return out, nil
 }
 
+func (c *statusServiceClient) GetNodeUse(ctx context.Context, in *GetNodeUseRequest, opts ...grpc.CallOption) (*GetNodeUseResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GetNodeUseResponse)
+	err := c.cc.Invoke(ctx, StatusService_GetNodeUse_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // StatusServiceServer is the server API for StatusService service.
 // All implementations must embed UnimplementedStatusServiceServer
 // for forward compatibility.
@@ -483,6 +495,7 @@ func (c *statusServiceClient) GetOrchestratorStatus(ctx context.Context, in *Get
 type StatusServiceServer interface {
 	GetNodeStatus(context.Context, *GetNodeStatusRequest) (*GetNodeStatusResponse, error)
 	GetOrchestratorStatus(context.Context, *GetOrchestratorStatusRequest) (*GetOrchestratorStatusResponse, error)
+	GetNodeUse(context.Context, *GetNodeUseRequest) (*GetNodeUseResponse, error)
 	mustEmbedUnimplementedStatusServiceServer()
 }
 
@@ -498,6 +511,9 @@ func (UnimplementedStatusServiceServer) GetNodeStatus(context.Context, *GetNodeS
 }
 func (UnimplementedStatusServiceServer) GetOrchestratorStatus(context.Context, *GetOrchestratorStatusRequest) (*GetOrchestratorStatusResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetOrchestratorStatus not implemented")
+}
+func (UnimplementedStatusServiceServer) GetNodeUse(context.Context, *GetNodeUseRequest) (*GetNodeUseResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetNodeUse not implemented")
 }
 func (UnimplementedStatusServiceServer) mustEmbedUnimplementedStatusServiceServer() {}
 func (UnimplementedStatusServiceServer) testEmbeddedByValue()                       {}
@@ -556,6 +572,24 @@ func _StatusService_GetOrchestratorStatus_Handler(srv interface{}, ctx context.C
 	return interceptor(ctx, in, info, handler)
 }
 
+func _StatusService_GetNodeUse_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetNodeUseRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(StatusServiceServer).GetNodeUse(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: StatusService_GetNodeUse_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(StatusServiceServer).GetNodeUse(ctx, req.(*GetNodeUseRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // StatusService_ServiceDesc is the grpc.ServiceDesc for StatusService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -570,6 +604,10 @@ var StatusService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetOrchestratorStatus",
 			Handler:    _StatusService_GetOrchestratorStatus_Handler,
+		},
+		{
+			MethodName: "GetNodeUse",
+			Handler:    _StatusService_GetNodeUse_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
