@@ -4,6 +4,7 @@ import (
 	"context"
 	"slices"
 	"sync"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -40,15 +41,35 @@ func askEach[T any](ctx context.Context, a *App, name []string, ask func(context
 		}
 		slices.SortStableFunc(nodes, func(a, b answered[T]) int { return compareNames(a.Name, b.Name) })
 	}
+	if err := askAll(ctx, a, nodes, a.flags.timeout, ask); err != nil {
+		return nil, nil, err
+	}
+	var out []answered[T]
+	for _, n := range nodes {
+		switch {
+		case n.err == nil:
+			out = append(out, n)
+		case len(nodes) > 1:
+			a.warn("%s: %s", n.Name, rpc.AsError(n.err).Message)
+		}
+	}
+	if len(out) == 0 && len(nodes) > 0 {
+		return nil, nil, rpc.Errorf(codes.Unavailable, rpc.ReasonNotSent, "%s: %s", nodes[0].Name, rpc.AsError(nodes[0].err).Message)
+	}
+	return t, out, nil
+}
+
+// askAll asks nodes themselves, all at once, and notes what each said or why it did not.
+func askAll[T any](ctx context.Context, a *App, nodes []answered[T], timeout time.Duration, ask func(context.Context, *grpc.ClientConn) (T, error)) error {
 	at, err := a.resolve()
 	if err != nil {
-		return nil, nil, err
+		return err
 	}
 	transport, err := at.transport()
 	if err != nil {
-		return nil, nil, err
+		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, a.flags.timeout)
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	var wg sync.WaitGroup
 	for i := range nodes {
@@ -64,17 +85,5 @@ func askEach[T any](ctx context.Context, a *App, name []string, ask func(context
 		})
 	}
 	wg.Wait()
-	var out []answered[T]
-	for _, n := range nodes {
-		switch {
-		case n.err == nil:
-			out = append(out, n)
-		case len(nodes) > 1:
-			a.warn("%s: %s", n.Name, rpc.AsError(n.err).Message)
-		}
-	}
-	if len(out) == 0 && len(nodes) > 0 {
-		return nil, nil, rpc.Errorf(codes.Unavailable, rpc.ReasonNotSent, "%s: %s", nodes[0].Name, rpc.AsError(nodes[0].err).Message)
-	}
-	return t, out, nil
+	return nil
 }

@@ -269,11 +269,17 @@ func TestRing(t *testing.T) {
 	f.mu.topology.Nodes = append(f.mu.topology.Nodes, &topologyv1.Node{Incarnation: 9, Name: "spare", Zone: "z2", Role: topologyv1.Role_ROLE_DATA, Address: "127.0.0.1:1", DataId: "spare"})
 	f.mu.Unlock()
 	golden(t, "ring-show", f.run("ring", "show").want(t, 0).stdout)
-	golden(t, "ring-distribution", f.run("ring", "distribution").want(t, 0).stdout)
-	golden(t, "ring-distribution-json", f.run("ring", "distribution", "-o", "json").want(t, 0).stdout)
+	r := f.run("ring", "distribution").want(t, 0)
+	if !strings.Contains(r.stdout, "-  ████") || !strings.Contains(r.stderr, "node3 does not say what it holds: unknown method") {
+		t.Errorf("of nodes that say nothing: %s%s", r.stdout, r.stderr)
+	}
 	golden(t, "ring-describe", f.anonymous(f.run("ring", "describe", "hello").want(t, 0).stdout))
 	golden(t, "ring-describe-json", f.anonymous(f.run("ring", "describe", "hello", "-o", "json").want(t, 0).stdout))
 	f.run("ring", "describe", "k", "-n", "nope").want(t, 3)
+	f.holds()
+	f.busy() // and node3 does not say who it is
+	golden(t, "ring-distribution", f.run("ring", "distribution").want(t, 0).stdout)
+	golden(t, "ring-distribution-json", f.run("ring", "distribution", "-o", "json").want(t, 0).stdout)
 }
 
 func TestConfigShow(t *testing.T) {

@@ -45,6 +45,8 @@ type fake struct {
 		operations   []*adminv1.ObservedOperation
 		// controlled: an orchestrator leads.
 		controlled bool
+		// holds: nodes say what they hold.
+		holds      bool
 		puts       []*kvv1.PutRequest
 		batches    int
 		batching   int

@@ -187,6 +187,32 @@ func (n *fakeNode) ListOperations(_ context.Context, r *adminv1.ListOperationsRe
 	return resp, nil
 }
 
+// holds gives the cluster's nodes bytes in every vnode that they have a slot of: 1 MiB
+// for a node, and more for a node with a greater incarnation.
+func (f *fake) holds() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.mu.holds = true
+}
+
+func (n *fakeNode) GetNodeUse(context.Context, *adminv1.GetNodeUseRequest) (*adminv1.GetNodeUseResponse, error) {
+	f := n.f
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.mu.holds {
+		return nil, rpc.Errorf(codes.Unimplemented, "UNIMPLEMENTED", "unknown method GetNodeUse")
+	}
+	resp := &adminv1.GetNodeUseResponse{}
+	for v, vnode := range f.mu.topology.GetRing() {
+		for _, s := range vnode.GetSlots() {
+			if s.GetNode() == n.incarnation {
+				resp.Vnodes = append(resp.Vnodes, &adminv1.VnodeUse{NamespaceId: 1, Vnode: uint32(v), Bytes: 1<<20 + n.incarnation<<10, Records: 1000 + n.incarnation})
+			}
+		}
+	}
+	return resp, nil
+}
+
 func (n *fakeNode) GetClusterStatus(context.Context, *adminv1.GetClusterStatusRequest) (*adminv1.GetClusterStatusResponse, error) {
 	f := n.f
 	f.mu.Lock()

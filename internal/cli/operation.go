@@ -295,7 +295,7 @@ const (
 // followOperation shows how far an operation has come until it ends, or is paused.
 // While no orchestrator answers it waits: the operation goes on when one does.
 func (a *App) followOperation(ctx context.Context, id uint64) error {
-	said := time.Time{}
+	said, rate := time.Time{}, moveRate{}
 	for {
 		o, err := a.operation(ctx, id)
 		switch {
@@ -310,7 +310,7 @@ func (a *App) followOperation(ctx context.Context, id uint64) error {
 				a.unfollow()
 				return a.endFollow(ctx, o, state)
 			}
-			a.followed(progressText(o), &said)
+			a.followed(progressText(o, rate.of(copiedBytes(o), time.Now())), &said)
 		}
 		select {
 		case <-ctx.Done():
@@ -357,13 +357,48 @@ func (a *App) unfollow() {
 	}
 }
 
-// progressText is how far an operation has come, in a line.
-func progressText(o *adminv1.ObservedOperation) string {
-	op := o.GetOperation()
-	done, all, bytes := movesDone(op), len(op.GetMoves()), op.GetMovedBytes()
-	waits := ""
+// moveRate is how fast an operation copies, over the last rateWindow it was looked at.
+type moveRate struct{ seen []copiedAt }
+
+type copiedAt struct {
+	bytes uint64
+	at    time.Time
+}
+
+const rateWindow = 10 * time.Second
+
+// of notes how much has been copied by now, and returns the bytes of a second, 0 while
+// they are not known.
+func (r *moveRate) of(bytes uint64, now time.Time) float64 {
+	if n := len(r.seen); n > 0 && r.seen[n-1].bytes > bytes {
+		r.seen = nil // what was taken back counts no more
+	}
+	r.seen = append(r.seen, copiedAt{bytes, now})
+	for len(r.seen) > 2 && now.Sub(r.seen[1].at) >= rateWindow {
+		r.seen = r.seen[1:]
+	}
+	first := r.seen[0]
+	if span := now.Sub(first.at); span > 0 {
+		return float64(bytes-first.bytes) / span.Seconds()
+	}
+	return 0
+}
+
+// copiedBytes is what an operation has copied, with the moves that are under way.
+func copiedBytes(o *adminv1.ObservedOperation) uint64 {
+	bytes := o.GetOperation().GetMovedBytes()
 	for _, p := range o.GetMoving() {
 		bytes += p.GetBytes()
+	}
+	return bytes
+}
+
+// progressText is how far an operation has come, in a line.
+func progressText(o *adminv1.ObservedOperation, bytesPerSecond float64) string {
+	op := o.GetOperation()
+	done, all, bytes := movesDone(op), len(op.GetMoves()), copiedBytes(o)
+	waits := ""
+	for _, p := range o.GetMoving() {
 		if w := p.GetWaitsFor(); w != "" && (waits == "" || waits == "it is being filled") {
 			waits = w
 		}
@@ -375,6 +410,9 @@ func progressText(o *adminv1.ObservedOperation) string {
 	text := fmt.Sprintf("operation %d  %s  %d of %d moves  %s", op.GetId(), barOf(share, barWidth), done, all, sizeText(bytes))
 	if op.GetKind() == topology.KindReplicas {
 		text = fmt.Sprintf("operation %d  %s  %s", op.GetId(), op.GetTitle(), sizeText(bytes))
+	}
+	if bytesPerSecond > 0 {
+		text += fmt.Sprintf("  %s/s", sizeText(uint64(bytesPerSecond)))
 	}
 	if elapsed := time.Since(time.UnixMilli(int64(op.GetStartedMs()))); done > 0 && done < all && elapsed > 0 {
 		text += fmt.Sprintf("  about %s left", durationText((elapsed * time.Duration(all-done) / time.Duration(done)).Round(time.Second)))

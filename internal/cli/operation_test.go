@@ -5,6 +5,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
 	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
@@ -108,16 +109,17 @@ func TestNodesComeAndGo(t *testing.T) {
 	if op := f.begun(); len(op.GetMoves()) != 0 || len(op.GetRemove()) != 1 {
 		t.Errorf("of a spare: %v", op)
 	}
+	f.run("node", "replace", "node2", "node6", "--yes").want(t, 0, "node6 takes the place of node2")
 	f.run("node", "replace", "node2=node6", "--yes").want(t, 0, "node6 takes the place of node2")
 	if op := f.begun(); op.GetKind() != "replace" || len(op.GetMoves()) == 0 || op.GetMoves()[0].GetFrom() != 2 || op.GetMoves()[0].GetTo() != 9 || op.GetRemove()[0] != 2 {
 		t.Errorf("operation %v", op)
 	}
-	for _, args := range [][]string{{"drain"}, {"drain", "node6", "--yes"}, {"replace", "node2", "--yes"}, {"replace", "node2=node3", "--yes"}, {"replace", "node6=node6", "--yes"}} {
+	for _, args := range [][]string{{"drain"}, {"drain", "node6", "--yes"}, {"replace", "node2", "--yes"}, {"replace", "node2=node6", "node3", "--yes"}, {"replace", "node2=node3", "--yes"}, {"replace", "node6=node6", "--yes"}} {
 		f.run(append([]string{"node"}, args...)...).want(t, 2)
 	}
 	f.run("node", "drain", "nobody", "--yes").want(t, 3)
 	small := newFake(t, 3)
-	small.run("node", "drain", "node1", "--yes").want(t, 2, "N")
+	small.run("node", "drain", "node1", "--yes").want(t, 2, "2 nodes would be left with slots, and namespace default has N=3: add a node")
 }
 
 func TestOperations(t *testing.T) {
@@ -146,10 +148,29 @@ func TestOperations(t *testing.T) {
 	golden(t, "operation-ls", f.run("operation", "ls").want(t, 0).stdout)
 	golden(t, "operation-ls-json", f.run("operation", "ls", "-o", "json").want(t, 0).stdout)
 	golden(t, "operation-show", f.run("operation", "show", "2").want(t, 0).stdout)
+	golden(t, "operation-show-json", f.run("operation", "show", "2", "-o", "json").want(t, 0).stdout)
 	f.run("operation", "show", "9").want(t, 3, "there is no operation 9")
 	f.run("operation", "show", "x").want(t, 2, "want its number")
 	f.run("operation", "show", "2", "--wait").want(t, 0, "paused")
 	f.run("operation", "resume", "2").want(t, 0, "operation 2, add node4: running")
 	f.run("operation", "pause", "2").want(t, 0, "paused")
 	f.run("operation", "abort", "2", "--wait").want(t, 1, "operation 2, add node4: aborted")
+}
+
+func TestMoveRate(t *testing.T) {
+	start := time.Unix(1000, 0)
+	var r moveRate
+	for _, c := range []struct {
+		after time.Duration
+		bytes uint64
+		want  float64
+	}{
+		{0, 500, 0}, {time.Second, 1500, 1000}, {2 * time.Second, 1500, 500},
+		{11 * time.Second, 11_500, 1000}, {12 * time.Second, 11_500, 1000}, // the first second is out of the window
+		{13 * time.Second, 100, 0}, {14 * time.Second, 300, 200}, // something was taken back
+	} {
+		if got := r.of(c.bytes, start.Add(c.after)); got != c.want {
+			t.Errorf("after %s: %v bytes a second, want %v", c.after, got, c.want)
+		}
+	}
 }

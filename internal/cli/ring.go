@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"io"
+	"math"
 	"slices"
 	"strings"
 
@@ -167,13 +168,23 @@ func (s *clusterStatus) addressAndHealth(incarnation uint64, phase string) []any
 	return []any{"-", "removed", phase}
 }
 
-// distributionDoc is how slots are spread over nodes.
+// distributionDoc is how slots, and what they hold, are spread over nodes.
 type distributionDoc struct {
-	Nodes       []shareDoc `json:"nodes"`
-	Slots       int        `json:"slots"`
-	Max         int        `json:"max"`
-	Mean        float64    `json:"mean"`
-	MaxOverMean float64    `json:"max_over_mean"`
+	Nodes       []shareDoc   `json:"nodes"`
+	Slots       int          `json:"slots"`
+	Max         int          `json:"max"`
+	Mean        float64      `json:"mean"`
+	MaxOverMean float64      `json:"max_over_mean"`
+	Imbalance   imbalanceDoc `json:"imbalance"`
+}
+
+// imbalanceDoc says of several measures how much more than the mean the fullest node
+// has; null where no node said, or there is nothing.
+type imbalanceDoc struct {
+	Slots        *float64 `json:"slots"`
+	Records      *float64 `json:"records"`
+	Bytes        *float64 `json:"bytes"`
+	OpsPerSecond *float64 `json:"operations_per_second"`
 }
 
 type shareDoc struct {
@@ -182,11 +193,15 @@ type shareDoc struct {
 	Zone        string  `json:"zone"`
 	Slots       int     `json:"slots"`
 	Share       float64 `json:"share"`
+	// What follows is null for a node that does not say.
+	Records      *uint64 `json:"records"`
+	Bytes        *uint64 `json:"bytes"`
+	OpsPerSecond *number `json:"operations_per_second"`
 }
 
-// distributionOf counts the slots of the data nodes. Spares, which have none, do not
-// count for the mean.
-func distributionOf(t *topology.Topology) distributionDoc {
+// distributionOf counts the slots of the data nodes, and what these hold. Spares, which
+// have none, do not count for the mean.
+func distributionOf(t *topology.Topology, uses ringUse) distributionDoc {
 	d := distributionDoc{Nodes: []shareDoc{}}
 	counts := t.SlotCounts(quorum.MaxN)
 	for _, n := range counts {
@@ -196,41 +211,102 @@ func distributionOf(t *topology.Topology) distributionDoc {
 	for i := range t.Nodes {
 		n := &t.Nodes[i]
 		if n.Role == topology.Data {
-			d.Nodes = append(d.Nodes, shareDoc{n.Name, n.Incarnation, n.Zone, counts[n.Incarnation], float64(counts[n.Incarnation]) / float64(d.Slots)})
+			s := shareDoc{Node: n.Name, Incarnation: n.Incarnation, Zone: n.Zone, Slots: counts[n.Incarnation], Share: float64(counts[n.Incarnation]) / float64(d.Slots)}
+			if u := uses[n.Incarnation]; u != nil {
+				s.Records, s.Bytes, s.OpsPerSecond = &u.records, &u.bytes, ptr(number(u.perSecond))
+			}
+			d.Nodes = append(d.Nodes, s)
 		}
 	}
 	slices.SortStableFunc(d.Nodes, func(a, b shareDoc) int { return cmp.Or(compareNames(a.Zone, b.Zone), compareNames(a.Node, b.Node)) })
 	d.Mean = float64(d.Slots) / float64(len(counts))
 	d.MaxOverMean = float64(d.Max) / d.Mean
+	d.Imbalance = imbalanceDoc{
+		Slots:        d.imbalance(func(s shareDoc) (float64, bool) { return float64(s.Slots), true }),
+		Records:      d.imbalance(func(s shareDoc) (float64, bool) { return float64(deref(s.Records)), s.Records != nil }),
+		Bytes:        d.imbalance(func(s shareDoc) (float64, bool) { return float64(deref(s.Bytes)), s.Bytes != nil }),
+		OpsPerSecond: d.imbalance(func(s shareDoc) (float64, bool) { return float64(deref(s.OpsPerSecond)), s.OpsPerSecond != nil }),
+	}
 	return d
+}
+
+// deref is what p points to, or zero.
+func deref[T any](p *T) (v T) {
+	if p != nil {
+		v = *p
+	}
+	return v
+}
+
+// imbalance is the maximum over the mean of a measure of the nodes with slots, nil where
+// there is nothing to compare.
+func (d distributionDoc) imbalance(of func(shareDoc) (float64, bool)) *float64 {
+	sum, most, nodes := 0.0, 0.0, 0
+	for _, n := range d.Nodes {
+		if x, ok := of(n); ok && n.Slots > 0 {
+			sum, most, nodes = sum+x, max(most, x), nodes+1
+		}
+	}
+	ratio := most * float64(nodes) / sum
+	if !(sum > 0) || math.IsInf(ratio, 0) || math.IsNaN(ratio) {
+		return nil
+	}
+	return &ratio
 }
 
 func (a *App) ringDistribution() *cobra.Command {
 	return &cobra.Command{
-		Use:     "distribution",
-		Short:   "Show how evenly vnodes are spread over nodes",
-		Long:    "Shows how many vnode slots each data node has. max/mean is how much more than its fair share\nthe fullest node has: 1.00 is perfect. Spares have no slots and do not count for the mean.",
-		Example: "  kvctl ring distribution",
+		Use:   "distribution",
+		Short: "Show how evenly vnodes and data are spread over nodes",
+		Long: `Shows how many vnode slots each data node has, about how many records and bytes it holds as
+their replica (tombstones included), and how many operations a second it coordinates, as the
+nodes say themselves. A vnode that repair has not read yet counts by its space on disk, which
+is compressed. max/mean is how much more than its fair share the fullest node has:
+1.00 is perfect. Spares have no slots and do not count for the mean.`,
+		Example: "  kvctl ring distribution\n  kvctl ring distribution -o json",
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			t, err := a.formedTopology(cmd.Context())
 			if err != nil {
 				return err
 			}
-			d := distributionOf(t)
+			uses, failed, err := a.uses(cmd.Context(), t)
+			if err != nil {
+				return err
+			}
+			for _, why := range failed {
+				a.warn("%s", why)
+			}
+			d := distributionOf(t, uses)
 			return a.print(d, d.write)
 		},
 	}
 }
 
 func (d distributionDoc) write(w io.Writer) {
-	tab := newTable("NODE", "ZONE", ">SLOTS", ">SHARE", "")
+	tab := newTable("NODE", "ZONE", ">SLOTS", ">SHARE", ">RECORDS", ">DATA", ">OPS/S", "")
 	for _, n := range d.Nodes {
-		bar := strings.Repeat("█", int(float64(n.Slots)/float64(d.Max)*40+0.5))
+		bar := strings.Repeat("█", int(float64(n.Slots)/float64(d.Max)*barWidth+0.5))
 		if n.Slots == 0 {
 			bar = "spare"
 		}
-		tab.add(n.Node, n.Zone, n.Slots, fmt.Sprintf("%.1f%%", n.Share*100), bar)
+		records, data, ops := "-", "-", "-"
+		if n.Records != nil {
+			records, data, ops = countText(int64(*n.Records)), sizeText(*n.Bytes), rateText(float64(*n.OpsPerSecond))
+		}
+		tab.add(n.Node, n.Zone, n.Slots, fmt.Sprintf("%.1f%%", n.Share*100), records, data, ops, bar)
 	}
 	tab.write(w)
 	fmt.Fprintf(w, "\n%s, mean %.1f, max %d, max/mean %.2f\n", plural(d.Slots, "slot"), d.Mean, d.Max, d.MaxOverMean)
+	var also []string
+	for _, m := range []struct {
+		name string
+		is   *float64
+	}{{"records", d.Imbalance.Records}, {"data", d.Imbalance.Bytes}, {"operations", d.Imbalance.OpsPerSecond}} {
+		if m.is != nil {
+			also = append(also, fmt.Sprintf("of %s %.2f", m.name, *m.is))
+		}
+	}
+	if len(also) > 0 {
+		fmt.Fprintf(w, "max/mean %s\n", strings.Join(also, ", "))
+	}
 }

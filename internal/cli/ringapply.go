@@ -87,6 +87,9 @@ func (d *planDoc) operation() (*topologyv1.Operation, error) {
 	}
 	op := &topologyv1.Operation{Kind: d.Kind, Title: d.Title}
 	for _, m := range d.Moves {
+		if m.From == nil {
+			return nil, usagef("the move of vnode %d slot %d does not say from where: make the plan again", m.Vnode, m.Slot)
+		}
 		op.Moves = append(op.Moves, &topologyv1.Move{Vnode: uint32(m.Vnode), Slot: uint32(m.Slot), From: m.From.Incarnation, To: m.To.Incarnation})
 	}
 	for _, n := range d.Leave {
@@ -163,12 +166,18 @@ const maxReplans = 5
 // planAndStart plans, shows the plan and asks, and has it begun. Where the topology
 // changes in between, it plans again what was agreed to.
 func (a *App) planAndStart(ctx context.Context, r planRequest, f applyFlags) error {
+	var uses ringUse
 	for try := 0; ; try++ {
 		t, err := a.formedTopology(ctx)
 		if err != nil {
 			return err
 		}
-		d, err := planRing(t, r)
+		if try == 0 {
+			if uses, _, err = a.uses(ctx, t); err != nil {
+				return err
+			}
+		}
+		d, err := planRing(t, r, uses)
 		if err != nil {
 			return err
 		}
@@ -255,15 +264,17 @@ again only when it is emptied.`,
 			func(args []string) (planRequest, error) {
 				return planRequest{kind: "decommission", remove: args, leave: true}, nil
 			}),
-		change("replace OLD=NEW", "Have a spare take the place of a node",
-			`Gives all slots of a node to a spare, and then removes it from the cluster. The old node
-may be dead: then its replicas are rebuilt from the others.`,
-			"  kvctl dev add\n  kvctl node replace node2=node4 --wait",
+		change("replace OLD [NEW]", "Have a spare take the place of a node",
+			`Gives all slots of a node to a spare, and then removes it from the cluster. The two are
+given as OLD NEW or as OLD=NEW. The old node may be dead: then its replicas are rebuilt from
+the others.`,
+			"  kvctl dev add\n  kvctl node replace node2 node4 --wait\n  kvctl node replace node2=node4",
 			func(args []string) (planRequest, error) {
-				if !strings.Contains(args[0], "=") {
-					return planRequest{}, usagef("%q: want OLD=NEW", args[0])
+				pair := strings.Join(args, "=")
+				if strings.Count(pair, "=") != 1 {
+					return planRequest{}, usagef("%q: want OLD NEW, or OLD=NEW", strings.Join(args, " "))
 				}
-				return planRequest{kind: "replace", replace: args[0], leave: true}, nil
+				return planRequest{kind: "replace", replace: pair, leave: true}, nil
 			}),
 	}
 }

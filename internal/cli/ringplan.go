@@ -38,7 +38,7 @@ var strategies = map[string]func(placement.Assignment, []placement.Node, []int) 
 
 func (a *App) ringPlan() *cobra.Command {
 	r := planRequest{kind: "apply"}
-	out := ""
+	var out, replicas string
 	cmd := &cobra.Command{
 		Use:   "plan",
 		Short: "Show what other nodes would change, without changing it",
@@ -47,7 +47,11 @@ spread then. Nothing is changed. --add takes names of registered nodes, or how m
 then spares are taken first, and nodes that are not there yet stand in for the rest, each
 in the zone with the fewest. Without --add and --remove it shows what the strategy would
 change for the nodes that have slots now. --replace gives all slots of one node to another.
-What --out writes, or -o json prints, can be made: see kvctl ring apply.
+What --out writes, or -o json prints, can be made: see kvctl ring apply. --replicas shows
+where the replicas would lie with another N of a namespace: see kvctl namespace set.
+
+Bytes are what the nodes say they hold, the time is a guess: 64 MiB/s for each receiver, and
+at least 2 s for every 8 moves of a node.
 
 even gives every node the same, as far as zones allow, and moves little more than the
 newcomers' share. split has each newcomer take half of one node's slots: it moves least,
@@ -55,13 +59,25 @@ and leaves three nodes and one at 33, 17, 33 and 17%.`,
 		Example: `  kvctl ring plan --add 1
   kvctl ring plan --add 3 --strategy split
   kvctl ring plan --add node4,node5 --remove node1
-  kvctl ring plan --replace node2=node6 --out plan.json`,
+  kvctl ring plan --replace node2=node6 --out plan.json
+  kvctl ring plan --replicas orders=5`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			t, err := a.formedTopology(cmd.Context())
 			if err != nil {
 				return err
 			}
-			d, err := planRing(t, r)
+			uses, _, err := a.uses(cmd.Context(), t)
+			if err != nil {
+				return err
+			}
+			if replicas != "" {
+				d, err := planReplicas(t, replicas, uses)
+				if err != nil {
+					return err
+				}
+				return a.print(d, d.write)
+			}
+			d, err := planRing(t, r, uses)
 			if err != nil {
 				return err
 			}
@@ -78,6 +94,10 @@ and leaves three nodes and one at 33, 17, 33 and 17%.`,
 	}
 	r.addFlags(cmd)
 	cmd.Flags().StringVar(&out, "out", "", "file to write the plan to")
+	cmd.Flags().StringVar(&replicas, "replicas", "", "NAMESPACE=N: another number of replicas")
+	for _, other := range []string{"out", "add", "zone", "remove", "replace", "strategy"} {
+		cmd.MarkFlagsMutuallyExclusive("replicas", other)
+	}
 	return cmd
 }
 
@@ -112,6 +132,13 @@ type planDoc struct {
 	Vnodes int `json:"vnodes_with_moves"`
 	// Forced are the zones whose nodes cannot have the same as all others.
 	Forced []string `json:"forced_zones"`
+	// Bytes is about what the moves copy, EstimatedMs about how long they take; null where
+	// no node says what it holds.
+	Bytes       *uint64   `json:"bytes"`
+	EstimatedMs *int64    `json:"estimated_ms"`
+	Zones       []zoneDoc `json:"zones"`
+	// Violations are what would be worse than now.
+	Violations []string `json:"violations"`
 }
 
 type plannedDoc struct {
@@ -135,10 +162,11 @@ type nodeRef struct {
 }
 
 type slotMoveDoc struct {
-	Vnode int     `json:"vnode"`
-	Slot  int     `json:"slot"`
-	From  nodeRef `json:"from"`
-	To    nodeRef `json:"to"`
+	Vnode int `json:"vnode"`
+	Slot  int `json:"slot"`
+	// From is null for a replica that is new.
+	From *nodeRef `json:"from"`
+	To   nodeRef  `json:"to"`
 }
 
 // planned is a node that a plan is about.
@@ -149,7 +177,8 @@ type planned struct {
 	exists, used, removed bool
 }
 
-func planRing(t *topology.Topology, r planRequest) (*planDoc, error) {
+// planRing plans what is asked for, with what the nodes say they hold.
+func planRing(t *topology.Topology, r planRequest, holds ringUse) (*planDoc, error) {
 	place := strategies[r.strategy]
 	if place == nil {
 		return nil, usagef("there is no strategy %q: use even or split", r.strategy)
@@ -174,14 +203,7 @@ func planRing(t *topology.Topology, r planRequest) (*planDoc, error) {
 			return current, nil
 		}
 	}
-	var current placement.Assignment
-	for i := range t.Ring {
-		var slots []uint64
-		for _, s := range t.Ring[i].Slots {
-			slots = append(slots, cmp.Or(s.Incoming, s.Node)) // what moves will have moved
-		}
-		current = append(current, slots)
-	}
+	current := assignmentOf(t)
 	var uses []int
 	for i := range t.Namespaces {
 		uses = append(uses, t.Namespaces[i].N)
@@ -199,16 +221,18 @@ func planRing(t *topology.Topology, r planRequest) (*planDoc, error) {
 	}
 	next, err := place(current, members, uses)
 	if errors.Is(err, placement.ErrTooFewNodes) {
-		return nil, usagef("%w would be left: remove fewer, add some, or lower N of the namespaces", err)
+		return nil, tooFewNodes(t, len(members))
 	}
 	if err != nil {
 		return nil, err
 	}
 	d := &planDoc{
 		Format: planFormat, Kind: r.kind, Title: r.title(), Strategy: r.strategy, Epoch: t.Epoch,
-		Leave: []nodeRef{}, Moves: []slotMoveDoc{}, Forced: []string{},
+		Leave: []nodeRef{}, Moves: []slotMoveDoc{}, Forced: []string{}, Violations: []string{},
 	}
+	zoneOf := map[uint64]string{}
 	for _, n := range nodes {
+		zoneOf[n.ID] = n.Zone
 		if r.leave && n.removed {
 			d.Leave = append(d.Leave, nodeRef{n.name, n.ID})
 		}
@@ -221,7 +245,7 @@ func planRing(t *topology.Topology, r planRequest) (*planDoc, error) {
 			before[current[v][s]]++
 			after[n]++
 			if n != current[v][s] {
-				d.Moves = append(d.Moves, slotMoveDoc{v, s, nodeRef{t.NodeName(current[v][s]), current[v][s]}, refs[n]})
+				d.Moves = append(d.Moves, slotMoveDoc{v, s, &nodeRef{t.NodeName(current[v][s]), current[v][s]}, refs[n]})
 			}
 		}
 		if len(d.Moves) > moves {
@@ -236,7 +260,7 @@ func planRing(t *topology.Topology, r planRequest) (*planDoc, error) {
 	for _, n := range members {
 		after[n.ID] += 0 // with nothing, it counts too
 	}
-	slices.SortStableFunc(d.Nodes, func(a, b plannedDoc) int { return cmp.Or(compareNames(a.Zone, b.Zone), compareNames(a.Node, b.Node)) })
+	sortPlanned(d.Nodes)
 	d.Before, d.After = evenness(before), evenness(after)
 	for zone, s := range placement.Shares(members, len(next), len(next[0])) {
 		if s.Forced {
@@ -244,7 +268,27 @@ func planRing(t *topology.Topology, r planRequest) (*planDoc, error) {
 		}
 	}
 	slices.SortFunc(d.Forced, compareNames)
+	d.Zones = zonesOf(d.Nodes)
+	d.Violations = append(d.Violations, crowded(t, current, next, zoneOf)...)
+	d.Bytes, d.EstimatedMs = holds.estimate(t, d.Moves, func(ns *topology.Namespace, slot int) bool { return slot < ns.Wide() })
 	return d, nil
+}
+
+// assignmentOf returns the nodes of all slots when the moves under way are done.
+func assignmentOf(t *topology.Topology) placement.Assignment {
+	var out placement.Assignment
+	for i := range t.Ring {
+		var slots []uint64
+		for _, s := range t.Ring[i].Slots {
+			slots = append(slots, cmp.Or(s.Incoming, s.Node))
+		}
+		out = append(out, slots)
+	}
+	return out
+}
+
+func sortPlanned(nodes []plannedDoc) {
+	slices.SortStableFunc(nodes, func(a, b plannedDoc) int { return cmp.Or(compareNames(a.Zone, b.Zone), compareNames(a.Node, b.Node)) })
 }
 
 // nodes returns the data nodes that a plan is about, those without slots only where
@@ -412,12 +456,14 @@ func evenness(slots map[uint64]int) evennessDoc {
 	return evennessDoc{float64(most) / mean, math.Sqrt(squares / float64(len(slots)))}
 }
 
+// share writes how much of all slots some are.
+func (d *planDoc) share(n int) string { return fmt.Sprintf("%.1f%%", 100*float64(n)/float64(d.Slots)) }
+
 func (d *planDoc) write(w io.Writer) {
 	most := 0
 	for _, n := range d.Nodes {
 		most = max(most, n.Before, n.After)
 	}
-	share := func(n int) string { return fmt.Sprintf("%.1f%%", 100*float64(n)/float64(d.Slots)) }
 	bar := func(n int) string { return strings.Repeat("█", int(float64(n)/float64(most)*24+0.5)) }
 	tab := newTable("NODE", "ZONE", ">BEFORE", "", ">AFTER", "")
 	for _, n := range d.Nodes {
@@ -425,16 +471,21 @@ func (d *planDoc) write(w io.Writer) {
 		if !n.Exists {
 			name += " (to be started)"
 		}
-		tab.add(name, n.Zone, share(n.Before), bar(n.Before), share(n.After), bar(n.After))
+		tab.add(name, n.Zone, d.share(n.Before), bar(n.Before), d.share(n.After), bar(n.After))
 	}
 	tab.write(w)
+	d.writeZones(w)
 	fmt.Fprintf(w, "\nmax/mean %.2f, then %.2f; standard deviation %.1f slots, then %.1f\n", d.Before.MaxOverMean, d.After.MaxOverMean, d.Before.Deviation, d.After.Deviation)
 	if len(d.Moves) == 0 {
 		fmt.Fprintf(w, "nothing would move: strategy %s, epoch %s\n", d.Strategy, topology.EpochString(d.Epoch))
 		return
 	}
-	fmt.Fprintf(w, "%d of %s would move, %s of the data, in %s: strategy %s, epoch %s\n", len(d.Moves), plural(d.Slots, "slot"), share(len(d.Moves)),
+	fmt.Fprintf(w, "%d of %s would move, %s of the data, in %s: strategy %s, epoch %s\n", len(d.Moves), plural(d.Slots, "slot"), d.share(len(d.Moves)),
 		plural(d.Vnodes, "vnode"), d.Strategy, topology.EpochString(d.Epoch))
+	d.writeCost(w)
+	for _, v := range d.Violations {
+		fmt.Fprintln(w, "worse than now:", v)
+	}
 	if len(d.Forced) > 0 {
 		fmt.Fprintf(w, "every vnode's replicas lie in as many zones as they can: that keeps the nodes of %s from having what all others have\n", zonesText(d.Forced))
 	}

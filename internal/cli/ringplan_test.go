@@ -9,6 +9,7 @@ import (
 
 	"github.com/kvasirdb/kvasir/internal/placement"
 	"github.com/kvasirdb/kvasir/internal/topology"
+	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
 )
 
 // ringOf returns a ring of 256 vnodes on a node in each of some zones, with N=3.
@@ -61,7 +62,7 @@ func TestPlanRing(t *testing.T) {
 				n := len(tc.zones) + i + 1
 				top.Nodes = append(top.Nodes, topology.Node{Incarnation: uint64(n), Name: fmt.Sprint("node", n), Zone: tc.zones[0], Role: topology.Data})
 			}
-			d, err := planRing(top, tc.r)
+			d, err := planRing(top, tc.r, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -101,6 +102,8 @@ func sortedBy(want, got []string) (out []string) {
 
 func TestRingPlan(t *testing.T) {
 	f := newFake(t, 4)
+	f.run("ring", "plan", "--add", "1").want(t, 0, "bytes and time are not known")
+	f.holds()
 	golden(t, "ring-plan", f.run("ring", "plan", "--add", "1").want(t, 0).stdout)
 	golden(t, "ring-plan-json", f.run("ring", "plan", "--add", "1", "-o", "json").want(t, 0).stdout)
 	for _, args := range [][]string{
@@ -109,4 +112,80 @@ func TestRingPlan(t *testing.T) {
 		f.run(append([]string{"ring", "plan"}, args...)...).want(t, 2)
 	}
 	f.run("ring", "plan", "--remove", "nobody").want(t, 3)
+	f.run("ring", "plan", "--remove", "node2,node3").want(t, 2, "2 nodes would be left with slots")
+}
+
+func TestRingPlanOfReplicas(t *testing.T) {
+	f := newFake(t, 4)
+	f.mu.Lock()
+	for _, v := range f.mu.topology.GetRing() {
+		v.Slots = v.Slots[:3]
+	}
+	f.mu.Unlock()
+	f.holds()
+	golden(t, "ring-plan-replicas", f.run("ring", "plan", "--replicas", "default=4").want(t, 0).stdout)
+	d := decode(t, f.run("ring", "plan", "--replicas", "default=4", "-o", "json").want(t, 0).stdout)
+	if moves := d["moves"].([]any); d["kind"] != "replicas" || d["from_n"] != 3.0 || d["n"] != 4.0 || len(moves) != 8 || moves[0].(map[string]any)["from"] != nil {
+		t.Errorf("document %v", d)
+	}
+	f.run("ring", "plan", "--replicas", "default=2").want(t, 0, "nothing is copied")
+	f.runWith(func(a *App) {
+		a.Stdin = strings.NewReader(f.run("ring", "plan", "--replicas", "default=4", "-o", "json").stdout)
+	}, "ring", "apply", "-").want(t, 2, "plan")
+	for _, args := range [][]string{{"default"}, {"default=x"}, {"default=0"}, {"default=3"}, {"default=4", "--add", "1"}, {"default=4", "--out", "x"}} {
+		f.run(append([]string{"ring", "plan", "--replicas"}, args...)...).want(t, 2)
+	}
+	f.run("ring", "plan", "--replicas", "default=5").want(t, 2, "N=5 needs 5 nodes with slots, there are 4")
+	f.run("ring", "plan", "--replicas", "nope=2").want(t, 3, "nope")
+}
+
+// TestPlanCost: bytes are those of what is copied, the time that of the busiest node, and
+// what gets worse is named.
+func TestPlanCost(t *testing.T) {
+	top := ringOf(t, "a", "b", "c", "a")
+	top.Namespaces = append(top.Namespaces, topology.Namespace{ID: 2, Name: "one", N: 1})
+	holds := ringUse{}
+	for v := range top.Ring {
+		for s, slot := range top.Ring[v].Slots {
+			if holds[slot.Node] == nil {
+				holds[slot.Node] = &nodeUse{}
+			}
+			u := holds[slot.Node]
+			u.vnodes = append(u.vnodes, &adminv1.VnodeUse{NamespaceId: 1, Vnode: uint32(v), Bytes: 1 << 20})
+			if s == 0 {
+				u.vnodes = append(u.vnodes, &adminv1.VnodeUse{NamespaceId: 2, Vnode: uint32(v), Bytes: 64 << 20})
+			}
+		}
+	}
+	d, err := planRing(top, planRequest{remove: []string{"node2"}, strategy: "even"}, holds)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, in, touched := uint64(0), map[string]uint64{}, map[string]int{}
+	for _, m := range d.Moves {
+		size := uint64(1 << 20)
+		if m.Slot == 0 {
+			size += 64 << 20
+		}
+		want += size
+		in[m.To.Node] += size
+		touched[m.To.Node]++
+		touched[m.From.Node]++
+	}
+	if d.Bytes == nil || *d.Bytes != want {
+		t.Errorf("bytes %v, want %d", d.Bytes, want)
+	}
+	most := int64(0)
+	for n, moves := range touched {
+		most = max(most, int64(in[n])*1000/moveBandwidth, int64(moves+7)/8*2000)
+	}
+	if *d.EstimatedMs != most {
+		t.Errorf("%d ms, want %d", *d.EstimatedMs, most)
+	}
+	if len(d.Violations) != 1 || !strings.Contains(d.Violations[0], "namespace default, N=3: two replicas would share a zone in 256 of 256 vnodes, now in 0") {
+		t.Errorf("violations %q", d.Violations)
+	}
+	if len(d.Zones) != 3 || d.Zones[1].NodesBefore != 1 || d.Zones[1].NodesAfter != 0 || d.Zones[1].SlotsAfter != 0 {
+		t.Errorf("zones %+v", d.Zones)
+	}
 }

@@ -1,0 +1,177 @@
+package cli
+
+import (
+	"cmp"
+	"fmt"
+	"io"
+	"slices"
+	"time"
+
+	"github.com/kvasirdb/kvasir/internal/placement"
+	"github.com/kvasirdb/kvasir/internal/topology"
+)
+
+// placeOf names the records of a namespace in a vnode.
+type placeOf struct{ namespace, vnode uint32 }
+
+// places returns what each place holds: the most that a replica of it says.
+func (u ringUse) places() map[placeOf]uint64 {
+	out := map[placeOf]uint64{}
+	for _, n := range u {
+		for _, v := range n.vnodes {
+			p := placeOf{v.GetNamespaceId(), v.GetVnode()}
+			out[p] = max(out[p], v.GetBytes())
+		}
+	}
+	return out
+}
+
+const (
+	// moveBandwidth is what a node takes in at most in a second, if nobody set it otherwise.
+	moveBandwidth = 64 << 20
+	// movesPerNode is how many moves into and out of a node are under way at a time, and
+	// moveRound how long so many take at least.
+	movesPerNode = 8
+	moveRound    = 2 * time.Second
+)
+
+// estimate says what moves copy, and about how long it takes: nil where no node said
+// what it holds.
+func (u ringUse) estimate(t *topology.Topology, moves []slotMoveDoc, copied func(ns *topology.Namespace, slot int) bool) (bytes *uint64, ms *int64) {
+	if len(u) == 0 {
+		return nil, nil
+	}
+	type load struct {
+		in    uint64
+		moves int
+	}
+	places := u.places()
+	loads := map[nodeRef]*load{}
+	of := func(n *nodeRef) *load {
+		if n == nil {
+			return &load{}
+		}
+		if loads[*n] == nil {
+			loads[*n] = &load{}
+		}
+		return loads[*n]
+	}
+	sum := uint64(0)
+	for _, m := range moves {
+		size := uint64(0)
+		for i := range t.Namespaces {
+			if ns := &t.Namespaces[i]; copied(ns, m.Slot) {
+				size += places[placeOf{ns.ID, uint32(m.Vnode)}]
+			}
+		}
+		sum += size
+		of(m.From).moves++
+		to := of(&m.To)
+		to.moves++
+		to.in += size
+	}
+	longest := time.Duration(0)
+	for _, l := range loads {
+		rounds := time.Duration((l.moves + movesPerNode - 1) / movesPerNode)
+		longest = max(longest, rounds*moveRound, time.Duration(float64(l.in)/moveBandwidth*float64(time.Second)))
+	}
+	return &sum, ptr(longest.Milliseconds())
+}
+
+// zoneDoc is what a plan makes of a zone.
+type zoneDoc struct {
+	Zone        string `json:"zone"`
+	NodesBefore int    `json:"nodes_before"`
+	NodesAfter  int    `json:"nodes_after"`
+	SlotsBefore int    `json:"slots_before"`
+	SlotsAfter  int    `json:"slots_after"`
+}
+
+// zonesOf sums nodes with slots, and their slots, by zone.
+func zonesOf(nodes []plannedDoc) []zoneDoc {
+	zones := map[string]*zoneDoc{}
+	out := []zoneDoc{}
+	for _, n := range nodes {
+		z := zones[n.Zone]
+		if z == nil {
+			z = &zoneDoc{Zone: n.Zone}
+			zones[n.Zone] = z
+		}
+		z.SlotsBefore += n.Before
+		z.SlotsAfter += n.After
+		if n.Before > 0 {
+			z.NodesBefore++
+		}
+		if n.After > 0 {
+			z.NodesAfter++
+		}
+	}
+	for _, z := range zones {
+		out = append(out, *z)
+	}
+	slices.SortFunc(out, func(a, b zoneDoc) int { return cmp.Or(compareNames(a.Zone, b.Zone), cmp.Compare(a.Zone, b.Zone)) })
+	return out
+}
+
+// tooFewNodes says which namespace needs more nodes than would be left.
+func tooFewNodes(t *topology.Topology, left int) error {
+	most := &t.Namespaces[0]
+	for i := range t.Namespaces {
+		if ns := &t.Namespaces[i]; ns.Wide() > most.Wide() {
+			most = ns
+		}
+	}
+	if most.Wide() <= left { // the ring still has slots that no namespace uses any more
+		return usagef("%s would be left with slots, and vnodes have %d: try again in a moment", plural(left, "node"), len(t.Ring[0].Slots))
+	}
+	return usagef("%s would be left with slots, and namespace %s has N=%d: add a node, take fewer away, or lower its N with kvctl namespace set %s --n %d",
+		plural(left, "node"), most.Name, most.Wide(), most.Name, max(left, 1))
+}
+
+// sharing counts the vnodes that have two of their first n replicas in one zone.
+func sharing(a placement.Assignment, n int, zoneOf map[uint64]string) (vnodes int) {
+	for _, slots := range a {
+		zones := map[string]bool{}
+		for _, node := range slots[:n] {
+			zones[zoneOf[node]] = true
+		}
+		if len(zones) < n {
+			vnodes++
+		}
+	}
+	return vnodes
+}
+
+// crowded says of which namespaces more vnodes than now would have two replicas in one
+// zone.
+func crowded(t *topology.Topology, before, after placement.Assignment, zoneOf map[uint64]string) (out []string) {
+	for i := range t.Namespaces {
+		ns := &t.Namespaces[i]
+		if was, will := sharing(before, ns.N, zoneOf), sharing(after, ns.N, zoneOf); will > was {
+			out = append(out, fmt.Sprintf("namespace %s, N=%d: two replicas would share a zone in %d of %s, now in %d", ns.Name, ns.N, will, plural(len(after), "vnode"), was))
+		}
+	}
+	return out
+}
+
+// writeZones writes what becomes of the zones, where there are several.
+func (d *planDoc) writeZones(w io.Writer) {
+	if len(d.Zones) < 2 {
+		return
+	}
+	fmt.Fprintln(w)
+	tab := newTable("ZONE", ">NODES", ">THEN", ">BEFORE", ">AFTER")
+	for _, z := range d.Zones {
+		tab.add(z.Zone, z.NodesBefore, z.NodesAfter, d.share(z.SlotsBefore), d.share(z.SlotsAfter))
+	}
+	tab.write(w)
+}
+
+// writeCost writes about how much is copied, and how long that takes.
+func (d *planDoc) writeCost(w io.Writer) {
+	if d.Bytes == nil {
+		fmt.Fprintln(w, "no node says how much it holds, so bytes and time are not known")
+		return
+	}
+	fmt.Fprintf(w, "about %s would be copied, in about %s\n", sizeText(*d.Bytes), durationText(time.Duration(*d.EstimatedMs)*time.Millisecond))
+}
