@@ -207,9 +207,11 @@ func (d *operationDoc) write(w io.Writer) {
 		"what", d.Title,
 		"state", d.State,
 		d.steps(), fmt.Sprintf("%d of %d done", d.MovesDone, d.Moves),
-		"copied", fmt.Sprintf("%s, %s", sizeText(d.MovedBytes), plural(d.MovedRecords, "record")),
-		"took", durationText(time.Duration(d.TookMs) * time.Millisecond),
 	}
+	if d.Kind != topology.KindReplicas { // what that copied is not kept
+		pairs = append(pairs, "copied", fmt.Sprintf("%s, %s", sizeText(d.MovedBytes), plural(d.MovedRecords, "record")))
+	}
+	pairs = append(pairs, "took", durationText(time.Duration(d.TookMs)*time.Millisecond))
 	if d.WaitsFor != "" {
 		pairs = append(pairs, "waits for", d.WaitsFor)
 	}
@@ -245,7 +247,11 @@ func (a *App) operationLs(ctx context.Context) error {
 		}
 		tab := newTable(">ID", "KIND", "STATE", ">MOVES", ">COPIED", ">TOOK", "WHAT")
 		for _, d := range docs {
-			tab.add(d.ID, d.Kind, d.State, fmt.Sprintf("%d/%d", d.MovesDone, d.Moves), sizeText(d.MovedBytes), durationText(time.Duration(d.TookMs)*time.Millisecond), d.Title)
+			copied := sizeText(d.MovedBytes)
+			if d.Kind == topology.KindReplicas {
+				copied = "-"
+			}
+			tab.add(d.ID, d.Kind, d.State, fmt.Sprintf("%d/%d", d.MovesDone, d.Moves), copied, durationText(time.Duration(d.TookMs)*time.Millisecond), d.Title)
 		}
 		tab.write(w)
 	})
@@ -329,8 +335,12 @@ func (a *App) endFollow(ctx context.Context, o *adminv1.ObservedOperation, state
 	}
 	d := newOperationDoc(t, o)
 	if err := a.print(d, func(w io.Writer) {
-		fmt.Fprintf(w, "operation %d, %s: %s after %s; %d of %d %s, %s copied\n", d.ID, d.Title, d.State,
-			durationText(time.Duration(d.TookMs)*time.Millisecond), d.MovesDone, d.Moves, d.steps(), sizeText(d.MovedBytes))
+		fmt.Fprintf(w, "operation %d, %s: %s after %s; %d of %d %s", d.ID, d.Title, d.State,
+			durationText(time.Duration(d.TookMs)*time.Millisecond), d.MovesDone, d.Moves, d.steps())
+		if d.Kind != topology.KindReplicas {
+			fmt.Fprintf(w, ", %s copied", sizeText(d.MovedBytes))
+		}
+		fmt.Fprintln(w)
 	}); err != nil {
 		return err
 	}

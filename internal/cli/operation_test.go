@@ -149,6 +149,15 @@ func TestOperations(t *testing.T) {
 	golden(t, "operation-ls-json", f.run("operation", "ls", "-o", "json").want(t, 0).stdout)
 	golden(t, "operation-show", f.run("operation", "show", "2").want(t, 0).stdout)
 	golden(t, "operation-show-json", f.run("operation", "show", "2", "-o", "json").want(t, 0).stdout)
+	f.mu.Lock()
+	f.mu.operations = append(f.mu.operations, &adminv1.ObservedOperation{Operation: &topologyv1.Operation{
+		Id: 3, Kind: "replicas", Title: "N of namespace default from 2 to 3", State: topologyv1.Operation_STATE_DONE, NamespaceId: 1, FromN: 2, TargetN: 3,
+		StartedMs: 1772366400000, EndedMs: 1772366406500,
+	}})
+	f.mu.Unlock()
+	golden(t, "operation-show-replicas", f.run("operation", "show", "3").want(t, 0).stdout)
+	f.run("operation", "ls").want(t, 0, "3  replicas  done      1/1        -    6.5 s  N of namespace")
+	f.run("operation", "show", "3", "--wait").want(t, 0, "done after 6.5 s; 1 of 1 replicas\n")
 	f.run("operation", "show", "9").want(t, 3, "there is no operation 9")
 	f.run("operation", "show", "x").want(t, 2, "want its number")
 	f.run("operation", "show", "2", "--wait").want(t, 0, "paused")

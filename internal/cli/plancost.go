@@ -33,6 +33,10 @@ const (
 	// moveRound how long so many take at least.
 	movesPerNode = 8
 	moveRound    = 2 * time.Second
+	// A replica that is new takes no steps of its own: a node fills copiesPerNode at a time,
+	// and so many take copyRound at least.
+	copiesPerNode = 4
+	copyRound     = 200 * time.Millisecond
 )
 
 // estimate says what moves copy, and about how long it takes: nil where no node said
@@ -42,19 +46,16 @@ func (u ringUse) estimate(t *topology.Topology, moves []slotMoveDoc, copied func
 		return nil, nil
 	}
 	type load struct {
-		in    uint64
-		moves int
+		in            uint64
+		moves, copies int
 	}
 	places := u.places()
 	loads := map[nodeRef]*load{}
-	of := func(n *nodeRef) *load {
-		if n == nil {
-			return &load{}
+	of := func(n nodeRef) *load {
+		if loads[n] == nil {
+			loads[n] = &load{}
 		}
-		if loads[*n] == nil {
-			loads[*n] = &load{}
-		}
-		return loads[*n]
+		return loads[n]
 	}
 	sum := uint64(0)
 	for _, m := range moves {
@@ -65,15 +66,22 @@ func (u ringUse) estimate(t *topology.Topology, moves []slotMoveDoc, copied func
 			}
 		}
 		sum += size
-		of(m.From).moves++
-		to := of(&m.To)
-		to.moves++
-		to.in += size
+		of(m.To).in += size
+		if m.From == nil {
+			of(m.To).copies++
+			continue
+		}
+		of(m.To).moves++
+		of(*m.From).moves++
 	}
 	longest := time.Duration(0)
 	for _, l := range loads {
 		rounds := time.Duration((l.moves + movesPerNode - 1) / movesPerNode)
-		longest = max(longest, rounds*moveRound, time.Duration(float64(l.in)/moveBandwidth*float64(time.Second)))
+		copies := time.Duration((l.copies + copiesPerNode - 1) / copiesPerNode)
+		longest = max(longest, rounds*moveRound, copies*copyRound, time.Duration(float64(l.in)/moveBandwidth*float64(time.Second)))
+	}
+	if whole := longest.Truncate(time.Second); whole < longest {
+		longest = whole + time.Second // it is a guess, no more exact than that
 	}
 	return &sum, ptr(longest.Milliseconds())
 }
