@@ -383,6 +383,15 @@ func TestFailedStarts(t *testing.T) {
 		}
 		wantStates(t, c, map[string]string{"node1": Running, "node2": Running, "orch1": Running})
 	})
+	t.Run("removed", func(t *testing.T) {
+		t.Setenv(fakedaemon.Behaviour, "node2=removed")
+		c, said := create(t, 2, 1)
+		startAll(t, c)
+		if got := said.count("node2 was removed from the cluster"); got != 1 {
+			t.Errorf("it is told of %d times", got)
+		}
+		wantStates(t, c, map[string]string{"node1": Running, "node2": Running, "orch1": Running})
+	})
 	t.Run("port taken", func(t *testing.T) {
 		c, _ := create(t, 1, 1)
 		startAll(t, c)

@@ -46,9 +46,13 @@ func quoteLog(lines []string, path string) string {
 	return fmt.Sprintf("  | %s\n  (the end of %s)", strings.Join(lines, "\n  | "), path)
 }
 
+// removedPrefix begins the answer of a node that was removed from the cluster.
+const removedPrefix = "removed: "
+
 // WaitReady waits until every process of the names, all without names, says that it
 // serves. It gives up with a StartError when one of them ends, or when one is not
-// ready in time.
+// ready in time. A node that was removed from the cluster never is: it is told of, and
+// not waited for.
 func (c *Cluster) WaitReady(ctx context.Context, names ...string) error {
 	st, err := loadState(c.dir)
 	if err != nil {
@@ -71,7 +75,13 @@ func (c *Cluster) WaitReady(ctx context.Context, names ...string) error {
 			}
 		}
 		reasons := askAll(ctx, httpClient, waiting)
-		waiting = slices.DeleteFunc(waiting, func(p *process) bool { return reasons[p.Name] == "" })
+		waiting = slices.DeleteFunc(waiting, func(p *process) bool {
+			removed := strings.HasPrefix(reasons[p.Name], removedPrefix)
+			if removed {
+				c.noticef("%s was removed from the cluster and serves no more", p.Name)
+			}
+			return removed || reasons[p.Name] == ""
+		})
 		if len(waiting) == 0 {
 			return nil
 		}
@@ -132,7 +142,11 @@ func ask(ctx context.Context, httpClient *http.Client, adminAddr string) string 
 	if err != nil {
 		return err.Error()
 	}
-	return fmt.Sprintf("/readyz says %q (HTTP %d)", strings.TrimSpace(string(body)), resp.StatusCode)
+	said := strings.TrimSpace(string(body))
+	if strings.HasPrefix(said, removedPrefix) {
+		return said
+	}
+	return fmt.Sprintf("/readyz says %q (HTTP %d)", said, resp.StatusCode)
 }
 
 func namesOf(processes []*process) []string {

@@ -22,8 +22,9 @@ import (
 )
 
 // Behaviour is the environment variable that makes processes misbehave: a list such
-// as "node2=exit,node3=unready,orch1=stubborn". The first ends before it listens,
-// the second is never ready, and the last ignores SIGTERM.
+// as "node2=exit,node3=unready,node4=removed,orch1=stubborn". The first ends before it
+// listens, the second is never ready, the third says that it was removed from the
+// cluster, and the last ignores SIGTERM.
 const Behaviour = "KVASIR_FAKE_BEHAVIOUR"
 
 // lifetime ends processes that a failed test has left behind.
@@ -77,8 +78,14 @@ func run(args []string) error {
 	if slices.Contains(behaves, c.Name+"=exit") {
 		return fmt.Errorf("%s was told to fail", c.Name)
 	}
-	ready := !slices.Contains(behaves, c.Name+"=unready")
-	if err := listen(c, ready); err != nil {
+	unready := ""
+	switch {
+	case slices.Contains(behaves, c.Name+"=unready"):
+		unready = "the ring has not formed"
+	case slices.Contains(behaves, c.Name+"=removed"):
+		unready = "removed: data directory #1 is not part of this cluster any more"
+	}
+	if err := listen(c, unready); err != nil {
 		return err
 	}
 	if err := stamp(c.DataDir, Starts); err != nil {
@@ -98,8 +105,8 @@ func run(args []string) error {
 	}
 }
 
-// listen opens every port of a process, until it exits.
-func listen(c config, ready bool) error {
+// listen opens every port of a process, until it exits. unready is why it is not ready.
+func listen(c config, unready string) error {
 	for _, address := range []string{c.Listen, c.GossipListen, c.RaftListen} {
 		if address == "" {
 			continue
@@ -117,8 +124,8 @@ func listen(c config, ready bool) error {
 	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
-		if !ready {
-			http.Error(w, "the ring has not formed", http.StatusServiceUnavailable)
+		if unready != "" {
+			http.Error(w, unready, http.StatusServiceUnavailable)
 		}
 	})
 	go http.Serve(admin, mux)
