@@ -45,6 +45,8 @@ type fake struct {
 		operations   []*adminv1.ObservedOperation
 		// controlled: an orchestrator leads.
 		controlled bool
+		// overtaken is how many times the epoch changes before an operation can start.
+		overtaken int
 		// holds: nodes say what they hold.
 		holds      bool
 		puts       []*kvv1.PutRequest

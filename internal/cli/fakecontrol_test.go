@@ -138,6 +138,10 @@ func (n *fakeNode) StartOperation(_ context.Context, r *adminv1.StartOperationRe
 	if err := f.led(); err != nil {
 		return nil, err
 	}
+	if f.mu.overtaken > 0 {
+		f.mu.overtaken--
+		f.mu.topology.Epoch++
+	}
 	if r.GetEpoch() != f.mu.topology.GetEpoch() {
 		return nil, rpc.Errorf(codes.Aborted, "EPOCH_CHANGED", "the plan was made for epoch %d, the topology is at epoch %d by now: make the plan again", r.GetEpoch(), f.mu.topology.GetEpoch())
 	}

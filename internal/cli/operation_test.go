@@ -56,7 +56,13 @@ func TestRingApplyOfAPlan(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for name, text := range map[string]string{"empty": "", "half": string(b[:len(b)/2]), "other": `{"format": 2}`, "not ours": `{"a": 1}`} {
+	f.run("ring", "apply", "-").want(t, 2, "- is no plan")
+	other := filepath.Join(t.TempDir(), "other.json")
+	if err := os.WriteFile(other, []byte(strings.Replace(string(b), `"cluster_id": "fake"`, `"cluster_id": "another"`, 1)), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	f.run("ring", "apply", other).want(t, 5, "made for cluster another, this is fake")
+	for name, text := range map[string]string{"twice": string(b) + string(b), "empty": "", "half": string(b[:len(b)/2]), "other": `{"format": 2}`, "not ours": `{"a": 1}`} {
 		bad := filepath.Join(t.TempDir(), "bad.json")
 		if err := os.WriteFile(bad, []byte(text), 0o644); err != nil {
 			t.Fatal(err)
@@ -83,6 +89,15 @@ func TestRingApplyByFlags(t *testing.T) {
 		}
 	}
 	f.run("ring", "apply").want(t, 0) // the ring of the fake is even
+	overtake := func(times int) {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.mu.overtaken = times
+	}
+	overtake(maxReplans)
+	f.run("ring", "apply", "--add", "node4", "--yes").want(t, 0)
+	overtake(maxReplans + 1)
+	f.run("ring", "apply", "--add", "node4", "--yes").want(t, 5, "make the plan again")
 	d := decode(t, f.run("ring", "apply", "--add", "node4", "--yes", "-o", "json").want(t, 0).stdout)
 	if d["kind"] != "apply" || d["state"] != "running" || d["moves"] == 0.0 || d["started_at"] != "2026-03-01T12:00:00Z" {
 		t.Errorf("document %v", d)

@@ -47,7 +47,7 @@ func planReplicas(t *topology.Topology, asked string, holds ringUse) (*replicasD
 		return nil, err
 	}
 	d := &replicasDoc{Namespace: name, FromN: ns.N, N: n}
-	d.Format, d.Kind, d.Strategy, d.Epoch = planFormat, topology.KindReplicas, "widen", t.Epoch
+	d.Format, d.Cluster, d.Kind, d.Strategy, d.Epoch = planFormat, t.ClusterID, topology.KindReplicas, "widen", t.Epoch
 	d.Title = fmt.Sprintf("N of namespace %s from %d to %d", name, ns.N, n)
 	d.Leave, d.Moves, d.Forced, d.Violations = []nodeRef{}, []slotMoveDoc{}, []string{}, []string{}
 	before, after := map[uint64]int{}, map[uint64]int{}

@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 
 	"github.com/kvasirdb/kvasir/internal/rpc"
 	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
@@ -49,6 +50,9 @@ func (a *App) readPlan(path string) (*planDoc, error) {
 	dec.DisallowUnknownFields()
 	if err := dec.Decode(d); err != nil {
 		return nil, usagef("%s is no plan: %w", path, err)
+	}
+	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
+		return nil, usagef("%s is no plan: something follows it", path)
 	}
 	if d.Format != planFormat {
 		return nil, usagef("%s is a plan of format %d, this kvctl knows format %d: make the plan again", path, d.Format, planFormat)
@@ -132,6 +136,13 @@ One operation runs at a time: see kvctl operation.`,
 			d, err := a.readPlan(args[0])
 			if err != nil {
 				return err
+			}
+			t, err := a.formedTopology(cmd.Context())
+			if err != nil {
+				return err
+			}
+			if d.Cluster != t.ClusterID {
+				return rpc.Errorf(codes.Aborted, "WRONG_CLUSTER", "the plan was made for cluster %s, this is %s: make the plan here", d.Cluster, t.ClusterID)
 			}
 			op, err := a.start(cmd.Context(), d)
 			if err != nil {

@@ -118,6 +118,7 @@ const planFormat = 1
 // planDoc is a plan as a document.
 type planDoc struct {
 	Format   int           `json:"format"`
+	Cluster  string        `json:"cluster_id"`
 	Kind     string        `json:"kind"`
 	Title    string        `json:"title"`
 	Strategy string        `json:"strategy"`
@@ -227,7 +228,7 @@ func planRing(t *topology.Topology, r planRequest, holds ringUse) (*planDoc, err
 		return nil, err
 	}
 	d := &planDoc{
-		Format: planFormat, Kind: r.kind, Title: r.title(), Strategy: r.strategy, Epoch: t.Epoch,
+		Format: planFormat, Cluster: t.ClusterID, Kind: r.kind, Title: r.title(), Strategy: r.strategy, Epoch: t.Epoch,
 		Leave: []nodeRef{}, Moves: []slotMoveDoc{}, Forced: []string{}, Violations: []string{},
 	}
 	zoneOf := map[uint64]string{}
