@@ -301,7 +301,7 @@ const (
 // followOperation shows how far an operation has come until it ends, or is paused.
 // While no orchestrator answers it waits: the operation goes on when one does.
 func (a *App) followOperation(ctx context.Context, id uint64) error {
-	said, rate := time.Time{}, moveRate{}
+	said, speed := time.Time{}, pace{}
 	for {
 		o, err := a.operation(ctx, id)
 		switch {
@@ -316,7 +316,8 @@ func (a *App) followOperation(ctx context.Context, id uint64) error {
 				a.unfollow()
 				return a.endFollow(ctx, o, state)
 			}
-			a.followed(progressText(o, rate.of(copiedBytes(o), time.Now())), &said)
+			speed.note(copiedBytes(o), movesDone(o.GetOperation()), time.Now())
+			a.followed(progressText(o, &speed), &said)
 		}
 		select {
 		case <-ctx.Done():
@@ -367,32 +368,54 @@ func (a *App) unfollow() {
 	}
 }
 
-// moveRate is how fast an operation copies, over the last rateWindow it was looked at.
-type moveRate struct{ seen []copiedAt }
+// pace is how fast an operation goes, by what was seen of it in the last paceWindow.
+type pace struct {
+	seen []copiedAt
+	// moved is when something was last seen to have changed.
+	moved time.Time
+}
 
 type copiedAt struct {
 	bytes uint64
+	done  int
 	at    time.Time
 }
 
-const rateWindow = 10 * time.Second
+// An operation stands still that has not changed for stillAfter: then it matters what it
+// waits for, while between two steps it always waits for something.
+const (
+	paceWindow = 10 * time.Second
+	stillAfter = 3 * time.Second
+)
 
-// of notes how much has been copied by now, and returns the bytes of a second, 0 while
-// they are not known.
-func (r *moveRate) of(bytes uint64, now time.Time) float64 {
-	if n := len(r.seen); n > 0 && r.seen[n-1].bytes > bytes {
-		r.seen = nil // what was taken back counts no more
+// note takes in how far an operation has come by now.
+func (p *pace) note(bytes uint64, done int, now time.Time) {
+	last := copiedAt{at: now}
+	if n := len(p.seen); n > 0 {
+		last = p.seen[n-1]
 	}
-	r.seen = append(r.seen, copiedAt{bytes, now})
-	for len(r.seen) > 2 && now.Sub(r.seen[1].at) >= rateWindow {
-		r.seen = r.seen[1:]
+	if len(p.seen) == 0 || last.bytes != bytes || last.done != done {
+		p.moved = now
 	}
-	first := r.seen[0]
-	if span := now.Sub(first.at); span > 0 {
-		return float64(bytes-first.bytes) / span.Seconds()
+	if last.bytes > bytes {
+		p.seen = nil // what was taken back counts no more
+	}
+	p.seen = append(p.seen, copiedAt{bytes, done, now})
+	for len(p.seen) > 2 && now.Sub(p.seen[1].at) >= paceWindow {
+		p.seen = p.seen[1:]
+	}
+}
+
+// bytesPerSecond is 0 while it is not known.
+func (p *pace) bytesPerSecond() float64 {
+	first, last := p.seen[0], p.seen[len(p.seen)-1]
+	if span := last.at.Sub(first.at); span > 0 {
+		return float64(last.bytes-first.bytes) / span.Seconds()
 	}
 	return 0
 }
+
+func (p *pace) still() bool { return p.seen[len(p.seen)-1].at.Sub(p.moved) >= stillAfter }
 
 // copiedBytes is what an operation has copied, with the moves that are under way.
 func copiedBytes(o *adminv1.ObservedOperation) uint64 {
@@ -404,7 +427,7 @@ func copiedBytes(o *adminv1.ObservedOperation) uint64 {
 }
 
 // progressText is how far an operation has come, in a line.
-func progressText(o *adminv1.ObservedOperation, bytesPerSecond float64) string {
+func progressText(o *adminv1.ObservedOperation, speed *pace) string {
 	op := o.GetOperation()
 	done, all, bytes := movesDone(op), len(op.GetMoves()), copiedBytes(o)
 	waits := ""
@@ -421,14 +444,14 @@ func progressText(o *adminv1.ObservedOperation, bytesPerSecond float64) string {
 	if op.GetKind() == topology.KindReplicas {
 		text = fmt.Sprintf("operation %d  %s  %s", op.GetId(), op.GetTitle(), sizeText(bytes))
 	}
-	if bytesPerSecond > 0 {
-		text += fmt.Sprintf("  %s/s", sizeText(uint64(bytesPerSecond)))
+	if speed.still() && waits != "" {
+		return text + "  waits: " + waits
+	}
+	if rate := speed.bytesPerSecond(); rate > 0 {
+		text += fmt.Sprintf("  %s/s", sizeText(uint64(rate)))
 	}
 	if elapsed := time.Since(time.UnixMilli(int64(op.GetStartedMs()))); done > 0 && done < all && elapsed > 0 {
 		text += fmt.Sprintf("  about %s left", durationText((elapsed * time.Duration(all-done) / time.Duration(done)).Round(time.Second)))
-	}
-	if waits != "" && waits != "it is being filled" {
-		text += "  waits: " + waits
 	}
 	return text
 }

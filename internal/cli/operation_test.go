@@ -116,7 +116,10 @@ func TestNodesComeAndGo(t *testing.T) {
 	if op := f.begun(); op.GetKind() != "drain" || len(op.GetRemove()) != 0 {
 		t.Errorf("operation %v", op)
 	}
-	f.run("node", "decommission", "node2", "--yes", "--wait").want(t, 0, "operation 2, decommission node2: done")
+	r := f.run("node", "decommission", "node2", "--yes", "--wait").want(t, 0, "operation 2, decommission node2: done")
+	if !strings.Contains(r.stderr, "\nnode2, #2, then leaves the cluster\n") {
+		t.Errorf("the plan is %s", r.stderr)
+	}
 	if op := f.begun(); op.GetKind() != "decommission" || len(op.GetRemove()) != 1 || op.GetRemove()[0] != 2 {
 		t.Errorf("operation %v", op)
 	}
@@ -181,20 +184,36 @@ func TestOperations(t *testing.T) {
 	f.run("operation", "abort", "2", "--wait").want(t, 1, "operation 2, add node4: aborted")
 }
 
-func TestMoveRate(t *testing.T) {
+func TestPace(t *testing.T) {
 	start := time.Unix(1000, 0)
-	var r moveRate
+	var p pace
 	for _, c := range []struct {
 		after time.Duration
 		bytes uint64
-		want  float64
+		done  int
+		rate  float64
+		still bool
 	}{
-		{0, 500, 0}, {time.Second, 1500, 1000}, {2 * time.Second, 1500, 500},
-		{11 * time.Second, 11_500, 1000}, {12 * time.Second, 11_500, 1000}, // the first second is out of the window
-		{13 * time.Second, 100, 0}, {14 * time.Second, 300, 200}, // something was taken back
+		{0, 500, 0, 0, false}, {time.Second, 1500, 0, 1000, false}, {2 * time.Second, 1500, 1, 500, false},
+		{4 * time.Second, 1500, 1, 250, false}, {5 * time.Second, 1500, 1, 200, true},
+		{12 * time.Second, 22_500, 1, 2100, false},                                   // the first seconds are out of the window
+		{13 * time.Second, 100, 1, 0, false}, {14 * time.Second, 300, 1, 200, false}, // something was taken back
 	} {
-		if got := r.of(c.bytes, start.Add(c.after)); got != c.want {
-			t.Errorf("after %s: %v bytes a second, want %v", c.after, got, c.want)
+		p.note(c.bytes, c.done, start.Add(c.after))
+		if rate := p.bytesPerSecond(); rate != c.rate || p.still() != c.still {
+			t.Errorf("after %s: %v bytes a second, still: %v, want %v, %v", c.after, rate, p.still(), c.rate, c.still)
 		}
+	}
+	o := &adminv1.ObservedOperation{
+		Operation: &topologyv1.Operation{Id: 7, State: topologyv1.Operation_STATE_RUNNING, Moves: []*topologyv1.Move{{}, {}}},
+		Moving:    []*adminv1.MoveProgress{{Bytes: 300, WaitsFor: "it is being filled"}, {WaitsFor: "node2 is not healthy"}},
+	}
+	if got := progressText(o, &p); strings.Contains(got, "waits") || !strings.HasSuffix(got, "0 of 2 moves  300 B  200 B/s") {
+		t.Errorf("on its way: %s", got)
+	}
+	p.note(300, 1, start.Add(15*time.Second))
+	p.note(300, 1, start.Add(19*time.Second))
+	if got := progressText(o, &p); !strings.HasSuffix(got, "0 of 2 moves  300 B  waits: node2 is not healthy") {
+		t.Errorf("it stands still: %s", got)
 	}
 }

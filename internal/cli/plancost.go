@@ -183,3 +183,10 @@ func (d *planDoc) writeCost(w io.Writer) {
 	}
 	fmt.Fprintf(w, "about %s would be copied, in about %s\n", sizeText(*d.Bytes), durationText(time.Duration(*d.EstimatedMs)*time.Millisecond))
 }
+
+// writeLeave says who leaves the cluster in the end.
+func (d *planDoc) writeLeave(w io.Writer) {
+	for _, n := range d.Leave {
+		fmt.Fprintf(w, "%s, #%d, then leaves the cluster\n", n.Node, n.Incarnation)
+	}
+}

@@ -479,11 +479,13 @@ func (d *planDoc) write(w io.Writer) {
 	fmt.Fprintf(w, "\nmax/mean %.2f, then %.2f; standard deviation %.1f slots, then %.1f\n", d.Before.MaxOverMean, d.After.MaxOverMean, d.Before.Deviation, d.After.Deviation)
 	if len(d.Moves) == 0 {
 		fmt.Fprintf(w, "nothing would move: strategy %s, epoch %s\n", d.Strategy, topology.EpochString(d.Epoch))
+		d.writeLeave(w)
 		return
 	}
 	fmt.Fprintf(w, "%d of %s would move, %s of the data, in %s: strategy %s, epoch %s\n", len(d.Moves), plural(d.Slots, "slot"), d.share(len(d.Moves)),
 		plural(d.Vnodes, "vnode"), d.Strategy, topology.EpochString(d.Epoch))
 	d.writeCost(w)
+	d.writeLeave(w)
 	for _, v := range d.Violations {
 		fmt.Fprintln(w, "worse than now:", v)
 	}
