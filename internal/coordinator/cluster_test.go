@@ -224,7 +224,7 @@ func (c *cluster) newNode(ctx context.Context, id uint64) *node {
 	n.rep = replica.New(replica.Config{
 		Self: id, Store: n.store, Clock: n.clock, Fence: n.fence, Hints: n.hints, Logger: logger,
 		CatchUp: func(ctx context.Context, epoch uint64, _ string) error { return refresh(ctx, epoch) },
-		Refuse:  serve, Open: func(uint32, uint32) bool { return !n.closed.Load() },
+		Refuse:  serve, Open: func(uint32, uint32, uint64) bool { return !n.closed.Load() },
 	})
 	n.loop = rpc.NewLoop(rpc.Replica, func(ctx context.Context, calls []*replicav1.Call, reply func(*replicav1.Reply)) {
 		n.rep.Handle(ctx, "", calls, reply)

@@ -211,7 +211,7 @@ func loadKey(caller, k int) []byte { return fmt.Appendf(nil, "load/%d/%d", calle
 // deadline of 2 s (5 s in a short run, which has no machine to itself); any failure fails the test, and so does any read that misses the
 // caller's last write.
 func loadOn(t *testing.T, c *client.Client, perSecond float64) *load {
-	const callers = 16
+	const callers = 64
 	l := &load{t: t, c: c, stop: make(chan struct{}), began: time.Now(), last: make([][]int, callers)}
 	pace := rate.NewLimiter(rate.Limit(perSecond), 64)
 	t.Cleanup(l.halt) // where the test fails before it ends the load

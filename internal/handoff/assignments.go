@@ -204,13 +204,14 @@ func LoadAssignments(store *storage.Store) (*Assignments, error) {
 }
 
 // Prepare wipes what a topology newly assigns to a node, once for every assignment,
-// and returns when that is on disk. It is called before the topology is taken in:
-// what is left of an earlier assignment must not be there when the first write is.
+// and returns when that is on disk. Until then the place is not open: what is left of
+// an earlier assignment must not be there when the first write is. After a crash the
+// topology can be older than the assignments, which then stay.
 func (a *Assignments) Prepare(self uint64, next *topology.Topology) error {
 	known := a.all()
 	news := false
 	for p, as := range assigned(self, next) {
-		news = news || known[p].Epoch != as.Epoch
+		news = news || known[p].Epoch < as.Epoch
 	}
 	if !news {
 		return nil // most topologies assign nothing here, and need not wait for the disk
@@ -222,7 +223,7 @@ func (a *Assignments) Prepare(self uint64, next *topology.Topology) error {
 	var places []storage.Place
 	fresh := false
 	for p, as := range assigned(self, next) {
-		if all[p].Epoch == as.Epoch {
+		if all[p].Epoch >= as.Epoch {
 			continue
 		}
 		all[p], fresh = as, true
@@ -279,8 +280,8 @@ func assigned(self uint64, t *topology.Topology) map[storage.Place]assignment {
 	return out
 }
 
-// Settle forgets the assignments that are none any more under a topology that has
-// been taken in.
+// Settle forgets the assignments that are none any more under a topology. Later ones
+// stay, for after a crash the topology can be older than they are.
 func (a *Assignments) Settle(self uint64, t *topology.Topology) error {
 	if len(a.all()) == 0 {
 		return nil
@@ -290,7 +291,10 @@ func (a *Assignments) Settle(self uint64, t *topology.Topology) error {
 	all := a.all()
 	now := assigned(self, t)
 	before := len(all)
-	maps.DeleteFunc(all, func(p storage.Place, _ assignment) bool { _, ok := now[p]; return !ok })
+	maps.DeleteFunc(all, func(p storage.Place, as assignment) bool {
+		_, ok := now[p]
+		return !ok && as.Epoch <= t.Epoch
+	})
 	if len(all) == before {
 		return nil
 	}
@@ -318,15 +322,20 @@ func (a *Assignments) complete(done assignment) error {
 	return nil
 }
 
-// Open reports whether a vnode takes records of a namespace. Until then writes count
-// for nothing here, so that those of the epoch that assigned the vnode are held by
-// enough of its other replicas to meet the reads of the epoch before. What is complete
-// has been open, before a restart perhaps.
-func (a *Assignments) Open(namespace, vnode uint32) bool {
+// Open reports whether a vnode that was assigned in an epoch takes records of a
+// namespace. Until then writes count for nothing here, so that those of the epoch that
+// assigned the vnode are held by enough of its other replicas to meet the reads of the
+// epoch before. What is complete has been open, before a restart perhaps.
+func (a *Assignments) Open(namespace, vnode uint32, assigned uint64) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	own, whole := storage.Place{Namespace: namespace, Vnode: vnode}, storage.Place{Vnode: vnode}
-	return a.mu.byPlace[own].Complete || a.mu.byPlace[whole].Complete || a.mu.open[own]
+	own := storage.Place{Namespace: namespace, Vnode: vnode}
+	for _, p := range []storage.Place{own, {Vnode: vnode}} {
+		if as, ok := a.mu.byPlace[p]; ok && as.Epoch == assigned && (as.Complete || a.mu.open[own]) {
+			return true
+		}
+	}
+	return false
 }
 
 // Sweep removes the records of places that the node does not hold any more, which

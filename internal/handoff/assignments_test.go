@@ -104,7 +104,7 @@ func TestAssignmentsAreWipedOnce(t *testing.T) {
 	if got := a.Fillings(); len(got) != 2 || got[0].Epoch != 10 || got[0].Complete {
 		t.Fatalf("fillings %+v", got)
 	}
-	if a.Open(1, 0) {
+	if a.Open(1, 0, 10) {
 		t.Error("a vnode is open before the barrier")
 	}
 	// The assignment's end is noted once a topology without it is in use.
@@ -120,9 +120,20 @@ func TestAssignmentsAreWipedOnce(t *testing.T) {
 		t.Fatalf("swept %v, %v, %d records are left", swept, err, records())
 	}
 	prepare(a, assignedIn(t, 20, 20), 0, "assigned anew")
-	if err := a.complete(assignment{Vnode: 0, Epoch: 20}); err != nil || !a.Open(1, 0) || !load().Open(1, 0) {
+	if err := a.complete(assignment{Vnode: 0, Epoch: 20}); err != nil || !a.Open(1, 0, 20) || !load().Open(1, 0, 20) {
 		t.Errorf("what is complete is open, also after a restart: %v", err)
 	}
+	if a.Open(1, 0, 21) {
+		t.Error("what a newer topology assigns is open before it was wiped")
+	}
+	// The topology comes to disk after the assignment.
+	write()
+	a = load()
+	prepare(a, assignedIn(t, 19, 10), 2, "after a crash, under an older topology that assigned it too")
+	if err := a.Settle(4, assignedIn(t, 19, 0)); err != nil || a.Open(1, 0, 10) {
+		t.Errorf("%v, open %v", err, a.Open(1, 0, 10))
+	}
+	prepare(a, assignedIn(t, 20, 20), 2, "under the topology that assigned it again")
 }
 
 // What has come is noted with what was taken in, for the one assignment, and known

@@ -204,7 +204,7 @@ func (f *Filler) isOpen(t *topology.Topology, j job) bool {
 		return true
 	}
 	for _, ns := range namespaces(t, j) {
-		if !f.cfg.Assignments.Open(ns.ID, j.Vnode) {
+		if !f.cfg.Assignments.Open(ns.ID, j.Vnode, j.Epoch) {
 			return false
 		}
 	}
@@ -333,7 +333,7 @@ func (f *Filler) open(ctx context.Context, t *topology.Topology, j job) error {
 	}
 	var errs []error
 	for _, ns := range namespaces(t, j) {
-		if f.cfg.Assignments.Open(ns.ID, j.Vnode) {
+		if f.cfg.Assignments.Open(ns.ID, j.Vnode, j.Epoch) {
 			continue
 		}
 		sources, err := f.sources(t, j, ns, nil)

@@ -52,7 +52,7 @@ func (m *mover) Go(node uint64, call *replicav1.Call, deadline time.Time, done f
 	return m.old.Go(call, deadline, done)
 }
 
-func newMover(t testing.TB, id uint64, top *topology.Topology, open func(namespace, vnode uint32) bool) *mover {
+func newMover(t testing.TB, id uint64, top *topology.Topology, open func(namespace, vnode uint32, since uint64) bool) *mover {
 	t.Helper()
 	logger := slog.New(slog.DiscardHandler)
 	m := &mover{id: id, fence: replica.NewFence(top)}
@@ -113,7 +113,7 @@ func move(t testing.TB, count int) (from, to *mover, size int64, took time.Durat
 	t.Helper()
 	top := moving(t)
 	from = newMover(t, 3, top, nil)
-	to = newMover(t, 4, top, func(uint32, uint32) bool { return true })
+	to = newMover(t, 4, top, func(uint32, uint32, uint64) bool { return true })
 	// In the order of their keys, as a vnode's records lie on disk after a while.
 	var writes []storage.Write
 	flush := func() {

@@ -209,10 +209,8 @@ func (n *Node) readDirectory() error {
 		return err
 	}
 	n.fence = replica.NewFence(known)
-	if n.assignments, err = handoff.LoadAssignments(n.store); err != nil {
-		return err
-	}
-	return n.assignments.Settle(n.id.Incarnation, known)
+	n.assignments, err = handoff.LoadAssignments(n.store)
+	return err
 }
 
 // introduce makes sure that the node has an incarnation, which takes an orchestrator
@@ -249,8 +247,9 @@ func (n *Node) introduce(ctx context.Context) error {
 // firstTopology keeps what a registration brought.
 func (n *Node) firstTopology(t *topology.Topology) error {
 	first := newTopologies(n.store, n.fence, n.transport, n.id.ClusterID, n.cfg.Orchestrators, n.cfg.Logger)
-	first.prepare, first.adopted = n.prepare, func(*topology.Topology) {}
-	return first.adopt(t)
+	first.adopted = func(*topology.Topology) {}
+	first.keep = func(t *topology.Topology) error { return n.assignments.Prepare(n.id.Incarnation, t) }
+	return errors.Join(first.adopt(t), first.write(n.fence.Topology()))
 }
 
 // serve builds the request path and starts everything that runs.
@@ -263,7 +262,7 @@ func (n *Node) serve(run context.Context) error {
 		return err
 	}
 	n.topologies = newTopologies(n.store, n.fence, n.transport, n.id.ClusterID, cfg.Orchestrators, cfg.Logger)
-	n.topologies.prepare, n.topologies.adopted = n.prepare, n.adopted
+	n.topologies.adopted, n.topologies.keep = n.adopted, n.keep
 	n.replica = replica.New(replica.Config{
 		Self: n.id.Incarnation, Store: n.store, Clock: n.clock, Fence: n.fence, Hints: n.hints, Logger: cfg.Logger,
 		CatchUp: func(ctx context.Context, epoch uint64, address string) error {
@@ -318,11 +317,6 @@ func (n *Node) serve(run context.Context) error {
 	return nil
 }
 
-// prepare makes the disk ready for a topology that is about to be taken in.
-func (n *Node) prepare(next *topology.Topology) error {
-	return n.assignments.Prepare(n.id.Incarnation, next)
-}
-
 // adopted brings the parts up to date with a new topology.
 func (n *Node) adopted(t *topology.Topology) {
 	n.hints.SetBounds(replica.HintBounds{Bytes: t.Settings.MaxHintBytes, Count: uint64(t.Settings.MaxHints), Age: t.Settings.MaxHintAge})
@@ -333,19 +327,27 @@ func (n *Node) adopted(t *topology.Topology) {
 		n.removed.Store(&reason)
 		n.cfg.Logger.Error("this node is no part of the cluster any more", "reason", reason)
 	}
-	n.dropNamespaces(t)
-	n.settle(t)
-	if err := n.replica.VoidCertificates(t); err != nil {
-		n.cfg.Logger.Error("cannot forget certificates that the topology makes void", "err", err)
-	}
 }
 
-// settle ends the assignments that are over, and deletes what was set aside once the
-// node has all it needs again.
-func (n *Node) settle(t *topology.Topology) {
-	if err := n.assignments.Settle(n.id.Incarnation, t); err != nil {
-		n.cfg.Logger.Error("cannot note what the node is filled with", "err", err)
+// keep has the disk follow a topology. Certificates come first: where the node is
+// filled there must be none.
+func (n *Node) keep(t *topology.Topology) error {
+	if err := n.replica.VoidCertificates(t); err != nil {
+		return err
 	}
+	if err := n.assignments.Prepare(n.id.Incarnation, t); err != nil {
+		return err
+	}
+	if err := n.assignments.Settle(n.id.Incarnation, t); err != nil {
+		return err
+	}
+	n.dropNamespaces(t)
+	n.forgetAside(t)
+	return nil
+}
+
+// forgetAside deletes what was set aside once the node has all it needs again.
+func (n *Node) forgetAside(t *topology.Topology) {
 	if len(t.Incoming(n.id.Incarnation)) > 0 || t.SlotCounts(t.Width())[n.id.Incarnation] == 0 {
 		return
 	}
@@ -457,6 +459,7 @@ func (n *Node) startWorkers(run context.Context) {
 	n.workers.Go(must(run, n.filler.Run))
 	n.workers.Go(func() { n.sweep(run) })
 	n.workers.Go(func() { n.topologies.run(run) })
+	n.workers.Go(func() { n.topologies.follow(run) })
 	n.workers.Go(func() { n.process.run(run, n.everySecond) })
 	n.workers.Go(func() { n.keepRegistered(run) })
 }

@@ -64,7 +64,7 @@ func (n *Node) status() *adminv1.NodeStatus {
 	stats := n.coordinator.Stats()
 	m := n.store.Metrics()
 	s := &adminv1.NodeStatus{
-		Incarnation: n.id.Incarnation, Name: n.cfg.Name, State: state, Reason: reason, Epoch: n.fence.Drained(),
+		Incarnation: n.id.Incarnation, Name: n.cfg.Name, State: state, Reason: reason, Epoch: n.topologies.taken(),
 		CpuUtilization: n.process.cpu(), MemoryBytes: memory(), DiskUsedBytes: m.DiskSpaceUsage(),
 		Get: operationStats(stats.Gets()), Put: operationStats(stats.Puts()), Scan: operationStats(stats.Scans()),
 		ClockOffsetMs: offset.Milliseconds(), ClockOpinions: uint32(opinions), ClockOk: n.clock.MayCoordinate() == nil,

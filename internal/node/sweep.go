@@ -37,8 +37,8 @@ func (n *Node) sweepUnder(t *topology.Topology) bool {
 	if !t.Formed() || t.Node(n.id.Incarnation) == nil {
 		return true
 	}
-	if n.fence.Drained() < t.Epoch {
-		return false // requests under older epochs may still want it
+	if n.topologies.taken() < t.Epoch {
+		return false // requests under older epochs may still want it, or this node after a crash
 	}
 	swept, err := n.assignments.Sweep(func(p storage.Place) bool {
 		// What a transition may yet go back to, or is to be rebuilt from, stays.

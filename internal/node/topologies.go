@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -50,13 +51,16 @@ type topologies struct {
 	clusterID string
 	// seeds are the configured orchestrators.
 	seeds []string
-	// prepare is called before each new topology, adopted after it, by one goroutine at
-	// a time. Where prepare fails the topology is not taken in.
-	prepare func(*topology.Topology) error
+	// adopted is called after each new topology came into use, by one goroutine at a
+	// time; keep has the disk follow one, and is called by run.
 	adopted func(*topology.Topology)
-	// token holds the right to adopt, which includes writing to disk.
-	token chan struct{}
-	mu    struct {
+	keep    func(*topology.Topology) error
+	// kept is the epoch that the disk has followed.
+	kept atomic.Uint64
+	// adopting holds a token while a topology is being taken in, asking one for each
+	// request that asks for a newer one.
+	adopting, asking chan struct{}
+	mu               struct {
 		sync.Mutex
 		// changed is closed and replaced when there is something new for watchers.
 		changed chan struct{}
@@ -68,45 +72,28 @@ type topologies struct {
 }
 
 func newTopologies(store *storage.Store, fence *replica.Fence, dial rpc.Transport, clusterID string, seeds []string, logger *slog.Logger) *topologies {
-	t := &topologies{store: store, fence: fence, dial: dial, clusterID: clusterID, seeds: seeds, logger: logger, token: make(chan struct{}, 1)}
+	t := &topologies{
+		store: store, fence: fence, dial: dial, clusterID: clusterID, seeds: seeds, logger: logger,
+		adopting: make(chan struct{}, 1), asking: make(chan struct{}, maxAsking),
+	}
 	t.mu.changed = make(chan struct{})
 	return t
 }
 
 func (t *topologies) current() *topology.Topology { return t.fence.Topology() }
 
-// adopt makes a topology the node's, if it is newer: on disk first, then in use.
+// adopt brings a topology into use, if it is newer. The disk follows; until it has, the
+// node does not say that it has taken the topology in, and after a crash it goes on with
+// an older one, as if it had not heard of this one yet.
 func (t *topologies) adopt(next *topology.Topology) error {
-	// Many may bring it at once, with requests that wait for it: they go on as soon as one
-	// has it in use.
-	for taken := false; !taken; {
-		changed := t.changed()
-		if next.Epoch <= t.current().Epoch {
-			return nil
-		}
-		select {
-		case t.token <- struct{}{}:
-			taken = true
-		case <-changed:
-		}
-	}
-	defer func() { <-t.token }()
 	if next.Epoch <= t.current().Epoch {
 		return nil
 	}
 	if next.ClusterID != t.clusterID {
 		return fmt.Errorf("a topology of cluster %s was offered, this is cluster %s", next.ClusterID, t.clusterID)
 	}
-	b, err := proto.Marshal(next.Proto())
-	if err != nil {
-		return err
-	}
-	if err := t.prepare(next); err != nil {
-		return err
-	}
-	if err := t.store.SetMeta(metaTopology, b); err != nil {
-		return err
-	}
+	t.adopting <- struct{}{}
+	defer func() { <-t.adopting }()
 	if t.fence.Advance(next) {
 		t.logger.Info("topology adopted", "epoch", topology.EpochString(next.Epoch), "nodes", len(next.Nodes), "namespaces", len(next.Namespaces))
 		t.signal()
@@ -114,6 +101,50 @@ func (t *topologies) adopt(next *topology.Topology) error {
 	}
 	return nil
 }
+
+// keepRetry is the pause before the disk is tried again.
+const keepRetry = time.Second
+
+// follow has the disk follow the topology in use until ctx ends. It may pass over some.
+func (t *topologies) follow(ctx context.Context) {
+	for ctx.Err() == nil {
+		changed := t.changed()
+		retry := time.NewTimer(keepRetry)
+		if now := t.current(); now.Epoch == t.kept.Load() {
+			retry.Stop()
+		} else if err := t.write(now); err != nil {
+			t.logger.Error("cannot keep the topology on disk, so this node holds up changes of the ring", "epoch", topology.EpochString(now.Epoch), "err", err)
+		} else {
+			continue
+		}
+		select {
+		case <-ctx.Done():
+		case <-changed:
+		case <-retry.C:
+		}
+		retry.Stop()
+	}
+}
+
+// write has the disk follow a topology.
+func (t *topologies) write(now *topology.Topology) error {
+	b, err := proto.Marshal(now.Proto())
+	if err != nil {
+		return err
+	}
+	if err := t.keep(now); err != nil {
+		return err
+	}
+	if err := t.store.SetMeta(metaTopology, b); err != nil {
+		return err
+	}
+	t.kept.Store(now.Epoch)
+	return nil
+}
+
+// taken returns the epoch that the node has taken in: it is on disk with all that
+// follows from it, and no request runs under an older one.
+func (t *topologies) taken() uint64 { return min(t.kept.Load(), t.fence.Drained()) }
 
 // signal tells watchers that there is something new.
 func (t *topologies) signal() {
@@ -213,12 +244,30 @@ func (t *topologies) watch(ctx context.Context, address string) error {
 // nobody has.
 const refreshPause = 300 * time.Millisecond
 
+// maxAsking bounds the requests that ask at once; what one brings helps all.
+const maxAsking = 4
+
 // refresh returns when the node has a topology of at least an epoch, asking the
 // given addresses first, then orchestrators and peers.
 func (t *topologies) refresh(ctx context.Context, epoch uint64, first ...string) error {
-	if t.current().Epoch >= epoch {
-		return nil
+	for {
+		changed := t.changed()
+		if t.current().Epoch >= epoch {
+			return nil
+		}
+		select {
+		case t.asking <- struct{}{}:
+			defer func() { <-t.asking }()
+			return t.ask(ctx, epoch, first)
+		case <-changed:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 	}
+}
+
+// ask asks others for a topology of at least an epoch; see refresh.
+func (t *topologies) ask(ctx context.Context, epoch uint64, first []string) error {
 	t.mu.Lock()
 	idle := len(first) == 0 && time.Now().Before(t.mu.idleUntil)
 	t.mu.Unlock()

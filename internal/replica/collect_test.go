@@ -60,7 +60,7 @@ func newReplica(t *testing.T) *Replica {
 	}
 	return New(Config{
 		Self: 1, Store: s, Clock: NewClock(now, 0, func(hlc.Timestamp) error { return nil }, logger), Hints: h, Logger: logger,
-		Fence: NewFence(ring(t, 5, stable(1), stable(2), stable(3))), Refuse: func() *rpc.Error { return nil }, Open: func(uint32, uint32) bool { return true },
+		Fence: NewFence(ring(t, 5, stable(1), stable(2), stable(3))), Refuse: func() *rpc.Error { return nil }, Open: func(uint32, uint32, uint64) bool { return true },
 	})
 }
 

@@ -54,9 +54,9 @@ type Config struct {
 	// HintBytesPerSecond is how many bytes of hints the node takes when it is idle.
 	// Default 16 MiB.
 	HintBytesPerSecond int
-	// Open reports whether a vnode that the node is incoming on takes records yet.
-	// Default: always.
-	Open func(namespace, vnode uint32) bool
+	// Open reports whether a vnode that the node is incoming on since an epoch takes
+	// records yet. Default: always.
+	Open func(namespace, vnode uint32, since uint64) bool
 	// Address is where this node's calls to itself come from. They may compare what
 	// bit rot has left of a vnode, so that it can be filled again.
 	Address string
@@ -80,7 +80,7 @@ type Replica struct {
 // New returns a replica.
 func New(cfg Config) *Replica {
 	if cfg.Open == nil {
-		cfg.Open = func(uint32, uint32) bool { return true }
+		cfg.Open = func(uint32, uint32, uint64) bool { return true }
 	}
 	if cfg.Load == nil {
 		cfg.Load = func() float64 { return 0 }
@@ -200,15 +200,21 @@ func (f *frame) check(c *replicav1.Call, namespace uint32, vnode uint32, want ac
 			ns.Name, vnode, topology.EpochString(changed), topology.EpochString(c.GetEpoch()))
 	}
 	for i, s := range t.Slots(vnode, ns.Wide()) {
-		if slot := t.Ring[vnode].Slots[i]; want != toWrite && slot.Phase == topology.WriteNewReadNone && slot.Node == f.cfg.Self {
+		slot := t.Ring[vnode].Slots[i]
+		if want != toWrite && slot.Phase == topology.WriteNewReadNone && slot.Node == f.cfg.Self {
 			return nil // it was taken for dead: the newcomer takes over what it has
 		}
 		writes := s.Write[0] == f.cfg.Self || s.Write[1] == f.cfg.Self
 		reads := s.Read == f.cfg.Self && (i < ns.N || want == toCompare)
 		if want != toRead && writes || want != toWrite && reads {
-			// A slot that the namespace did not use before is filled like an incoming node.
-			filled := t.Ring[vnode].Slots[i].Incoming == f.cfg.Self || ns.Change == topology.Widening && i == ns.Wide()-1
-			if filled && !f.cfg.Open(namespace, vnode) {
+			since := uint64(0)
+			if slot.Incoming == f.cfg.Self {
+				since = slot.Since
+			}
+			if ns.Change == topology.Widening && i == ns.Wide()-1 {
+				since = ns.Since // what the namespace did not use before is filled, too
+			}
+			if since != 0 && !f.cfg.Open(namespace, vnode, since) {
 				return rpc.Errorf(codes.Unavailable, rpc.ReasonNotReady, "%s takes no records of vnode %d yet: its other replicas must take in epoch %s first",
 					t.NodeName(f.cfg.Self), vnode, topology.EpochString(t.Ring[vnode].ChangedEpoch))
 			}

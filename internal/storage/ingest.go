@@ -11,6 +11,7 @@ import (
 
 	"github.com/cockroachdb/pebble/v2/objstorage/objstorageprovider"
 	"github.com/cockroachdb/pebble/v2/sstable"
+	"github.com/cockroachdb/pebble/v2/vfs"
 
 	"github.com/kvasirdb/kvasir/internal/mutant"
 	"github.com/kvasirdb/kvasir/internal/record"
@@ -58,6 +59,8 @@ func (s *Store) NewIngest(p Place) (*Ingest, error) {
 	}
 	options := s.options()
 	options.EnsureDefaults()
+	// Written back bit by bit, or else the log's next sync waits for the whole file.
+	f = vfs.NewSyncingFile(f, vfs.SyncingFileOptions{BytesPerSync: options.BytesPerSync})
 	w := sstable.NewWriter(objstorageprovider.NewFileWritable(f), options.MakeWriterOptions(0, s.db.TableFormat()))
 	return &Ingest{store: s, place: p, path: path, w: w}, nil
 }

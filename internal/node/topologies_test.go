@@ -1,0 +1,80 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/cockroachdb/pebble/v2/vfs"
+
+	"github.com/kvasirdb/kvasir/internal/replica"
+	"github.com/kvasirdb/kvasir/internal/rpc"
+	"github.com/kvasirdb/kvasir/internal/storage"
+	"github.com/kvasirdb/kvasir/internal/topology"
+)
+
+// Requests are served by a new topology at once, however slow the disk is; that the
+// node has taken it in is said when it is on disk with what follows from it, and no
+// request runs under an older one.
+func TestTopologyIsInUseBeforeItIsTaken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		store, err := storage.Open(storage.Config{FS: vfs.NewMem(), Dir: "d", Logger: slog.New(slog.DiscardHandler), Fatal: func(err error) { t.Error(err) }})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer store.Close()
+		tops := newTopologies(store, replica.NewFence(&topology.Topology{}), rpc.Transport{}, "c", nil, slog.New(slog.DiscardHandler))
+		tops.adopted = func(*topology.Topology) {}
+		disk := make(chan error) // gives every write its outcome
+		var kept []uint64
+		tops.keep = func(top *topology.Topology) error {
+			kept = append(kept, top.Epoch)
+			return <-disk
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		ended := make(chan struct{})
+		go func() { defer close(ended); tops.follow(ctx) }()
+		want := func(when string, use, taken, onDisk uint64) {
+			t.Helper()
+			synctest.Wait()
+			stored, err := loadTopology(store)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if tops.current().Epoch != use || tops.taken() != taken || stored.Epoch != onDisk {
+				t.Errorf("%s: epoch %d in use, %d taken, %d on disk; want %d, %d, %d", when, tops.current().Epoch, tops.taken(), stored.Epoch, use, taken, onDisk)
+			}
+		}
+		adopt := func(epoch uint64) {
+			t.Helper()
+			if err := tops.adopt(&topology.Topology{ClusterID: "c", Epoch: epoch, Vnodes: 4, Settings: topology.DefaultSettings()}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		adopt(1)
+		want("while the disk is slow", 1, 0, 0)
+		adopt(2)
+		adopt(3)
+		want("while it still is", 3, 0, 0)
+		disk <- nil
+		want("when the first is written", 3, 1, 1)
+		disk <- errors.New("disk full")
+		want("when the last could not be written", 3, 1, 1)
+		time.Sleep(keepRetry)
+		disk <- nil
+		want("when it could", 3, 3, 3)
+		if len(kept) != 3 || kept[0] != 1 || kept[1] != 3 || kept[2] != 3 {
+			t.Errorf("the disk followed %v", kept)
+		}
+		adopt(2)
+		want("after an older one", 3, 3, 3)
+		if err := tops.adopt(&topology.Topology{ClusterID: "other", Epoch: 9}); err == nil {
+			t.Error("the topology of another cluster is in use")
+		}
+		cancel()
+		<-ended
+	})
+}
