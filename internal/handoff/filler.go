@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"golang.org/x/time/rate"
 
 	"github.com/kvasirdb/kvasir/internal/hlc"
 	"github.com/kvasirdb/kvasir/internal/quorum"
@@ -41,8 +40,10 @@ type FillerConfig struct {
 	// Interval is the pause before what could not be done is tried again. Default 300 ms.
 	Interval time.Duration
 	// BytesPerSecond bounds what is pulled, from all sources together, by a node that has
-	// nothing else to do. Default 64 MiB.
+	// nothing else to do. Default 64 MiB. Less is pulled while commits take longer than
+	// CommitDelay; 0: whatever they take.
 	BytesPerSecond int
+	CommitDelay    time.Duration
 	// LeastFileBytes is what a sorted file is made of at least. Less comes in batches.
 	// Default 256 KiB.
 	LeastFileBytes int
@@ -68,7 +69,7 @@ const (
 // them.
 type Filler struct {
 	cfg     FillerConfig
-	limiter *rate.Limiter
+	pacer   *pacer
 	records prometheus.Counter
 	bytes   prometheus.Counter
 	mu      struct {
@@ -99,12 +100,14 @@ func NewFiller(cfg FillerConfig) *Filler {
 	}
 	f := &Filler{
 		cfg:     cfg,
-		limiter: rate.NewLimiter(rate.Limit(cfg.BytesPerSecond), max(cfg.BytesPerSecond/4, 64<<10)),
+		pacer:   newPacer(cfg.BytesPerSecond, cfg.CommitDelay, cfg.Store.CommitDelay),
 		records: counter("records_total", "Records taken in from other replicas by a node that is being filled."),
 		bytes:   counter("bytes_total", "Bytes of records taken in from other replicas by a node that is being filled."),
 	}
 	f.mu.drained = map[uint64]uint64{}
-	cfg.Metrics.MustRegister(f.records, f.bytes)
+	cfg.Metrics.MustRegister(f.records, f.bytes, prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Namespace: "kvasir", Subsystem: "fill", Name: "pace_bytes_per_second", Help: "Bytes a second that a node takes in at most while it is being filled.",
+	}, f.pacer.bytesPerSecond))
 	return f
 }
 

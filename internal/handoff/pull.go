@@ -183,13 +183,5 @@ func (f *Filler) pace(ctx context.Context, size int) error {
 			return ctx.Err()
 		}
 	}
-	cost := float64(size) / max(0.1, 1-f.cfg.Load())
-	for left := int(cost); left > 0; {
-		n := min(left, f.limiter.Burst())
-		if err := f.limiter.WaitN(ctx, n); err != nil {
-			return err
-		}
-		left -= n
-	}
-	return nil
+	return f.pacer.wait(ctx, int(float64(size)/max(0.1, 1-f.cfg.Load())))
 }

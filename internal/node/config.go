@@ -51,8 +51,10 @@ type Config struct {
 	ScrubCycle          time.Duration `yaml:"scrub_cycle" help:"how often all data on disk are read to find bit rot"`
 	ScrubBytesPerSecond int64         `yaml:"scrub_bytes_per_second" help:"bytes a second that are read at least to find bit rot"`
 	// MoveBytesPerSecond bounds what a node takes in when vnodes move to it, as long as it
-	// has nothing else to do; under load it takes less. Default 64 MiB.
-	MoveBytesPerSecond int `yaml:"move_bytes_per_second" help:"bytes a second that are taken in at most when vnodes move here"`
+	// has nothing else to do. Default 64 MiB. It takes less, down to 1 MiB, while commits
+	// take longer than MoveCommitDelay. Default 20 ms; 0: whatever they take.
+	MoveBytesPerSecond int           `yaml:"move_bytes_per_second" help:"bytes a second that are taken in at most when vnodes move here"`
+	MoveCommitDelay    time.Duration `yaml:"move_commit_delay" help:"how long commits may take before less is taken in; 0: moves go on at their pace"`
 	// DrainTimeout bounds how long a stop waits for requests. Default 10 s.
 	DrainTimeout time.Duration `yaml:"drain_timeout" help:"how long a stop waits for requests"`
 	// TLS names PEM files: all three or none. It covers gRPC and Raft; gossip has a key.
@@ -94,8 +96,8 @@ func Defaults() Config {
 		Listen: "0.0.0.0:7400", AdminListen: "0.0.0.0:7401", GossipListen: "0.0.0.0:7402",
 		CacheBytes: 64 << 20, MemTableBytes: 32 << 20,
 		ScrubCycle: 7 * 24 * time.Hour, ScrubBytesPerSecond: 4 << 20,
-		MoveBytesPerSecond: 64 << 20,
-		DrainTimeout:       10 * time.Second,
+		MoveBytesPerSecond: 64 << 20, MoveCommitDelay: 20 * time.Millisecond,
+		DrainTimeout: 10 * time.Second,
 	}
 }
 
@@ -157,6 +159,9 @@ func (c *Config) Validate() error {
 	}
 	if c.MoveBytesPerSecond < 64<<10 || c.MoveBytesPerSecond > 64<<30 {
 		bad("move_bytes_per_second", fmt.Errorf("%d: want 65536 to 68719476736", c.MoveBytesPerSecond))
+	}
+	if c.MoveCommitDelay < 0 || c.MoveCommitDelay > time.Minute {
+		bad("move_commit_delay", fmt.Errorf("%s: want 0s to 1m", c.MoveCommitDelay))
 	}
 	if c.DrainTimeout < 0 || c.DrainTimeout > 10*time.Minute {
 		bad("drain_timeout", fmt.Errorf("%s: want 0s to 10m", c.DrainTimeout))

@@ -299,7 +299,7 @@ func (n *Node) serve(run context.Context) error {
 	})
 	n.filler = handoff.NewFiller(handoff.FillerConfig{
 		Self: n.id.Incarnation, Store: n.store, Assignments: n.assignments, Fence: n.fence, Peers: n.peers, Logger: cfg.Logger, Metrics: n.registry,
-		Drained: n.peers.drained, Changed: n.topologies.changed, BytesPerSecond: cfg.MoveBytesPerSecond, LeastFileBytes: cfg.Seams.LeastFileBytes, Load: n.load, Join: n.clock.Join,
+		Drained: n.peers.drained, Changed: n.topologies.changed, BytesPerSecond: cfg.MoveBytesPerSecond, CommitDelay: cfg.MoveCommitDelay, LeastFileBytes: cfg.Seams.LeastFileBytes, Load: n.load, Join: n.clock.Join,
 		Verify: func(ctx context.Context, t *topology.Topology, place storage.Place, peer uint64) error {
 			_, err := n.repairer.Sync(ctx, t, place, peer)
 			return err

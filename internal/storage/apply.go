@@ -37,6 +37,7 @@ type Commit struct {
 	behind []*Commit
 	done   chan struct{}
 	err    error
+	begun  time.Time
 }
 
 // Apply joins records into the store and adds hints, as one commit. On return the
@@ -68,7 +69,7 @@ func (s *Store) Apply(writes []Write, hints []Hint) (*Commit, error) {
 		keys[i] = string(scratch)
 		set.add(stripeOf(scratch))
 	}
-	c := &Commit{store: s, batch: s.db.NewBatch(), keys: keys, done: make(chan struct{})}
+	c := &Commit{store: s, batch: s.db.NewBatch(), keys: keys, done: make(chan struct{}), begun: time.Now()}
 	for _, h := range hints {
 		if err := c.batch.Set(hintKey(h.Target, h.Seq), encodeHint(h), nil); err != nil {
 			return nil, errors.Join(err, c.batch.Close())
@@ -291,6 +292,8 @@ func (c *Commit) sync() error {
 	}
 	if err == nil {
 		s.unmarked.Store(true)
+		now := time.Now()
+		s.delays.note(now.Sub(c.begun), now)
 	}
 	s.end(c)
 	if cerr := c.batch.Close(); err == nil {

@@ -145,6 +145,8 @@ type Store struct {
 	opened atomic.Bool // from here on a failure of the log is fatal
 	diskMu sync.Mutex  // held while the ballast is made or removed
 
+	delays delays
+
 	inflight struct {
 		sync.Mutex
 		commits map[*Commit]struct{}
