@@ -196,11 +196,15 @@ type load struct {
 	stop    chan struct{}
 	callers sync.WaitGroup
 	done    atomic.Int64
-	slowest atomic.Int64 // nanoseconds
+	slowest time.Duration
 	began   time.Time
 	ended   sync.Once
 	// last is, by caller and key, the value that was acknowledged last.
 	last [][]int
+	took struct { // since the last look
+		sync.Mutex
+		all []time.Duration
+	}
 }
 
 const loadKeys = 500
@@ -241,14 +245,29 @@ func loadOn(t *testing.T, c *client.Client, perSecond float64) *load {
 					l.check(ctx, i, k)
 				}
 				cancel()
-				l.done.Add(1)
-				if took := int64(time.Since(began)); took > l.slowest.Load() {
-					l.slowest.Store(took) // nearly, which will do
-				}
+				l.note(time.Since(began))
 			}
 		})
 	}
 	return l
+}
+
+func (l *load) note(took time.Duration) {
+	l.done.Add(1)
+	l.took.Lock()
+	defer l.took.Unlock()
+	l.took.all = append(l.took.all, took)
+	l.slowest = max(l.slowest, took)
+}
+
+// latencies returns how long operations have taken since the last call, in order.
+func (l *load) latencies() []time.Duration {
+	l.took.Lock()
+	defer l.took.Unlock()
+	out := l.took.all
+	l.took.all = nil
+	slices.Sort(out)
+	return out
 }
 
 func (l *load) check(ctx context.Context, caller, k int) {
@@ -272,7 +291,7 @@ func (l *load) end() {
 	l.halt()
 	took := time.Since(l.began)
 	l.t.Logf("%d operations in %s, %.0f/s, the slowest took %s", l.done.Load(), took.Round(time.Second),
-		float64(l.done.Load())/took.Seconds(), time.Duration(l.slowest.Load()).Round(time.Millisecond))
+		float64(l.done.Load())/took.Seconds(), l.slowest.Round(time.Millisecond))
 	for i := range l.last {
 		for k := range loadKeys {
 			l.check(context.Background(), i, k)

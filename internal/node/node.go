@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -79,7 +80,9 @@ type Node struct {
 	// endHints ends the writing of hints, which outlives the other workers.
 	endHints context.CancelFunc
 	hinting  sync.WaitGroup
-	watched  struct {
+	// namespaces are those that the topology had when the disk was last rid of others.
+	namespaces []uint32
+	watched    struct {
 		sync.Mutex
 		changed chan struct{} // closed and replaced when the health of a peer changes
 		alive   map[uint64]bool
@@ -341,7 +344,9 @@ func (n *Node) keep(t *topology.Topology) error {
 	if err := n.assignments.Settle(n.id.Incarnation, t); err != nil {
 		return err
 	}
-	n.dropNamespaces(t)
+	if ids := namespaceIDs(t); !slices.Equal(ids, n.namespaces) && n.dropNamespaces(t) {
+		n.namespaces = ids
+	}
 	n.forgetAside(t)
 	return nil
 }
@@ -356,27 +361,37 @@ func (n *Node) forgetAside(t *topology.Topology) {
 	}
 }
 
-// dropNamespaces deletes the records of namespaces that are gone for good:
-// identifiers are never used again.
-func (n *Node) dropNamespaces(t *topology.Topology) {
+func namespaceIDs(t *topology.Topology) (ids []uint32) {
+	for i := range t.Namespaces {
+		ids = append(ids, t.Namespaces[i].ID)
+	}
+	return ids
+}
+
+// dropNamespaces deletes the records of namespaces that are gone for good: identifiers
+// are never used again. It reports whether none is left.
+func (n *Node) dropNamespaces(t *topology.Topology) bool {
 	if !t.Formed() {
-		return
+		return true
 	}
 	ids, err := n.store.Namespaces()
 	if err != nil {
 		n.cfg.Logger.Error("cannot list the namespaces on disk", "err", err)
-		return
+		return false
 	}
+	done := true
 	for _, id := range ids {
 		if t.NamespaceByID(id) != nil {
 			continue
 		}
 		if err := n.store.DropNamespace(id); err != nil {
 			n.cfg.Logger.Error("cannot delete a dropped namespace", "namespace_id", id, "err", err)
+			done = false
 			continue
 		}
 		n.cfg.Logger.Info("deleted a dropped namespace", "namespace_id", id)
 	}
+	return done
 }
 
 func (n *Node) startGossip() error {

@@ -32,6 +32,9 @@ func (n *Node) state() (adminv1.NodeStatus_State, string) {
 	if reason := n.store.RefusesRecords(); reason != "" {
 		return adminv1.NodeStatus_STATE_SERVING, "refuses writes, free space or add nodes: " + reason
 	}
+	if why := n.topologies.problem.Load(); why != nil {
+		return adminv1.NodeStatus_STATE_SERVING, *why
+	}
 	return adminv1.NodeStatus_STATE_SERVING, ""
 }
 

@@ -9,25 +9,24 @@ import (
 	"github.com/kvasirdb/kvasir/internal/topology"
 )
 
-// sweepRetry is the pause before what could not be swept is tried again.
-const sweepRetry = time.Second
+// sweepInterval is how often the node looks at most for what it has handed over: it
+// goes through all that it holds, and there can be several epochs a second.
+const sweepInterval = time.Second
 
 // sweep removes the records of vnodes that the node has handed over, whenever the
 // topology has changed, until ctx ends.
 func (n *Node) sweep(ctx context.Context) {
-	for swept := (*topology.Topology)(nil); ctx.Err() == nil; {
-		changed := n.topologies.changed()
-		retry := time.NewTimer(sweepRetry)
+	tick := time.NewTicker(sweepInterval)
+	defer tick.Stop()
+	for swept := (*topology.Topology)(nil); ; {
 		if t := n.fence.Topology(); t != swept && n.sweepUnder(t) {
 			swept = t
-			retry.Stop()
 		}
 		select {
 		case <-ctx.Done():
-		case <-changed:
-		case <-retry.C:
+			return
+		case <-tick.C:
 		}
-		retry.Stop()
 	}
 }
 

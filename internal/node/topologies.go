@@ -55,8 +55,9 @@ type topologies struct {
 	// time; keep has the disk follow one, and is called by run.
 	adopted func(*topology.Topology)
 	keep    func(*topology.Topology) error
-	// kept is the epoch that the disk has followed.
-	kept atomic.Uint64
+	// kept is the epoch that the disk has followed, problem why it follows no further.
+	kept    atomic.Uint64
+	problem atomic.Pointer[string]
 	// adopting holds a token while a topology is being taken in, asking one for each
 	// request that asks for a newer one.
 	adopting, asking chan struct{}
@@ -109,20 +110,23 @@ const keepRetry = time.Second
 func (t *topologies) follow(ctx context.Context) {
 	for ctx.Err() == nil {
 		changed := t.changed()
-		retry := time.NewTimer(keepRetry)
-		if now := t.current(); now.Epoch == t.kept.Load() {
-			retry.Stop()
-		} else if err := t.write(now); err != nil {
-			t.logger.Error("cannot keep the topology on disk, so this node holds up changes of the ring", "epoch", topology.EpochString(now.Epoch), "err", err)
-		} else {
-			continue
+		var retry <-chan time.Time
+		if now := t.current(); now.Epoch != t.kept.Load() {
+			err := t.write(now)
+			if err == nil {
+				t.problem.Store(nil)
+				continue
+			}
+			why := fmt.Sprintf("holds up changes of the ring, for it cannot keep epoch %s on disk: %s", topology.EpochString(now.Epoch), err)
+			t.problem.Store(&why)
+			t.logger.Error("this node " + why)
+			retry = time.After(keepRetry)
 		}
 		select {
 		case <-ctx.Done():
 		case <-changed:
-		case <-retry.C:
+		case <-retry:
 		}
-		retry.Stop()
 	}
 }
 

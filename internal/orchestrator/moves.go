@@ -1,6 +1,7 @@
 package orchestrator
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -207,10 +208,11 @@ func filling(t *topology.Topology, vnode uint32, slot int, v view) *adminv1.Fill
 }
 
 func fillingWaits(t *topology.Topology, vnode uint32, slot int, v view) string {
-	if why := filling(t, vnode, slot, v).GetWaitsFor(); why != "" {
-		return why
+	f := filling(t, vnode, slot, v)
+	if inc := t.Ring[vnode].Slots[slot].Incoming; f == nil && v.epoch(inc) < t.Ring[vnode].ChangedEpoch {
+		return fmt.Sprintf("%s has not taken in epoch %s yet", t.NodeName(inc), topology.EpochString(t.Ring[vnode].ChangedEpoch))
 	}
-	return "it is being filled"
+	return cmp.Or(f.GetWaitsFor(), "it is being filled")
 }
 
 // beginMoves begins moves of the operation under way, in their order, one slot of a

@@ -26,7 +26,9 @@ func (s *Store) WipeVnodes(vnodes []uint32, name string, value []byte) error {
 	var places []Place
 	for _, ns := range namespaces {
 		for _, v := range vnodes {
-			places = append(places, Place{ns, v})
+			if p := (Place{ns, v}); !s.empty(p) { // nothing is cached of empty ones either
+				places = append(places, p)
+			}
 		}
 	}
 	b := s.db.NewBatch()
@@ -81,6 +83,17 @@ func (s *Store) wipe(b *pebble.Batch, places []Place) error {
 	s.unmarked.Store(true)
 	s.trees.forget(func(id vnodeID) bool { return wiped[id] })
 	return nil
+}
+
+// empty reports whether a place certainly has no records.
+func (s *Store) empty(p Place) bool {
+	lower, upper := vnodeRange(p.Namespace, p.Vnode, nil, nil)
+	it, err := s.db.NewIter(&pebble.IterOptions{LowerBound: lower, UpperBound: upper})
+	if err != nil {
+		return false
+	}
+	defer it.Close()
+	return !it.First() && it.Error() == nil
 }
 
 // Held returns the places that have records, dead ones included, in order.
