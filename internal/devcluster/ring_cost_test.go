@@ -18,7 +18,7 @@ func TestE2EWhatAMoveCosts(t *testing.T) {
 	fmt.Fprintln(&table, "| | p50 ms | p99 ms | slowest ms | operations/s | moved | in |\n|---|---|---|---|---|---|---|")
 	for _, pace := range []struct{ name, delay, bytes string }{
 		{"without pacing", "0s", "68719476736"},
-		{"paced (the defaults)", "20ms", "67108864"},
+		{"paced (the defaults)", "10ms", "67108864"},
 	} {
 		t.Run(pace.name, func(t *testing.T) {
 			t.Setenv("KVNODE_MOVE_COMMIT_DELAY", pace.delay)

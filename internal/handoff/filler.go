@@ -41,7 +41,7 @@ type FillerConfig struct {
 	Interval time.Duration
 	// BytesPerSecond bounds what is pulled, from all sources together, by a node that has
 	// nothing else to do. Default 64 MiB. Less is pulled while commits take longer than
-	// CommitDelay; 0: whatever they take.
+	// they have to by CommitDelay; 0: whatever they take.
 	BytesPerSecond int
 	CommitDelay    time.Duration
 	// LeastFileBytes is what a sorted file is made of at least. Less comes in batches.
@@ -116,6 +116,7 @@ func (f *Filler) Run(ctx context.Context) error {
 	tick := time.NewTicker(f.cfg.Interval)
 	defer tick.Stop()
 	for {
+		f.pacer.adjust(time.Now()) // it has to know what commits take while nothing moves
 		changed := f.cfg.Changed()
 		t := f.cfg.Fence.Topology()
 		jobs := f.jobs(t)

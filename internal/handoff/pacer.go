@@ -17,19 +17,25 @@ const (
 	leastPace = 1 << 20
 	// paceGain is by how much of itself the pace changes at once, at most.
 	paceGain = 0.25
+	// baseMinutes is for how long the least delay is remembered.
+	baseMinutes = 10
 )
 
 // pacer is the pace at which a node takes records in. As in LEDBAT (RFC 6817) it is
 // background work that keeps what others wait for it near a target: the pace grows
-// while commits take less than that, and shrinks while they take more.
+// while commits take less than that longer than they have to, and shrinks while they
+// take more. What they have to take, on a slow disk, is the least that they took in the
+// last minutes.
 type pacer struct {
 	limiter     *rate.Limiter
 	least, most float64
 	target      time.Duration        // 0: whatever commits take
-	delay       func() time.Duration // of commits
+	delay       func() time.Duration // of commits; 0: there are none
 	mu          struct {
 		sync.Mutex
 		changed time.Time
+		base    [baseMinutes]time.Duration // the least of a minute, 0 if unknown
+		minute  int64                      // of the latest
 	}
 }
 
@@ -60,9 +66,32 @@ func (p *pacer) adjust(now time.Time) {
 		return
 	}
 	p.mu.changed = now
-	off := max(-1, 1-float64(p.delay())/float64(p.target))
+	delay := p.delay()
+	off := max(-1, 1-float64(delay-p.base(delay, now))/float64(p.target))
 	next := float64(p.limiter.Limit()) * (1 + paceGain*off)
 	p.limiter.SetLimitAt(now, rate.Limit(math.Min(math.Max(next, p.least), p.most)))
+}
+
+// base notes a delay, and returns the least of the last minutes.
+// REQUIRES: mu is held.
+func (p *pacer) base(delay time.Duration, now time.Time) time.Duration {
+	minute := now.Unix() / 60
+	for ; p.mu.minute < minute; p.mu.minute++ {
+		if p.mu.minute < minute-baseMinutes {
+			p.mu.minute = minute - baseMinutes
+		}
+		p.mu.base[(p.mu.minute+1)%baseMinutes] = 0
+	}
+	least := delay
+	for _, b := range p.mu.base {
+		if b != 0 && (least == 0 || b < least) {
+			least = b
+		}
+	}
+	if b := &p.mu.base[minute%baseMinutes]; delay != 0 && (*b == 0 || delay < *b) {
+		*b = delay
+	}
+	return min(least, delay)
 }
 
 // bytesPerSecond is the present pace.
