@@ -33,11 +33,9 @@ func FromProto(pb *topologyv1.Topology) (*Topology, error) {
 	for _, o := range pb.GetOrchestrators() {
 		t.Orchestrators = append(t.Orchestrators, orchestratorFromProto(o))
 	}
-	for i, v := range t.Ring {
-		for j, s := range v.Slots {
-			if s.Phase < Stable || s.Phase > WriteNewReadNone {
-				return nil, fmt.Errorf("topology: vnode %d slot %d: unknown %s", i, j, s.Phase)
-			}
+	for i := range t.Ring {
+		if err := t.Ring[i].checkPhases(i); err != nil {
+			return nil, fmt.Errorf("topology: %w", err)
 		}
 	}
 	t.index()
@@ -49,6 +47,13 @@ func FromProto(pb *topologyv1.Topology) (*Topology, error) {
 
 // Proto converts a topology to its wire form.
 func (t *Topology) Proto() *topologyv1.Topology {
+	pb := t.restProto()
+	pb.Ring = RingProto(t.Ring)
+	return pb
+}
+
+// restProto converts everything but the vnodes.
+func (t *Topology) restProto() *topologyv1.Topology {
 	pb := &topologyv1.Topology{
 		ClusterId:     t.ClusterID,
 		Epoch:         t.Epoch,
@@ -59,7 +64,6 @@ func (t *Topology) Proto() *topologyv1.Topology {
 	for i := range t.Nodes {
 		pb.Nodes = append(pb.Nodes, t.Nodes[i].Proto())
 	}
-	pb.Ring = RingProto(t.Ring)
 	for i := range t.Namespaces {
 		pb.Namespaces = append(pb.Namespaces, t.Namespaces[i].Proto())
 	}
@@ -98,6 +102,9 @@ func (n *Node) Proto() *topologyv1.Node {
 
 func vnodeFromProto(v *topologyv1.Vnode) Vnode {
 	out := Vnode{ChangedEpoch: v.GetChangedEpoch()}
+	if n := len(v.GetSlots()); n > 0 {
+		out.Slots = make([]Slot, 0, n)
+	}
 	for _, s := range v.GetSlots() {
 		out.Slots = append(out.Slots, Slot{Node: s.GetNode(), Incoming: s.GetIncoming(), Phase: Phase(s.GetPhase()), Since: s.GetSince()})
 	}
@@ -108,13 +115,27 @@ func vnodeFromProto(v *topologyv1.Vnode) Vnode {
 func RingProto(ring []Vnode) []*topologyv1.Vnode {
 	out := make([]*topologyv1.Vnode, 0, len(ring))
 	for i := range ring {
-		v := &topologyv1.Vnode{ChangedEpoch: ring[i].ChangedEpoch}
-		for _, s := range ring[i].Slots {
-			v.Slots = append(v.Slots, &topologyv1.Slot{Node: s.Node, Incoming: s.Incoming, Phase: topologyv1.Phase(s.Phase), Since: s.Since})
-		}
-		out = append(out, v)
+		out = append(out, ring[i].proto())
 	}
 	return out
+}
+
+func (v *Vnode) proto() *topologyv1.Vnode {
+	pb := &topologyv1.Vnode{ChangedEpoch: v.ChangedEpoch}
+	for _, s := range v.Slots {
+		pb.Slots = append(pb.Slots, &topologyv1.Slot{Node: s.Node, Incoming: s.Incoming, Phase: topologyv1.Phase(s.Phase), Since: s.Since})
+	}
+	return pb
+}
+
+// checkPhases returns an error unless what index needs to know of the vnode is right.
+func (v *Vnode) checkPhases(at int) error {
+	for j, s := range v.Slots {
+		if s.Phase < Stable || s.Phase > WriteNewReadNone {
+			return fmt.Errorf("vnode %d slot %d: unknown %s", at, j, s.Phase)
+		}
+	}
+	return nil
 }
 
 // NamespaceFromProto converts a namespace. It returns an error for quorums that

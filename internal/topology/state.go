@@ -270,7 +270,7 @@ func (d *draft) setRing(r *topologyv1.SetRing) {
 			}
 		}
 		if i < len(old) && slices.Equal(old[i].Slots, v.Slots) {
-			v.ChangedEpoch = old[i].ChangedEpoch
+			v = old[i]
 		} else {
 			d.changed = true
 		}

@@ -118,7 +118,10 @@ type Vnode struct {
 	Slots []Slot
 	// ChangedEpoch is the epoch in which the slots last changed.
 	ChangedEpoch uint64
-	quorum       []quorum.Slot
+	// What index makes of the above: the slots as requests see them, and the vnode's part
+	// in the topology's checksum.
+	quorum []quorum.Slot
+	sum    uint64
 }
 
 // ReadRepair is what a read does about stale replicas.
@@ -301,6 +304,8 @@ type Topology struct {
 	byIncarnation map[uint64]*Node
 	byName        map[string]*Namespace
 	byID          map[uint32]*Namespace
+	// ringSum and restSum make up the checksum; see sum.
+	ringSum, restSum uint64
 }
 
 // EpochString writes an epoch as people read it: its number, behind its
@@ -313,8 +318,22 @@ func EpochString(epoch uint64) string {
 	return strconv.FormatUint(number, 10)
 }
 
-// index builds what lookups need. It is called once, before the value is shared.
+// index builds what lookups need. It is called once, before the value is shared, and
+// leaves vnodes alone that another topology has indexed at the same place of its ring.
 func (t *Topology) index() {
+	t.indexRest()
+	t.ringSum = 0
+	for i := range t.Ring {
+		v := &t.Ring[i]
+		if v.quorum == nil {
+			v.index(i)
+		}
+		t.ringSum += v.sum
+	}
+}
+
+// indexRest builds what lookups of anything but vnodes need.
+func (t *Topology) indexRest() {
 	t.byIncarnation = make(map[uint64]*Node, len(t.Nodes))
 	for i := range t.Nodes {
 		t.byIncarnation[t.Nodes[i].Incarnation] = &t.Nodes[i]
@@ -325,13 +344,16 @@ func (t *Topology) index() {
 		t.byName[t.Namespaces[i].Name] = &t.Namespaces[i]
 		t.byID[t.Namespaces[i].ID] = &t.Namespaces[i]
 	}
-	for i := range t.Ring {
-		v := &t.Ring[i]
-		v.quorum = make([]quorum.Slot, len(v.Slots))
-		for j, s := range v.Slots {
-			v.quorum[j] = s.Quorum()
-		}
+	t.restSum = t.sumRest()
+}
+
+// index builds what is kept of the vnode at a place of the ring.
+func (v *Vnode) index(at int) {
+	v.quorum = make([]quorum.Slot, len(v.Slots))
+	for j, s := range v.Slots {
+		v.quorum[j] = s.Quorum()
 	}
+	v.sum = v.sumAt(at)
 }
 
 // Formed reports whether the vnodes have slots.
@@ -461,6 +483,20 @@ func (t *Topology) Imbalance() float64 {
 
 // validate returns an error that names the first broken rule.
 func (t *Topology) validate() error {
+	if err := t.validateRest(); err != nil {
+		return err
+	}
+	width := t.Width()
+	for i := range t.Ring {
+		if err := t.validateVnode(i, width); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// validateRest checks everything but the vnodes.
+func (t *Topology) validateRest() error {
 	if err := ring.CheckVnodes(t.Vnodes); err != nil {
 		return err
 	}
@@ -475,12 +511,6 @@ func (t *Topology) validate() error {
 	}
 	for i := range t.Namespaces {
 		if err := t.Namespaces[i].validate(); err != nil {
-			return err
-		}
-	}
-	width := t.Width()
-	for i := range t.Ring {
-		if err := t.validateVnode(i, width); err != nil {
 			return err
 		}
 	}

@@ -276,7 +276,7 @@ func (x NodeHealth_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use NodeHealth_State.Descriptor instead.
 func (NodeHealth_State) EnumDescriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{8, 0}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{10, 0}
 }
 
 type Node struct {
@@ -986,6 +986,189 @@ func (x *Topology) GetOrchestrators() []*Orchestrator {
 	return nil
 }
 
+// TopologyDelta makes a later topology of a cluster from an earlier one.
+type TopologyDelta struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	ClusterId string                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	// The epoch of the one it is made from. Whoever has another one must not guess.
+	BaseEpoch uint64 `protobuf:"fixed64,2,opt,name=base_epoch,json=baseEpoch,proto3" json:"base_epoch,omitempty"`
+	Epoch     uint64 `protobuf:"fixed64,3,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// The checksum of the topology that it makes.
+	Sum uint64 `protobuf:"fixed64,4,opt,name=sum,proto3" json:"sum,omitempty"`
+	// New and changed ones.
+	Nodes        []*Node        `protobuf:"bytes,5,rep,name=nodes,proto3" json:"nodes,omitempty"`
+	RemovedNodes []uint64       `protobuf:"varint,6,rep,packed,name=removed_nodes,json=removedNodes,proto3" json:"removed_nodes,omitempty"`
+	Vnodes       []*VnodeChange `protobuf:"bytes,7,rep,name=vnodes,proto3" json:"vnodes,omitempty"`
+	// New and changed ones.
+	Namespaces        []*Namespace `protobuf:"bytes,8,rep,name=namespaces,proto3" json:"namespaces,omitempty"`
+	RemovedNamespaces []uint32     `protobuf:"varint,9,rep,packed,name=removed_namespaces,json=removedNamespaces,proto3" json:"removed_namespaces,omitempty"`
+	// Absent when unchanged.
+	Settings *Settings `protobuf:"bytes,10,opt,name=settings,proto3" json:"settings,omitempty"`
+	// All of them, where one changed.
+	Orchestrators []*Orchestrator `protobuf:"bytes,11,rep,name=orchestrators,proto3" json:"orchestrators,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TopologyDelta) Reset() {
+	*x = TopologyDelta{}
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TopologyDelta) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TopologyDelta) ProtoMessage() {}
+
+func (x *TopologyDelta) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TopologyDelta.ProtoReflect.Descriptor instead.
+func (*TopologyDelta) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *TopologyDelta) GetClusterId() string {
+	if x != nil {
+		return x.ClusterId
+	}
+	return ""
+}
+
+func (x *TopologyDelta) GetBaseEpoch() uint64 {
+	if x != nil {
+		return x.BaseEpoch
+	}
+	return 0
+}
+
+func (x *TopologyDelta) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *TopologyDelta) GetSum() uint64 {
+	if x != nil {
+		return x.Sum
+	}
+	return 0
+}
+
+func (x *TopologyDelta) GetNodes() []*Node {
+	if x != nil {
+		return x.Nodes
+	}
+	return nil
+}
+
+func (x *TopologyDelta) GetRemovedNodes() []uint64 {
+	if x != nil {
+		return x.RemovedNodes
+	}
+	return nil
+}
+
+func (x *TopologyDelta) GetVnodes() []*VnodeChange {
+	if x != nil {
+		return x.Vnodes
+	}
+	return nil
+}
+
+func (x *TopologyDelta) GetNamespaces() []*Namespace {
+	if x != nil {
+		return x.Namespaces
+	}
+	return nil
+}
+
+func (x *TopologyDelta) GetRemovedNamespaces() []uint32 {
+	if x != nil {
+		return x.RemovedNamespaces
+	}
+	return nil
+}
+
+func (x *TopologyDelta) GetSettings() *Settings {
+	if x != nil {
+		return x.Settings
+	}
+	return nil
+}
+
+func (x *TopologyDelta) GetOrchestrators() []*Orchestrator {
+	if x != nil {
+		return x.Orchestrators
+	}
+	return nil
+}
+
+type VnodeChange struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Index         uint32                 `protobuf:"varint,1,opt,name=index,proto3" json:"index,omitempty"`
+	Vnode         *Vnode                 `protobuf:"bytes,2,opt,name=vnode,proto3" json:"vnode,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *VnodeChange) Reset() {
+	*x = VnodeChange{}
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *VnodeChange) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*VnodeChange) ProtoMessage() {}
+
+func (x *VnodeChange) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use VnodeChange.ProtoReflect.Descriptor instead.
+func (*VnodeChange) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *VnodeChange) GetIndex() uint32 {
+	if x != nil {
+		return x.Index
+	}
+	return 0
+}
+
+func (x *VnodeChange) GetVnode() *Vnode {
+	if x != nil {
+		return x.Vnode
+	}
+	return nil
+}
+
 type NodeHealth struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Incarnation   uint64                 `protobuf:"varint,1,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
@@ -997,7 +1180,7 @@ type NodeHealth struct {
 
 func (x *NodeHealth) Reset() {
 	*x = NodeHealth{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[8]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1009,7 +1192,7 @@ func (x *NodeHealth) String() string {
 func (*NodeHealth) ProtoMessage() {}
 
 func (x *NodeHealth) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[8]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1022,7 +1205,7 @@ func (x *NodeHealth) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeHealth.ProtoReflect.Descriptor instead.
 func (*NodeHealth) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{8}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *NodeHealth) GetIncarnation() uint64 {
@@ -1049,14 +1232,16 @@ func (x *NodeHealth) GetReason() string {
 type GetTopologyRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Empty, or the cluster the caller belongs to.
-	ClusterId     string `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	ClusterId string `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	// The epoch of the topology that the caller has; 0: none.
+	KnownEpoch    uint64 `protobuf:"fixed64,2,opt,name=known_epoch,json=knownEpoch,proto3" json:"known_epoch,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *GetTopologyRequest) Reset() {
 	*x = GetTopologyRequest{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[9]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1068,7 +1253,7 @@ func (x *GetTopologyRequest) String() string {
 func (*GetTopologyRequest) ProtoMessage() {}
 
 func (x *GetTopologyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[9]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1081,7 +1266,7 @@ func (x *GetTopologyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetTopologyRequest.ProtoReflect.Descriptor instead.
 func (*GetTopologyRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{9}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *GetTopologyRequest) GetClusterId() string {
@@ -1091,16 +1276,26 @@ func (x *GetTopologyRequest) GetClusterId() string {
 	return ""
 }
 
+func (x *GetTopologyRequest) GetKnownEpoch() uint64 {
+	if x != nil {
+		return x.KnownEpoch
+	}
+	return 0
+}
+
+// GetTopologyResponse holds the whole topology or what differs from the known one;
+// neither where the server has none that is newer.
 type GetTopologyResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Topology      *Topology              `protobuf:"bytes,1,opt,name=topology,proto3" json:"topology,omitempty"`
+	Delta         *TopologyDelta         `protobuf:"bytes,2,opt,name=delta,proto3" json:"delta,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *GetTopologyResponse) Reset() {
 	*x = GetTopologyResponse{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[10]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1112,7 +1307,7 @@ func (x *GetTopologyResponse) String() string {
 func (*GetTopologyResponse) ProtoMessage() {}
 
 func (x *GetTopologyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[10]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1125,7 +1320,7 @@ func (x *GetTopologyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetTopologyResponse.ProtoReflect.Descriptor instead.
 func (*GetTopologyResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{10}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *GetTopologyResponse) GetTopology() *Topology {
@@ -1135,10 +1330,18 @@ func (x *GetTopologyResponse) GetTopology() *Topology {
 	return nil
 }
 
+func (x *GetTopologyResponse) GetDelta() *TopologyDelta {
+	if x != nil {
+		return x.Delta
+	}
+	return nil
+}
+
 type WatchTopologyRequest struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	ClusterId string                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
-	// The topology is left out of responses while its epoch is this one.
+	// The epoch of the topology that the caller has; 0: none. Responses leave out what it
+	// has already.
 	KnownEpoch    uint64 `protobuf:"fixed64,2,opt,name=known_epoch,json=knownEpoch,proto3" json:"known_epoch,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1146,7 +1349,7 @@ type WatchTopologyRequest struct {
 
 func (x *WatchTopologyRequest) Reset() {
 	*x = WatchTopologyRequest{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[11]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1158,7 +1361,7 @@ func (x *WatchTopologyRequest) String() string {
 func (*WatchTopologyRequest) ProtoMessage() {}
 
 func (x *WatchTopologyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[11]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1171,7 +1374,7 @@ func (x *WatchTopologyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchTopologyRequest.ProtoReflect.Descriptor instead.
 func (*WatchTopologyRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{11}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *WatchTopologyRequest) GetClusterId() string {
@@ -1190,18 +1393,20 @@ func (x *WatchTopologyRequest) GetKnownEpoch() uint64 {
 
 type WatchTopologyResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Absent when unchanged since the last response.
+	// The whole topology, or what differs from the one that the last response led to, the
+	// first from the known one. Neither is there when nothing changed.
 	Topology *Topology     `protobuf:"bytes,1,opt,name=topology,proto3" json:"topology,omitempty"`
 	Health   []*NodeHealth `protobuf:"bytes,2,rep,name=health,proto3" json:"health,omitempty"`
 	// The server's wall clock, in milliseconds since 1970.
-	WallMs        uint64 `protobuf:"varint,3,opt,name=wall_ms,json=wallMs,proto3" json:"wall_ms,omitempty"`
+	WallMs        uint64         `protobuf:"varint,3,opt,name=wall_ms,json=wallMs,proto3" json:"wall_ms,omitempty"`
+	Delta         *TopologyDelta `protobuf:"bytes,4,opt,name=delta,proto3" json:"delta,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *WatchTopologyResponse) Reset() {
 	*x = WatchTopologyResponse{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[12]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1213,7 +1418,7 @@ func (x *WatchTopologyResponse) String() string {
 func (*WatchTopologyResponse) ProtoMessage() {}
 
 func (x *WatchTopologyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[12]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1226,7 +1431,7 @@ func (x *WatchTopologyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchTopologyResponse.ProtoReflect.Descriptor instead.
 func (*WatchTopologyResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{12}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *WatchTopologyResponse) GetTopology() *Topology {
@@ -1248,6 +1453,13 @@ func (x *WatchTopologyResponse) GetWallMs() uint64 {
 		return x.WallMs
 	}
 	return 0
+}
+
+func (x *WatchTopologyResponse) GetDelta() *TopologyDelta {
+	if x != nil {
+		return x.Delta
+	}
+	return nil
 }
 
 var File_kvasir_topology_v1_topology_proto protoreflect.FileDescriptor
@@ -1321,7 +1533,27 @@ const file_kvasir_topology_v1_topology_proto_rawDesc = "" +
 	"namespaces\x18\a \x03(\v2\x1d.kvasir.topology.v1.NamespaceR\n" +
 	"namespaces\x128\n" +
 	"\bsettings\x18\b \x01(\v2\x1c.kvasir.topology.v1.SettingsR\bsettings\x12F\n" +
-	"\rorchestrators\x18\t \x03(\v2 .kvasir.topology.v1.OrchestratorR\rorchestrators\"\xca\x01\n" +
+	"\rorchestrators\x18\t \x03(\v2 .kvasir.topology.v1.OrchestratorR\rorchestrators\"\xf3\x03\n" +
+	"\rTopologyDelta\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x1d\n" +
+	"\n" +
+	"base_epoch\x18\x02 \x01(\x06R\tbaseEpoch\x12\x14\n" +
+	"\x05epoch\x18\x03 \x01(\x06R\x05epoch\x12\x10\n" +
+	"\x03sum\x18\x04 \x01(\x06R\x03sum\x12.\n" +
+	"\x05nodes\x18\x05 \x03(\v2\x18.kvasir.topology.v1.NodeR\x05nodes\x12#\n" +
+	"\rremoved_nodes\x18\x06 \x03(\x04R\fremovedNodes\x127\n" +
+	"\x06vnodes\x18\a \x03(\v2\x1f.kvasir.topology.v1.VnodeChangeR\x06vnodes\x12=\n" +
+	"\n" +
+	"namespaces\x18\b \x03(\v2\x1d.kvasir.topology.v1.NamespaceR\n" +
+	"namespaces\x12-\n" +
+	"\x12removed_namespaces\x18\t \x03(\rR\x11removedNamespaces\x128\n" +
+	"\bsettings\x18\n" +
+	" \x01(\v2\x1c.kvasir.topology.v1.SettingsR\bsettings\x12F\n" +
+	"\rorchestrators\x18\v \x03(\v2 .kvasir.topology.v1.OrchestratorR\rorchestrators\"T\n" +
+	"\vVnodeChange\x12\x14\n" +
+	"\x05index\x18\x01 \x01(\rR\x05index\x12/\n" +
+	"\x05vnode\x18\x02 \x01(\v2\x19.kvasir.topology.v1.VnodeR\x05vnode\"\xca\x01\n" +
 	"\n" +
 	"NodeHealth\x12 \n" +
 	"\vincarnation\x18\x01 \x01(\x04R\vincarnation\x12:\n" +
@@ -1330,21 +1562,25 @@ const file_kvasir_topology_v1_topology_proto_rawDesc = "" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTATE_HEALTHY\x10\x01\x12\x13\n" +
-	"\x0fSTATE_UNHEALTHY\x10\x02\"3\n" +
+	"\x0fSTATE_UNHEALTHY\x10\x02\"T\n" +
 	"\x12GetTopologyRequest\x12\x1d\n" +
 	"\n" +
-	"cluster_id\x18\x01 \x01(\tR\tclusterId\"O\n" +
+	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x1f\n" +
+	"\vknown_epoch\x18\x02 \x01(\x06R\n" +
+	"knownEpoch\"\x88\x01\n" +
 	"\x13GetTopologyResponse\x128\n" +
-	"\btopology\x18\x01 \x01(\v2\x1c.kvasir.topology.v1.TopologyR\btopology\"V\n" +
+	"\btopology\x18\x01 \x01(\v2\x1c.kvasir.topology.v1.TopologyR\btopology\x127\n" +
+	"\x05delta\x18\x02 \x01(\v2!.kvasir.topology.v1.TopologyDeltaR\x05delta\"V\n" +
 	"\x14WatchTopologyRequest\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x1f\n" +
 	"\vknown_epoch\x18\x02 \x01(\x06R\n" +
-	"knownEpoch\"\xa2\x01\n" +
+	"knownEpoch\"\xdb\x01\n" +
 	"\x15WatchTopologyResponse\x128\n" +
 	"\btopology\x18\x01 \x01(\v2\x1c.kvasir.topology.v1.TopologyR\btopology\x126\n" +
 	"\x06health\x18\x02 \x03(\v2\x1e.kvasir.topology.v1.NodeHealthR\x06health\x12\x17\n" +
-	"\awall_ms\x18\x03 \x01(\x04R\x06wallMs*?\n" +
+	"\awall_ms\x18\x03 \x01(\x04R\x06wallMs\x127\n" +
+	"\x05delta\x18\x04 \x01(\v2!.kvasir.topology.v1.TopologyDeltaR\x05delta*?\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n" +
 	"\tROLE_DATA\x10\x01\x12\x12\n" +
@@ -1381,7 +1617,7 @@ func file_kvasir_topology_v1_topology_proto_rawDescGZIP() []byte {
 }
 
 var file_kvasir_topology_v1_topology_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_kvasir_topology_v1_topology_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_kvasir_topology_v1_topology_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_kvasir_topology_v1_topology_proto_goTypes = []any{
 	(Role)(0),                     // 0: kvasir.topology.v1.Role
 	(Phase)(0),                    // 1: kvasir.topology.v1.Phase
@@ -1396,11 +1632,13 @@ var file_kvasir_topology_v1_topology_proto_goTypes = []any{
 	(*Settings)(nil),              // 10: kvasir.topology.v1.Settings
 	(*Orchestrator)(nil),          // 11: kvasir.topology.v1.Orchestrator
 	(*Topology)(nil),              // 12: kvasir.topology.v1.Topology
-	(*NodeHealth)(nil),            // 13: kvasir.topology.v1.NodeHealth
-	(*GetTopologyRequest)(nil),    // 14: kvasir.topology.v1.GetTopologyRequest
-	(*GetTopologyResponse)(nil),   // 15: kvasir.topology.v1.GetTopologyResponse
-	(*WatchTopologyRequest)(nil),  // 16: kvasir.topology.v1.WatchTopologyRequest
-	(*WatchTopologyResponse)(nil), // 17: kvasir.topology.v1.WatchTopologyResponse
+	(*TopologyDelta)(nil),         // 13: kvasir.topology.v1.TopologyDelta
+	(*VnodeChange)(nil),           // 14: kvasir.topology.v1.VnodeChange
+	(*NodeHealth)(nil),            // 15: kvasir.topology.v1.NodeHealth
+	(*GetTopologyRequest)(nil),    // 16: kvasir.topology.v1.GetTopologyRequest
+	(*GetTopologyResponse)(nil),   // 17: kvasir.topology.v1.GetTopologyResponse
+	(*WatchTopologyRequest)(nil),  // 18: kvasir.topology.v1.WatchTopologyRequest
+	(*WatchTopologyResponse)(nil), // 19: kvasir.topology.v1.WatchTopologyResponse
 }
 var file_kvasir_topology_v1_topology_proto_depIdxs = []int32{
 	0,  // 0: kvasir.topology.v1.Node.role:type_name -> kvasir.topology.v1.Role
@@ -1414,19 +1652,27 @@ var file_kvasir_topology_v1_topology_proto_depIdxs = []int32{
 	8,  // 8: kvasir.topology.v1.Topology.namespaces:type_name -> kvasir.topology.v1.Namespace
 	10, // 9: kvasir.topology.v1.Topology.settings:type_name -> kvasir.topology.v1.Settings
 	11, // 10: kvasir.topology.v1.Topology.orchestrators:type_name -> kvasir.topology.v1.Orchestrator
-	4,  // 11: kvasir.topology.v1.NodeHealth.state:type_name -> kvasir.topology.v1.NodeHealth.State
-	12, // 12: kvasir.topology.v1.GetTopologyResponse.topology:type_name -> kvasir.topology.v1.Topology
-	12, // 13: kvasir.topology.v1.WatchTopologyResponse.topology:type_name -> kvasir.topology.v1.Topology
-	13, // 14: kvasir.topology.v1.WatchTopologyResponse.health:type_name -> kvasir.topology.v1.NodeHealth
-	14, // 15: kvasir.topology.v1.TopologyService.GetTopology:input_type -> kvasir.topology.v1.GetTopologyRequest
-	16, // 16: kvasir.topology.v1.TopologyService.WatchTopology:input_type -> kvasir.topology.v1.WatchTopologyRequest
-	15, // 17: kvasir.topology.v1.TopologyService.GetTopology:output_type -> kvasir.topology.v1.GetTopologyResponse
-	17, // 18: kvasir.topology.v1.TopologyService.WatchTopology:output_type -> kvasir.topology.v1.WatchTopologyResponse
-	17, // [17:19] is the sub-list for method output_type
-	15, // [15:17] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	5,  // 11: kvasir.topology.v1.TopologyDelta.nodes:type_name -> kvasir.topology.v1.Node
+	14, // 12: kvasir.topology.v1.TopologyDelta.vnodes:type_name -> kvasir.topology.v1.VnodeChange
+	8,  // 13: kvasir.topology.v1.TopologyDelta.namespaces:type_name -> kvasir.topology.v1.Namespace
+	10, // 14: kvasir.topology.v1.TopologyDelta.settings:type_name -> kvasir.topology.v1.Settings
+	11, // 15: kvasir.topology.v1.TopologyDelta.orchestrators:type_name -> kvasir.topology.v1.Orchestrator
+	7,  // 16: kvasir.topology.v1.VnodeChange.vnode:type_name -> kvasir.topology.v1.Vnode
+	4,  // 17: kvasir.topology.v1.NodeHealth.state:type_name -> kvasir.topology.v1.NodeHealth.State
+	12, // 18: kvasir.topology.v1.GetTopologyResponse.topology:type_name -> kvasir.topology.v1.Topology
+	13, // 19: kvasir.topology.v1.GetTopologyResponse.delta:type_name -> kvasir.topology.v1.TopologyDelta
+	12, // 20: kvasir.topology.v1.WatchTopologyResponse.topology:type_name -> kvasir.topology.v1.Topology
+	15, // 21: kvasir.topology.v1.WatchTopologyResponse.health:type_name -> kvasir.topology.v1.NodeHealth
+	13, // 22: kvasir.topology.v1.WatchTopologyResponse.delta:type_name -> kvasir.topology.v1.TopologyDelta
+	16, // 23: kvasir.topology.v1.TopologyService.GetTopology:input_type -> kvasir.topology.v1.GetTopologyRequest
+	18, // 24: kvasir.topology.v1.TopologyService.WatchTopology:input_type -> kvasir.topology.v1.WatchTopologyRequest
+	17, // 25: kvasir.topology.v1.TopologyService.GetTopology:output_type -> kvasir.topology.v1.GetTopologyResponse
+	19, // 26: kvasir.topology.v1.TopologyService.WatchTopology:output_type -> kvasir.topology.v1.WatchTopologyResponse
+	25, // [25:27] is the sub-list for method output_type
+	23, // [23:25] is the sub-list for method input_type
+	23, // [23:23] is the sub-list for extension type_name
+	23, // [23:23] is the sub-list for extension extendee
+	0,  // [0:23] is the sub-list for field type_name
 }
 
 func init() { file_kvasir_topology_v1_topology_proto_init() }
@@ -1440,7 +1686,7 @@ func file_kvasir_topology_v1_topology_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kvasir_topology_v1_topology_proto_rawDesc), len(file_kvasir_topology_v1_topology_proto_rawDesc)),
 			NumEnums:      5,
-			NumMessages:   13,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -32,8 +32,9 @@ const (
 // way without an orchestrator.
 type TopologyServiceClient interface {
 	GetTopology(ctx context.Context, in *GetTopologyRequest, opts ...grpc.CallOption) (*GetTopologyResponse, error)
-	// WatchTopology sends the topology and every later one, and the health of its
-	// nodes as the server sees it, at least every few seconds.
+	// WatchTopology sends the topology and every later one, each by what differs from
+	// the one before, and the health of its nodes as the server sees it, at least every
+	// few seconds.
 	WatchTopology(ctx context.Context, in *WatchTopologyRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchTopologyResponse], error)
 }
 
@@ -83,8 +84,9 @@ type TopologyService_WatchTopologyClient = grpc.ServerStreamingClient[WatchTopol
 // way without an orchestrator.
 type TopologyServiceServer interface {
 	GetTopology(context.Context, *GetTopologyRequest) (*GetTopologyResponse, error)
-	// WatchTopology sends the topology and every later one, and the health of its
-	// nodes as the server sees it, at least every few seconds.
+	// WatchTopology sends the topology and every later one, each by what differs from
+	// the one before, and the health of its nodes as the server sees it, at least every
+	// few seconds.
 	WatchTopology(*WatchTopologyRequest, grpc.ServerStreamingServer[WatchTopologyResponse]) error
 	mustEmbedUnimplementedTopologyServiceServer()
 }
