@@ -115,7 +115,7 @@ func (c *Client) firstTopology(ctx context.Context) (*topology.Topology, error) 
 		answers := make(chan answer, len(c.endpoints))
 		for _, e := range c.endpoints {
 			go func() {
-				t, err := c.fetchTopology(round, e)
+				t, err := c.fetchTopology(round, e, &topology.Topology{})
 				answers <- answer{t, err}
 			}()
 		}
@@ -142,18 +142,29 @@ func (c *Client) firstTopology(ctx context.Context) (*topology.Topology, error) 
 	}
 }
 
-// fetchTopology asks one address.
-func (c *Client) fetchTopology(ctx context.Context, address string) (*topology.Topology, error) {
+// fetchTopology asks one address, for what differs from known or, if that is empty, for
+// the whole.
+func (c *Client) fetchTopology(ctx context.Context, address string, known *topology.Topology) (*topology.Topology, error) {
 	cc, err := c.transport.NewConn(address)
 	if err != nil {
 		return nil, err
 	}
 	defer cc.Close()
-	resp, err := topologyv1.NewTopologyServiceClient(cc).GetTopology(ctx, &topologyv1.GetTopologyRequest{})
+	resp, err := topologyv1.NewTopologyServiceClient(cc).GetTopology(ctx, &topologyv1.GetTopologyRequest{ClusterId: known.ClusterID, KnownEpoch: known.Epoch})
 	if err != nil {
 		return nil, err
 	}
-	return topology.FromProto(resp.GetTopology())
+	return c.updated(ctx, address, known, resp)
+}
+
+// updated returns the topology that a server's message leads to from known, asking for
+// the whole where what differs does not fit.
+func (c *Client) updated(ctx context.Context, address string, known *topology.Topology, m topology.Updating) (*topology.Topology, error) {
+	t, err := topology.Updated(known, m)
+	if errors.Is(err, topology.ErrOtherBase) {
+		return c.fetchTopology(ctx, address, &topology.Topology{ClusterID: known.ClusterID})
+	}
+	return t, err
 }
 
 // follow watches the topology, at one node after the other, until ctx ends.
@@ -199,9 +210,11 @@ func (c *Client) watch(ctx context.Context, address string) error {
 	// A server that falls silent is left for another.
 	silence := time.AfterFunc(watchSilence, cancel)
 	defer silence.Stop()
-	t := c.view.Load().topology
+	// known is the topology that the server takes this client to have: what it sent last,
+	// whatever has come from elsewhere since.
+	known := c.view.Load().topology
 	stream, err := topologyv1.NewTopologyServiceClient(cc).WatchTopology(ctx, &topologyv1.WatchTopologyRequest{
-		ClusterId: t.ClusterID, KnownEpoch: t.Epoch,
+		ClusterId: known.ClusterID, KnownEpoch: known.Epoch,
 	})
 	for err == nil {
 		var resp *topologyv1.WatchTopologyResponse
@@ -209,7 +222,10 @@ func (c *Client) watch(ctx context.Context, address string) error {
 			break
 		}
 		silence.Reset(watchSilence)
-		if err = c.learn(resp); err != nil {
+		if known, err = c.updated(ctx, address, known, resp); err != nil {
+			break
+		}
+		if err = c.learn(known, resp.GetHealth()); err != nil {
 			break
 		}
 	}
@@ -226,21 +242,14 @@ var errCutOff = errors.New("the server reaches less than half of the nodes")
 // learn takes in what a watched server sent. One that holds half of the nodes or
 // more for unhealthy is likelier cut off from them than right: its opinion is left,
 // since following it would lead every request to that very server.
-func (c *Client) learn(resp *topologyv1.WatchTopologyResponse) error {
+func (c *Client) learn(t *topology.Topology, health []*topologyv1.NodeHealth) error {
 	unhealthy := map[uint64]bool{}
-	for _, h := range resp.GetHealth() {
+	for _, h := range health {
 		if h.GetState() == topologyv1.NodeHealth_STATE_UNHEALTHY {
 			unhealthy[h.GetIncarnation()] = true
 		}
 	}
-	var t *topology.Topology
-	if resp.GetTopology() != nil {
-		var err error
-		if t, err = topology.FromProto(resp.GetTopology()); err != nil {
-			return err
-		}
-	}
-	if n := len(resp.GetHealth()); n > 2 && 2*len(unhealthy) >= n {
+	if n := len(health); n > 2 && 2*len(unhealthy) >= n {
 		c.advance(t, nil)
 		return errCutOff
 	}
@@ -300,7 +309,7 @@ func (c *Client) refresh(address string) {
 	c.stopped.Go(func() {
 		ctx, cancel := context.WithTimeout(c.run, time.Second)
 		defer cancel()
-		if t, err := c.fetchTopology(ctx, address); err == nil {
+		if t, err := c.fetchTopology(ctx, address, c.view.Load().topology); err == nil {
 			c.advance(t, nil)
 		}
 		c.mu.Lock()

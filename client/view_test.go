@@ -1,10 +1,16 @@
 package client
 
 import (
+	"context"
 	"errors"
+	"io"
+	"net"
 	"sync"
 	"testing"
 
+	"google.golang.org/grpc"
+
+	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/topology"
 	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
 )
@@ -33,19 +39,19 @@ func TestTopologyOnlyGoesForward(t *testing.T) {
 // A node that is cut off from the others takes them for unhealthy. A client that it
 // still reaches must not avoid those for that.
 func TestClientLeavesTheOpinionOfACutOffNode(t *testing.T) {
-	health := func(nodes int, unhealthy ...uint64) *topologyv1.WatchTopologyResponse {
-		r := &topologyv1.WatchTopologyResponse{}
+	health := func(nodes int, unhealthy ...uint64) []*topologyv1.NodeHealth {
+		var r []*topologyv1.NodeHealth
 		for i := range uint64(nodes) {
-			r.Health = append(r.Health, &topologyv1.NodeHealth{Incarnation: i + 1, State: topologyv1.NodeHealth_STATE_HEALTHY})
+			r = append(r, &topologyv1.NodeHealth{Incarnation: i + 1, State: topologyv1.NodeHealth_STATE_HEALTHY})
 		}
 		for _, u := range unhealthy {
-			r.Health[u-1].State = topologyv1.NodeHealth_STATE_UNHEALTHY
+			r[u-1].State = topologyv1.NodeHealth_STATE_UNHEALTHY
 		}
 		return r
 	}
 	for _, tc := range []struct {
 		name   string
-		answer *topologyv1.WatchTopologyResponse
+		answer []*topologyv1.NodeHealth
 		left   bool
 	}{
 		{"all is well", health(5), false},
@@ -56,12 +62,92 @@ func TestClientLeavesTheOpinionOfACutOffNode(t *testing.T) {
 	} {
 		c := &Client{}
 		c.view.Store(&view{topology: &topology.Topology{}, unhealthy: map[uint64]bool{1: true}})
-		err := c.learn(tc.answer)
+		err := c.learn(&topology.Topology{}, tc.answer)
 		if left := errors.Is(err, errCutOff); left != tc.left || !left && err != nil {
 			t.Errorf("%s: %v", tc.name, err)
 		}
 		if kept := c.view.Load().unhealthy[1]; kept != tc.left {
 			t.Errorf("%s: the old opinion was kept: %v", tc.name, kept)
 		}
+	}
+}
+
+// servedTopology sends a difference that does not fit to whoever watches, and the whole,
+// or what it is told to, to whoever asks.
+type servedTopology struct {
+	topologyv1.UnimplementedTopologyServiceServer
+	watched *topologyv1.WatchTopologyResponse
+	asked   chan *topologyv1.GetTopologyRequest
+	answer  *topologyv1.GetTopologyResponse
+}
+
+func (s *servedTopology) GetTopology(_ context.Context, r *topologyv1.GetTopologyRequest) (*topologyv1.GetTopologyResponse, error) {
+	s.asked <- r
+	return s.answer, nil
+}
+
+func (s *servedTopology) WatchTopology(_ *topologyv1.WatchTopologyRequest, out grpc.ServerStreamingServer[topologyv1.WatchTopologyResponse]) error {
+	return out.Send(s.watched)
+}
+
+// A client that cannot make anything of a difference asks for the whole topology.
+func TestClientAsksForTheWholeTopology(t *testing.T) {
+	of := func(epoch uint64) *topology.Topology {
+		top, err := topology.FromProto(&topologyv1.Topology{
+			ClusterId: "c", Epoch: epoch, Vnodes: 2, Settings: topology.DefaultSettings().Proto(),
+			Nodes: []*topologyv1.Node{{Incarnation: epoch, Name: "n"}},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return top
+	}
+	for name, tc := range map[string]struct {
+		watched *topologyv1.TopologyDelta
+		asks    bool
+	}{
+		"it fits":     {topology.Diff(of(5), of(7)), false},
+		"of another":  {topology.Diff(of(4), of(7)), true},
+		"of a future": {topology.Diff(of(6), of(7)), true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			l, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			s := &servedTopology{
+				watched: &topologyv1.WatchTopologyResponse{Delta: tc.watched}, asked: make(chan *topologyv1.GetTopologyRequest, 1),
+				answer: &topologyv1.GetTopologyResponse{Topology: of(7).Proto()},
+			}
+			server := grpc.NewServer()
+			topologyv1.RegisterTopologyServiceServer(server, s)
+			go server.Serve(l)
+			defer server.Stop()
+			c := &Client{transport: rpc.Transport{Dial: rpc.NetDialer}}
+			c.view.Store(&view{topology: of(5)})
+			if err := c.watch(t.Context(), l.Addr().String()); !errors.Is(err, io.EOF) {
+				t.Fatal(err)
+			}
+			if got := c.view.Load().topology; got.Epoch != 7 || got.Node(7) == nil || got.Node(5) != nil {
+				t.Errorf("the client has %v", got.Proto())
+			}
+			select {
+			case r := <-s.asked:
+				if !tc.asks || r.GetKnownEpoch() != 0 || r.GetClusterId() != "c" {
+					t.Errorf("it asked for %v", r)
+				}
+			default:
+				if tc.asks {
+					t.Error("it did not ask")
+				}
+			}
+			s.answer = &topologyv1.GetTopologyResponse{Delta: topology.Diff(of(5), of(6))}
+			if got, err := c.fetchTopology(t.Context(), l.Addr().String(), of(5)); err != nil || got.Epoch != 6 {
+				t.Errorf("a refresh leads to %v, %v", got, err)
+			}
+			if r := <-s.asked; r.GetKnownEpoch() != 5 {
+				t.Errorf("a refresh asked for %v", r)
+			}
+		})
 	}
 }

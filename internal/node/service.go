@@ -173,7 +173,9 @@ func (s topologyService) GetTopology(_ context.Context, r *topologyv1.GetTopolog
 	if err := s.check(r.GetClusterId()); err != nil {
 		return nil, err
 	}
-	return &topologyv1.GetTopologyResponse{Topology: s.node.fence.Topology().Proto()}, nil
+	resp := &topologyv1.GetTopologyResponse{}
+	resp.Topology, resp.Delta = s.node.topologies.recent.Update(r.GetKnownEpoch(), s.node.fence.Topology())
+	return resp, nil
 }
 
 func (s topologyService) WatchTopology(r *topologyv1.WatchTopologyRequest, stream grpc.ServerStreamingServer[topologyv1.WatchTopologyResponse]) error {
@@ -187,9 +189,8 @@ func (s topologyService) WatchTopology(r *topologyv1.WatchTopologyRequest, strea
 		changed := s.node.topologies.changed()
 		t := s.node.fence.Topology()
 		resp := &topologyv1.WatchTopologyResponse{Health: s.node.healthOf(t), WallMs: uint64(s.node.clock.Wall())}
-		if t.Epoch > known {
-			resp.Topology, known = t.Proto(), t.Epoch
-		}
+		resp.Topology, resp.Delta = s.node.topologies.recent.Update(known, t)
+		known = max(known, t.Epoch)
 		if err := stream.Send(resp); err != nil {
 			return err
 		}

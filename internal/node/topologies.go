@@ -58,6 +58,8 @@ type topologies struct {
 	// kept is the epoch that the disk has followed, problem why it follows no further.
 	kept    atomic.Uint64
 	problem atomic.Pointer[string]
+	// recent is what others, who have it, are told the difference from.
+	recent topology.Recent
 	// adopting holds a token while a topology is being taken in, asking one for each
 	// request that asks for a newer one.
 	adopting, asking chan struct{}
@@ -78,6 +80,7 @@ func newTopologies(store *storage.Store, fence *replica.Fence, dial rpc.Transpor
 		adopting: make(chan struct{}, 1), asking: make(chan struct{}, maxAsking),
 	}
 	t.mu.changed = make(chan struct{})
+	t.recent.Add(fence.Topology())
 	return t
 }
 
@@ -96,6 +99,7 @@ func (t *topologies) adopt(next *topology.Topology) error {
 	t.adopting <- struct{}{}
 	defer func() { <-t.adopting }()
 	if t.fence.Advance(next) {
+		t.recent.Add(next)
 		t.logger.Info("topology adopted", "epoch", topology.EpochString(next.Epoch), "nodes", len(next.Nodes), "namespaces", len(next.Namespaces))
 		t.signal()
 		t.adopted(next)
@@ -214,8 +218,11 @@ func (t *topologies) watch(ctx context.Context, address string) error {
 	defer cancel()
 	silence := time.AfterFunc(watchSilence, cancel)
 	defer silence.Stop()
+	// known is the topology that the server takes this node to have: what it sent last,
+	// whatever has come from elsewhere since.
+	known := t.current()
 	stream, err := topologyv1.NewTopologyServiceClient(cc).WatchTopology(ctx, &topologyv1.WatchTopologyRequest{
-		ClusterId: t.clusterID, KnownEpoch: t.current().Epoch,
+		ClusterId: t.clusterID, KnownEpoch: known.Epoch,
 	})
 	if err != nil {
 		return err
@@ -231,14 +238,10 @@ func (t *topologies) watch(ctx context.Context, address string) error {
 			health[h.GetIncarnation()] = h
 		}
 		t.setHealth(health)
-		if resp.GetTopology() == nil {
-			continue
-		}
-		next, err := topology.FromProto(resp.GetTopology())
-		if err != nil {
+		if known, err = t.updated(ctx, address, known, resp); err != nil {
 			return err
 		}
-		if err := t.adopt(next); err != nil {
+		if err := t.adopt(known); err != nil {
 			return err
 		}
 	}
@@ -262,7 +265,7 @@ func (t *topologies) refresh(ctx context.Context, epoch uint64, first ...string)
 		select {
 		case t.asking <- struct{}{}:
 			defer func() { <-t.asking }()
-			return t.ask(ctx, epoch, first)
+			return t.askAround(ctx, epoch, first)
 		case <-changed:
 		case <-ctx.Done():
 			return ctx.Err()
@@ -270,8 +273,8 @@ func (t *topologies) refresh(ctx context.Context, epoch uint64, first ...string)
 	}
 }
 
-// ask asks others for a topology of at least an epoch; see refresh.
-func (t *topologies) ask(ctx context.Context, epoch uint64, first []string) error {
+// askAround asks others for a topology of at least an epoch; see refresh.
+func (t *topologies) askAround(ctx context.Context, epoch uint64, first []string) error {
 	t.mu.Lock()
 	idle := len(first) == 0 && time.Now().Before(t.mu.idleUntil)
 	t.mu.Unlock()
@@ -322,20 +325,37 @@ func (t *topologies) ask(ctx context.Context, epoch uint64, first []string) erro
 
 // fetch adopts the topology of one address.
 func (t *topologies) fetch(ctx context.Context, address string) error {
-	cc, err := t.dial.NewConn(address)
-	if err != nil {
-		return err
-	}
-	defer cc.Close()
-	ctx, cancel := context.WithTimeout(ctx, 500*time.Millisecond)
-	defer cancel()
-	resp, err := topologyv1.NewTopologyServiceClient(cc).GetTopology(ctx, &topologyv1.GetTopologyRequest{ClusterId: t.clusterID})
-	if err != nil {
-		return err
-	}
-	next, err := topology.FromProto(resp.GetTopology())
+	next, err := t.ask(ctx, address, t.current())
 	if err != nil {
 		return err
 	}
 	return t.adopt(next)
+}
+
+// ask returns the topology of one address, or known if that has none that is newer. What
+// differs from known is asked for, or the whole if known is empty.
+func (t *topologies) ask(ctx context.Context, address string, known *topology.Topology) (*topology.Topology, error) {
+	cc, err := t.dial.NewConn(address)
+	if err != nil {
+		return nil, err
+	}
+	defer cc.Close()
+	ctx, cancel := context.WithTimeout(ctx, 500*time.Millisecond)
+	defer cancel()
+	resp, err := topologyv1.NewTopologyServiceClient(cc).GetTopology(ctx, &topologyv1.GetTopologyRequest{ClusterId: t.clusterID, KnownEpoch: known.Epoch})
+	if err != nil {
+		return nil, err
+	}
+	return t.updated(ctx, address, known, resp)
+}
+
+// updated returns the topology that a server's message leads to from known, asking for
+// the whole where what differs does not fit.
+func (t *topologies) updated(ctx context.Context, address string, known *topology.Topology, m topology.Updating) (*topology.Topology, error) {
+	next, err := topology.Updated(known, m)
+	if errors.Is(err, topology.ErrOtherBase) {
+		t.logger.Warn("a change of the topology does not fit: asking for the whole", "server", address, "err", err)
+		return t.ask(ctx, address, &topology.Topology{})
+	}
+	return next, err
 }

@@ -425,7 +425,9 @@ func (s topologyService) GetTopology(_ context.Context, r *topologyv1.GetTopolog
 	if err != nil {
 		return nil, err
 	}
-	return &topologyv1.GetTopologyResponse{Topology: t.Proto()}, nil
+	resp := &topologyv1.GetTopologyResponse{}
+	resp.Topology, resp.Delta = s.o.machine.recent.Update(r.GetKnownEpoch(), t)
+	return resp, nil
 }
 
 func (s topologyService) WatchTopology(r *topologyv1.WatchTopologyRequest, stream grpc.ServerStreamingServer[topologyv1.WatchTopologyResponse]) error {
@@ -448,9 +450,8 @@ func (s topologyService) WatchTopology(r *topologyv1.WatchTopologyRequest, strea
 		for _, n := range t.Nodes {
 			resp.Health = append(resp.Health, s.o.health.of(n.Incarnation).proto(n.Incarnation))
 		}
-		if t.Epoch > known {
-			resp.Topology, known = t.Proto(), t.Epoch
-		}
+		resp.Topology, resp.Delta = s.o.machine.recent.Update(known, t)
+		known = max(known, t.Epoch)
 		if err := stream.Send(resp); err != nil {
 			return err
 		}

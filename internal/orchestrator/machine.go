@@ -14,8 +14,9 @@ import (
 // machine is the state machine that Raft applies commands to. What it holds is
 // immutable, so readers take a pointer and go.
 type machine struct {
-	state atomic.Pointer[topology.State] // nil until the cluster is founded
-	mu    struct {
+	state  atomic.Pointer[topology.State] // nil until the cluster is founded
+	recent topology.Recent
+	mu     struct {
 		sync.Mutex
 		changed chan struct{} // closed and replaced by every new topology
 	}
@@ -76,6 +77,9 @@ func (m *machine) Restore(snapshot []byte) error {
 
 func (m *machine) set(s *topology.State) {
 	m.state.Store(s)
+	if s != nil {
+		m.recent.Add(s.Topology)
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	close(m.mu.changed)

@@ -12,7 +12,9 @@ import (
 	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/kvasirdb/kvasir/client"
 	"github.com/kvasirdb/kvasir/internal/rpc"
@@ -575,6 +577,73 @@ func TestNodeWithAWrongClock(t *testing.T) {
 		for _, n := range status(t, w.Control("node1")).GetNodes() {
 			if s := n.GetStatus(); s.GetClockOk() != (s.GetName() != "node2") {
 				t.Errorf("%s: clock ok is %v, offset %d ms of %d opinions", s.GetName(), s.GetClockOk(), s.GetClockOffsetMs(), s.GetClockOpinions())
+			}
+		}
+	})
+}
+
+// Orchestrators and nodes tell whoever has a topology only what differs from it.
+func TestTopologyTravelsAsADelta(t *testing.T) {
+	world(t, sim.Config{Seed: 21, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		defer cancel()
+		before := agreed(t, w.Control("orch1"))
+		type watch = grpc.ServerStreamingClient[topologyv1.WatchTopologyResponse]
+		servers := []string{"orch1", "node2"}
+		fromNone, fromKnown := map[string]watch{}, map[string]watch{}
+		open := func(s string, known uint64) watch {
+			stream, err := topologyv1.NewTopologyServiceClient(w.Conn(s)).WatchTopology(ctx, &topologyv1.WatchTopologyRequest{KnownEpoch: known})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return stream
+		}
+		// newer waits until a watch brings something.
+		newer := func(stream watch) *topologyv1.WatchTopologyResponse {
+			t.Helper()
+			for {
+				m, err := stream.Recv()
+				if err != nil {
+					t.Fatal(err)
+				}
+				if m.GetTopology() != nil || m.GetDelta() != nil {
+					return m
+				}
+			}
+		}
+		for _, s := range servers {
+			fromNone[s], fromKnown[s] = open(s, 0), open(s, before.Epoch)
+			if m := newer(fromNone[s]); m.GetTopology().GetEpoch() != before.Epoch || m.GetDelta() != nil {
+				t.Errorf("%s begins with %v", s, m)
+			}
+		}
+		if _, err := create(w.Control("orch1"), "another", nil); err != nil {
+			t.Fatal(err)
+		}
+		after := agreed(t, w.Control("orch1"))
+		for _, s := range servers {
+			for name, stream := range map[string]watch{"none": fromNone[s], "the current one": fromKnown[s]} {
+				m := newer(stream)
+				got, err := topology.Updated(before, m)
+				if m.GetDelta() == nil || err != nil || !proto.Equal(got.Proto(), after.Proto()) {
+					t.Errorf("%s, to whoever began with %s: %v, %v", s, name, m, err)
+				}
+			}
+			ask := func(known uint64) *topologyv1.GetTopologyResponse {
+				m, err := topologyv1.NewTopologyServiceClient(w.Conn(s)).GetTopology(ctx, &topologyv1.GetTopologyRequest{KnownEpoch: known})
+				if err != nil {
+					t.Fatal(err)
+				}
+				return m
+			}
+			if m := ask(before.Epoch); m.GetDelta() == nil || m.GetTopology() != nil {
+				t.Errorf("%s is asked for what is new: %v", s, m)
+			}
+			if m := ask(after.Epoch); m.GetDelta() != nil || m.GetTopology() != nil {
+				t.Errorf("%s has nothing new: %v", s, m)
+			}
+			if m := ask(0); m.GetTopology() == nil {
+				t.Errorf("%s is asked for the whole: %v", s, m)
 			}
 		}
 	})
