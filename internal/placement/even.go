@@ -246,6 +246,10 @@ type evening struct {
 	holds [][]place
 	// swaps is set once nodes may take another slot of a vnode than they had.
 	swaps bool
+	// widens is set while a slot may exchange nodes with one behind it. While last is, it can
+	// only do so with that slot.
+	widens bool
+	last   int
 }
 
 const none = -1
@@ -273,16 +277,21 @@ func newEvening(current Assignment, nodes []Node, uses []int) (*evening, error) 
 	if width > len(nodes) {
 		return nil, tooFew(width, len(nodes))
 	}
-	uses = slices.Clone(uses)
-	uses = append(uses, width) // what nobody uses yet must have nodes too
-	slices.Sort(uses)
 	e.moves = make([]int, len(e.slots))
 	for _, slots := range e.slots {
 		e.was = append(e.was, slices.Clone(slots))
 	}
+	e.group(append(slices.Clone(uses), width)) // what nobody uses yet must have nodes too
+	return e, nil
+}
+
+// group divides the slots by their uses.
+func (e *evening) group(uses []int) {
+	slices.Sort(uses)
+	e.groups = nil
 	first := 0
 	for _, n := range slices.Compact(uses) {
-		g := &group{first: first, n: n, zone: e.bounds(n), share: e.shares(len(current), n), load: make([]int, len(nodes))}
+		g := &group{first: first, n: n, zone: e.bounds(n), share: e.shares(len(e.slots), n), load: make([]int, len(e.nodes))}
 		for _, slots := range e.slots {
 			for _, node := range slots[:n] {
 				if node != none {
@@ -293,7 +302,6 @@ func newEvening(current Assignment, nodes []Node, uses []int) (*evening, error) 
 		e.groups = append(e.groups, g)
 		first = n
 	}
-	return e, nil
 }
 
 func (e *evening) assignment() Assignment {
@@ -331,6 +339,14 @@ func (e *evening) set(p place, node int) {
 			g.load[node]++
 		}
 	}
+}
+
+// give gives a slot another node. Where a slot behind it has that one, they exchange.
+func (e *evening) give(p place, node int) {
+	if at := slices.Index(e.slots[p.vnode], node); at >= 0 {
+		e.set(place{p.vnode, at}, e.slots[p.vnode][p.slot])
+	}
+	e.set(p, node)
 }
 
 // moved reports whether a slot has another node than at first.
@@ -372,7 +388,7 @@ func (e *evening) mend(v int) {
 			if e.slots[v][s] != none {
 				continue
 			}
-			n := e.choose(place{v, s}, g)
+			n := e.choose(place{v, s}, g, v)
 			if behind := slices.Index(e.slots[v], n); behind >= 0 {
 				e.set(place{v, behind}, none)
 			}
@@ -398,9 +414,9 @@ func (e *evening) drop(v int, g *group, from func(zone int) bool) bool {
 
 // choose returns the node to get a slot of a group: one that the vnode does not name,
 // in a zone that it needs, else in one that it may use, else in any; of these the one
-// that is furthest below its share. Where only slots behind the group have nodes of such
-// zones, one is taken from there.
-func (e *evening) choose(p place, g *group) int {
+// that is furthest below its share, and of equals the first from start on. Where only slots
+// behind the group have nodes of such zones, one is taken from there.
+func (e *evening) choose(p place, g *group, start int) int {
 	const usable, full = 1, 2
 	state := make([]int, len(e.names))
 	for zone, b := range g.zone {
@@ -414,15 +430,21 @@ func (e *evening) choose(p place, g *group) int {
 	}
 	best, rank := none, 0
 	for i := range e.nodes {
-		n := (i + p.vnode) % len(e.nodes) // equals in turn
+		n := (i + start) % len(e.nodes)
 		r := 2 * state[e.of[n]]
+		better := func() bool {
+			return best == none || r < rank || r == rank && e.above(g, n) < e.above(g, best)
+		}
+		if !better() {
+			continue
+		}
 		if e.named(p, n) {
 			if state[e.of[n]] == full || slices.Index(e.slots[p.vnode], n) < g.n {
 				continue
 			}
 			r++
 		}
-		if best == none || cmp.Or(cmp.Compare(r, rank), cmp.Compare(e.above(g, n), e.above(g, best))) < 0 {
+		if better() {
 			best, rank = n, r
 		}
 	}
@@ -466,7 +488,10 @@ func (e *evening) inTurn(p place, node int) bool {
 // allowed reports whether a slot may go to another node.
 func (e *evening) allowed(p place, to int) bool {
 	slots := e.slots[p.vnode]
-	if e.named(p, to) && !(e.swaps && !slices.Contains(slots, to) && e.inTurn(p, to)) {
+	until := len(slots)
+	if at := slices.Index(slots, to); at > p.slot && (e.widens || e.last > 0) {
+		until = at // they exchange: the first slots up to there have the same nodes then
+	} else if e.named(p, to) && !(e.swaps && !slices.Contains(slots, to) && e.inTurn(p, to)) {
 		return false
 	}
 	a, b := e.of[slots[p.slot]], e.of[to]
@@ -474,7 +499,7 @@ func (e *evening) allowed(p place, to int) bool {
 		return true
 	}
 	for _, g := range e.groups {
-		if p.slot < g.n && (e.within(p.vnode, g.n, a) <= g.zone[a].Least || e.within(p.vnode, g.n, b) >= g.zone[b].Most) {
+		if p.slot < g.n && g.n <= until && (e.within(p.vnode, g.n, a) <= g.zone[a].Least || e.within(p.vnode, g.n, b) >= g.zone[b].Most) {
 			return false
 		}
 	}
@@ -486,31 +511,41 @@ func (e *evening) allowed(p place, to int) bool {
 // at last by nodes that change slots within a vnode.
 func (e *evening) balance(group int) {
 	g := e.groups[group]
-	least := func(n int) int { return g.share[e.of[n]].Least }
-	most := func(n int) int { return g.share[e.of[n]].Most }
-	below := func(n int) bool { return g.load[n] < least(n) }
 	ofGroup := func(p place) bool { return p.slot >= g.first && p.slot < g.n }
 	within := func(p place) bool { return p.slot < g.n }
 	for pass, may := range []func(place) bool{func(p place) bool { return ofGroup(p) && e.moved(p) }, ofGroup, within, within} {
 		e.swaps = pass == 3
-		for n := range e.nodes {
-			for g.load[n] > most(n) && (e.shed(may, []int{n}, below) || e.shed(may, []int{n}, func(n int) bool { return g.load[n] < most(n) })) {
-			}
-		}
-		for n := range e.nodes {
-			for below(n) {
-				var from []int
-				for m := range e.nodes {
-					if g.load[m] > least(m) {
-						from = append(from, m)
-					}
-				}
-				if !e.shed(may, from, func(m int) bool { return m == n }) {
-					break
-				}
-			}
+		e.level(g, may)
+	}
+}
+
+// level brings every node's load of a group to its share, as far as there is a way by
+// slots that may move.
+func (e *evening) level(g *group, may func(place) bool) {
+	least := func(n int) int { return g.share[e.of[n]].Least }
+	most := func(n int) int { return g.share[e.of[n]].Most }
+	below := func(n int) bool { return g.load[n] < least(n) }
+	nodes := make([]int, len(e.nodes))
+	for n := range nodes {
+		nodes[n] = n
+		for g.load[n] > most(n) && (e.shed(may, []int{n}, below) || e.shed(may, []int{n}, func(n int) bool { return g.load[n] < most(n) })) {
 		}
 	}
+	above := func() []int {
+		return slices.DeleteFunc(slices.Clone(nodes), func(n int) bool { return g.load[n] <= least(n) })
+	}
+	for slices.ContainsFunc(nodes, below) && e.shed(may, above(), below) {
+	}
+}
+
+// even reports whether every node has its share of a group.
+func (e *evening) even(g *group) bool {
+	for n, load := range g.load {
+		if s := g.share[e.of[n]]; load < s.Least || load > s.Most {
+			return false
+		}
+	}
+	return true
 }
 
 // shed searches breadth first for the shortest way by which one of some nodes hands a
@@ -522,6 +557,7 @@ func (e *evening) shed(may func(place) bool, from []int, takes func(node int) bo
 		by   place
 	}
 	came := make([]*step, len(e.nodes))
+	var queue []int
 	unseen := make([][]int, len(e.names)) // by zone
 	starts := make([]bool, len(e.nodes))
 	for _, n := range from {
@@ -545,7 +581,19 @@ func (e *evening) shed(may func(place) bool, from []int, takes func(node int) bo
 		}
 		return false
 	}
-	queue := slices.Clone(from)
+	// reach notes the way to a node, and goes it where that takes a slot.
+	reach := func(n int, p place, to int) bool {
+		came[to] = &step{n, p}
+		queue = append(queue, to)
+		if !takes(to) {
+			return false
+		}
+		for s := came[to]; s != nil; to, s = s.from, came[s.from] {
+			e.give(s.by, to)
+		}
+		return true
+	}
+	queue = append(queue, from...)
 	for len(queue) > 0 {
 		n := queue[0]
 		queue = queue[1:]
@@ -556,6 +604,12 @@ func (e *evening) shed(may func(place) bool, from []int, takes func(node int) bo
 			if !may(p) || used(n, p.vnode) {
 				continue
 			}
+			if e.last > 0 {
+				if to := e.slots[p.vnode][e.last]; !starts[to] && came[to] == nil && e.allowed(p, to) && reach(n, p, to) {
+					return true
+				}
+				continue
+			}
 			for zone := range unseen {
 				left := unseen[zone][:0]
 				for _, to := range unseen[zone] {
@@ -563,14 +617,9 @@ func (e *evening) shed(may func(place) bool, from []int, takes func(node int) bo
 						left = append(left, to)
 						continue
 					}
-					came[to] = &step{n, p}
-					if takes(to) {
-						for s := came[to]; s != nil; to, s = s.from, came[s.from] {
-							e.set(s.by, to)
-						}
+					if reach(n, p, to) {
 						return true
 					}
-					queue = append(queue, to)
 				}
 				unseen[zone] = left
 			}

@@ -216,6 +216,16 @@ func inTurn(from, to []uint64) (left []int) {
 }
 
 func checkEven(t rapid.TB, a placement.Assignment, ns []placement.Node, uses []int) {
+	t.Helper()
+	checkZones(t, a, ns, uses)
+	// With several N in use a vnode's slots can be in each other's way.
+	checkShares(t, a, ns, slices.Max(uses), len(uses)-1)
+}
+
+// checkZones fails where a vnode has a node twice, or its first slots are in fewer zones
+// than they could be.
+func checkZones(t rapid.TB, a placement.Assignment, ns []placement.Node, uses []int) {
+	t.Helper()
 	zoneOf, size := map[uint64]string{}, map[string]int{}
 	for _, n := range ns {
 		zoneOf[n.ID] = n.Zone
@@ -239,8 +249,12 @@ func checkEven(t rapid.TB, a placement.Assignment, ns []placement.Node, uses []i
 			}
 		}
 	}
-	// With several N in use a vnode's slots can be in each other's way.
-	n, slack := slices.Max(uses), len(uses)-1
+}
+
+// checkShares fails where a node's number of first n slots is further from its share than
+// a slack.
+func checkShares(t rapid.TB, a placement.Assignment, ns []placement.Node, n, slack int) {
+	t.Helper()
 	share, have := placement.Shares(ns, len(a), n), counts(a, n)
 	for _, node := range ns {
 		if s := share[node.Zone]; have[node.ID] < s.Least-slack || have[node.ID] > s.Most+slack {
@@ -254,11 +268,7 @@ func TestEvenScales(t *testing.T) {
 	if testing.Short() {
 		t.Skip("plans 196,608 slots twice")
 	}
-	var zones []string
-	for i := range 1000 {
-		zones = append(zones, string(rune('a'+i%5)))
-	}
-	all := nodes(zones...)
+	all := manyNodes()
 	began := time.Now()
 	was := even(t, empty(1<<16, 3), all[:900], 3)
 	founded := time.Since(began)
