@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -15,13 +16,18 @@ import (
 // ringOf returns a ring of 256 vnodes on a node in each of some zones, with N=3.
 func ringOf(t *testing.T, zones ...string) *topology.Topology {
 	t.Helper()
-	top := &topology.Topology{Epoch: 7, Vnodes: 256, Namespaces: []topology.Namespace{{ID: 1, Name: "default", N: 3}}}
+	return ringWith(t, 256, zones...)
+}
+
+func ringWith(t *testing.T, vnodes int, zones ...string) *topology.Topology {
+	t.Helper()
+	top := &topology.Topology{Epoch: 7, Vnodes: uint32(vnodes), Namespaces: []topology.Namespace{{ID: 1, Name: "default", N: 3}}}
 	var nodes []placement.Node
 	for i, z := range zones {
 		top.Nodes = append(top.Nodes, topology.Node{Incarnation: uint64(i + 1), Name: fmt.Sprint("node", i+1), Zone: z, Role: topology.Data})
 		nodes = append(nodes, placement.Node{ID: uint64(i + 1), Zone: z})
 	}
-	a, err := placement.Widen(nil, 256, nodes, 3)
+	a, err := placement.Widen(nil, vnodes, nodes, 3)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -78,6 +84,45 @@ func TestPlanRing(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Plans for a thousand nodes with 65,536 vnodes take seconds.
+func TestPlanRingScales(t *testing.T) {
+	if testing.Short() {
+		t.Skip("plans 196,608 slots")
+	}
+	var zones []string
+	for i := range 1000 {
+		zones = append(zones, string(rune('a'+i%5)))
+	}
+	top := ringWith(t, 1<<16, zones...)
+	holds := ringUse{}
+	for v := range top.Ring {
+		for _, slot := range top.Ring[v].Slots {
+			if holds[slot.Node] == nil {
+				holds[slot.Node] = &nodeUse{}
+			}
+			holds[slot.Node].vnodes = append(holds[slot.Node].vnodes, &adminv1.VnodeUse{NamespaceId: 1, Vnode: uint32(v), Bytes: 1 << 20})
+		}
+	}
+	for _, r := range []planRequest{
+		{add: "1", strategy: "even"}, {add: "1", strategy: "split"}, {add: "100", remove: []string{"node7"}, strategy: "even"},
+	} {
+		began := time.Now()
+		d, err := planRing(top, r, holds)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("%s by %s: %d moves planned in %s", d.Title, d.Strategy, len(d.Moves), time.Since(began))
+		if want := map[string]int{"even": 196, "split": 98}[r.strategy]; r.add == "1" && len(d.Moves) != want {
+			t.Errorf("%d moves, want %d", len(d.Moves), want)
+		}
+	}
+	began := time.Now()
+	if _, err := widened(top, assignmentOf(top), &top.Namespaces[0], 5); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("N from 3 to 5: planned in %s", time.Since(began))
 }
 
 // sortedBy brings what was got into the order of what was wanted.
