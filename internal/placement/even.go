@@ -494,12 +494,18 @@ func (e *evening) allowed(p place, to int) bool {
 	} else if e.named(p, to) && !(e.swaps && !slices.Contains(slots, to) && e.inTurn(p, to)) {
 		return false
 	}
-	a, b := e.of[slots[p.slot]], e.of[to]
-	if a == b {
+	return e.fits(p, e.of[to], until)
+}
+
+// fits reports whether a slot may go to a node of a zone: no group that ends at a slot or
+// before it then has too few of one zone or too many of the other.
+func (e *evening) fits(p place, zone, until int) bool {
+	old := e.of[e.slots[p.vnode][p.slot]]
+	if old == zone {
 		return true
 	}
 	for _, g := range e.groups {
-		if p.slot < g.n && g.n <= until && (e.within(p.vnode, g.n, a) <= g.zone[a].Least || e.within(p.vnode, g.n, b) >= g.zone[b].Most) {
+		if p.slot < g.n && g.n <= until && (e.within(p.vnode, g.n, old) <= g.zone[old].Least || e.within(p.vnode, g.n, zone) >= g.zone[zone].Most) {
 			return false
 		}
 	}
@@ -611,6 +617,9 @@ func (e *evening) shed(may func(place) bool, from []int, takes func(node int) bo
 				continue
 			}
 			for zone := range unseen {
+				if !e.widens && !e.fits(p, zone, len(e.slots[p.vnode])) {
+					continue // not one of its nodes
+				}
 				left := unseen[zone][:0]
 				for _, to := range unseen[zone] {
 					if !e.allowed(p, to) {
