@@ -365,8 +365,33 @@ func (e *evening) within(vnode, n, zone int) (count int) {
 }
 
 // mend gives nodes to the slots of a vnode that have none, and others to those that
-// its zones have too many of.
+// its zones have too many of. Two nodes of a vnode cannot change slots, so one slot more
+// may have to move to get the zones right.
 func (e *evening) mend(v int) {
+	e.fill(v)
+	for s := len(e.was[v]) - 1; s >= 0 && !e.fair(v); s-- {
+		for i, n := range e.was[v] {
+			e.set(place{v, i}, n)
+		}
+		e.set(place{v, s}, none)
+		e.fill(v)
+	}
+}
+
+// fair reports whether a vnode's slots lie in the zones that they should.
+func (e *evening) fair(v int) bool {
+	for _, g := range e.groups {
+		for zone, b := range g.zone {
+			if have := e.within(v, g.n, zone); have < b.Least || have > b.Most {
+				return false
+			}
+		}
+	}
+	return true
+}
+
+// fill is mend as far as it goes with as few moves as can be.
+func (e *evening) fill(v int) {
 	for _, g := range e.groups {
 		for zone, b := range g.zone {
 			for e.within(v, g.n, zone) > b.Most && e.drop(v, g, func(z int) bool { return z == zone }) {
@@ -435,14 +460,19 @@ func (e *evening) choose(p place, g *group, start int) int {
 		better := func() bool {
 			return best == none || r < rank || r == rank && e.above(g, n) < e.above(g, best)
 		}
-		if !better() {
+		named := r == 0 && e.named(p, n)
+		if !named && !better() {
 			continue
 		}
-		if e.named(p, n) {
-			if state[e.of[n]] == full || slices.Index(e.slots[p.vnode], n) < g.n {
+		if named || e.named(p, n) {
+			switch at := slices.Index(e.slots[p.vnode], n); {
+			case at < 0 && r == 0 && !e.others(p, e.of[n]) && e.inTurn(p, n):
+				r-- // before another slot is in its way
+			case at < g.n || state[e.of[n]] == full:
 				continue
+			default:
+				r++
 			}
-			r++
 		}
 		if better() {
 			best, rank = n, r
@@ -461,12 +491,27 @@ func (e *evening) named(p place, node int) bool {
 	return at >= 0 && at != p.slot || slices.Contains(e.slots[p.vnode], node)
 }
 
+// others reports whether a zone has nodes that a vnode does not name.
+func (e *evening) others(p place, zone int) bool {
+	for n, z := range e.of {
+		if z == zone && !e.named(p, n) {
+			return true
+		}
+	}
+	return false
+}
+
 // inTurn reports whether the slots of a vnode can move one after the other without a
 // node being there twice, when one of them goes to a node.
 func (e *evening) inTurn(p place, node int) bool {
 	to := slices.Clone(e.slots[p.vnode])
 	to[p.slot] = node
 	at := slices.Clone(e.was[p.vnode])
+	for s, n := range to {
+		if n == none {
+			at[s] = none // it will be a node's that is not there
+		}
+	}
 	for left := len(to); ; {
 		before := left
 		left = 0

@@ -2,6 +2,7 @@ package placement_test
 
 import (
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
@@ -196,6 +197,29 @@ func TestEvenProperties(t *testing.T) {
 	})
 }
 
+// Two nodes of a vnode cannot change slots. Where zones want that, another one helps.
+func TestEvenKeepsToZonesByDetours(t *testing.T) {
+	for seed := range uint64(400) {
+		r := rand.New(rand.NewPCG(seed, 0))
+		draw := func() []placement.Node {
+			var zones []string
+			for range 10 {
+				zones = append(zones, string("abc"[r.IntN(3)]))
+			}
+			return nodes(zones...)
+		}
+		before, after, uses := draw(), draw(), []int{1 + r.IntN(4), 5}
+		was := even(t, empty(32, 5), before, uses...)
+		now := even(t, was, after, uses...)
+		checkZones(t, now, after, uses)
+		for v := range now {
+			if left := inTurn(was[v], now[v]); len(left) > 0 {
+				t.Errorf("seed %d: %v became %v, so a node would be there twice", seed, was[v], now[v])
+			}
+		}
+	}
+}
+
 // inTurn moves slot after slot where that leaves no node in a vnode twice, and returns
 // those that cannot move.
 func inTurn(from, to []uint64) (left []int) {
@@ -243,7 +267,7 @@ func checkZones(t rapid.TB, a placement.Assignment, ns []placement.Node, uses []
 			for z, have := range used {
 				for other, cap := range size {
 					if have > used[other]+1 && used[other] < cap {
-						t.Fatalf("vnode %d, first %d slots: %d in zone %s, %d in %s", v, n, have, z, used[other], other)
+						t.Fatalf("vnode %d %v, first %d slots: %d in zone %s, %d in %s", v, slots, n, have, z, used[other], other)
 					}
 				}
 			}
