@@ -165,14 +165,32 @@ func (z *zones) bounds(n int) []Bounds {
 	return out
 }
 
-// shares fills zones like the items of a row: all take an equal part for each of
-// their nodes; those that get too little or too much are set to their bound, the
-// kind that is off by more in all first, and the rest is divided again.
+// shares returns what each zone's nodes should have of the first n slots of so many vnodes.
 func (z *zones) shares(vnodes, n int) []Share {
-	bounds := z.bounds(n)
-	out := make([]Share, len(z.size))
+	var least, most []int
+	for _, b := range z.bounds(n) {
+		least, most = append(least, vnodes*b.Least), append(most, vnodes*b.Most)
+	}
+	var out []Share
+	for _, p := range z.divide(least, most, vnodes*n) {
+		out = append(out, Share{Bounds{p.all / p.among, (p.all + p.among - 1) / p.among}, p.forced})
+	}
+	return out
+}
+
+// part is what some nodes have together.
+type part struct {
+	all, among int
+	forced     bool
+}
+
+// divide fills zones like the items of a row: all take an equal part of the rest for each
+// of their nodes; those that get too little or too much are set to their bound, the kind
+// that is off by more in all first, and what then remains is divided again.
+func (z *zones) divide(least, most []int, rest int) []part {
+	out := make([]part, len(z.size))
 	free := make([]bool, len(z.size))
-	rest, among := vnodes*n, 0
+	among := 0
 	for i, size := range z.size {
 		free[i] = true
 		among += size
@@ -185,42 +203,35 @@ func (z *zones) shares(vnodes, n int) []Share {
 			if !free[i] {
 				continue
 			}
-			part := size * rest
-			if d := vnodes*bounds[i].Least*among - part; d > 0 {
+			fair := size * rest
+			if d := least[i]*among - fair; d > 0 {
 				low, off = append(low, i), off+d
 			}
-			if d := part - vnodes*bounds[i].Most*among; d > 0 {
+			if d := fair - most[i]*among; d > 0 {
 				high, off = append(high, i), off-d
 			}
 		}
 		if len(low)+len(high) == 0 {
 			break
 		}
-		set := low
+		set, bound := low, least
 		if off < 0 || len(low) == 0 {
-			set = high
+			set, bound = high, most
 		}
 		for _, i := range set {
-			all := vnodes * bounds[i].Least
-			if off < 0 || len(low) == 0 {
-				all = vnodes * bounds[i].Most
-			}
-			out[i] = Share{portion(all, z.size[i]), true}
+			out[i] = part{bound[i], z.size[i], true}
 			free[i] = false
-			rest -= all
+			rest -= bound[i]
 			among -= z.size[i]
 		}
 	}
 	for i := range out {
 		if free[i] {
-			out[i] = Share{portion(rest, among), false}
+			out[i] = part{rest, among, false}
 		}
 	}
 	return out
 }
-
-// portion is a fair part of a whole.
-func portion(all, among int) Bounds { return Bounds{all / among, (all + among - 1) / among} }
 
 // place is a slot of a vnode.
 type place struct{ vnode, slot int }
@@ -250,6 +261,8 @@ type evening struct {
 	// only do so with that slot.
 	widens bool
 	last   int
+	// weigh is set where slots are weighed rather than counted.
+	weigh *weighing
 }
 
 const none = -1
@@ -328,6 +341,7 @@ func (e *evening) set(p place, node int) {
 	if node != none {
 		e.holds[node] = append(e.holds[node], p)
 	}
+	e.weigh.moved(p, old, node)
 	for _, g := range e.groups {
 		if p.slot >= g.n {
 			continue
@@ -426,7 +440,7 @@ func (e *evening) fill(v int) {
 func (e *evening) drop(v int, g *group, from func(zone int) bool) bool {
 	drop := none
 	for s := g.first; s < g.n; s++ {
-		if n := e.slots[v][s]; n != none && from(e.of[n]) && (drop == none || g.load[n] > g.load[e.slots[v][drop]]) {
+		if n := e.slots[v][s]; n != none && from(e.of[n]) && (drop == none || e.load(g, n) > e.load(g, e.slots[v][drop])) {
 			drop = s
 		}
 	}
@@ -481,8 +495,22 @@ func (e *evening) choose(p place, g *group, start int) int {
 	return best
 }
 
+// load is what a node has of the first slots up to a group, or in all where slots are
+// weighed.
+func (e *evening) load(g *group, n int) int {
+	if e.weigh != nil {
+		return e.weigh.held[n]
+	}
+	return g.load[n]
+}
+
 // above is by how much a node exceeds its share.
-func (e *evening) above(g *group, n int) int { return g.load[n] - g.share[e.of[n]].Most }
+func (e *evening) above(g *group, n int) int {
+	if e.weigh != nil {
+		return e.weigh.above(n)
+	}
+	return g.load[n] - g.share[e.of[n]].Most
+}
 
 // named reports whether a vnode names a node already, or did so at first for another
 // slot: it would move for nothing.
@@ -506,26 +534,45 @@ func (e *evening) others(p place, zone int) bool {
 func (e *evening) inTurn(p place, node int) bool {
 	to := slices.Clone(e.slots[p.vnode])
 	to[p.slot] = node
-	at := slices.Clone(e.was[p.vnode])
+	return e.inOrder(p.vnode, to)
+}
+
+// inOrder is inTurn for all that a vnode's slots are to be.
+func (e *evening) inOrder(vnode int, to []int) bool {
+	from := slices.Clone(e.was[vnode])
 	for s, n := range to {
 		if n == none {
-			at[s] = none // it will be a node's that is not there
+			from[s] = none // it will be a node's that is not there
 		}
 	}
+	_, all := turns(from, to)
+	return all
+}
+
+// Turns returns the slots of a vnode that get another node, in an order in which each can
+// move with no node there twice: as far as there is one.
+func Turns(from, to []uint64) []int {
+	order, _ := turns(slices.Clone(from), to)
+	return order
+}
+
+// turns is Turns, and reports whether all slots can move. It changes from.
+func turns[N comparable](from, to []N) (order []int, all bool) {
 	for left := len(to); ; {
 		before := left
 		left = 0
 		for s, n := range to {
 			switch {
-			case n == none || at[s] == n:
-			case slices.Contains(at, n):
+			case from[s] == n:
+			case slices.Contains(from, n):
 				left++
 			default:
-				at[s] = n
+				from[s] = n
+				order = append(order, s)
 			}
 		}
 		if left == 0 || left == before {
-			return left == 0
+			return order, left == 0
 		}
 	}
 }

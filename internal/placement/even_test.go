@@ -3,8 +3,6 @@ package placement_test
 import (
 	"fmt"
 	"math/rand/v2"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -132,19 +130,7 @@ func TestGoldenPlan(t *testing.T) {
 	for v := range now {
 		fmt.Fprintln(&b, v, was[v], now[v])
 	}
-	path := filepath.Join("testdata", "three-to-five-nodes.txt")
-	if *update {
-		if err := os.WriteFile(path, []byte(b.String()), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	want, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(string(want), b.String()); diff != "" {
-		t.Errorf("the plan changed (-want +got):\n%s", diff)
-	}
+	checkGolden(t, "three-to-five-nodes.txt", b.String())
 }
 
 // For any nodes that come, go and change their zones: the nodes of a vnode are
