@@ -245,9 +245,9 @@ func planRing(t *topology.Topology, r planRequest, holds ringUse) (*planDoc, err
 			d.Slots++
 			before[current[v][s]]++
 			after[n]++
-			if n != current[v][s] {
-				d.Moves = append(d.Moves, slotMoveDoc{v, s, &nodeRef{t.NodeName(current[v][s]), current[v][s]}, refs[n]})
-			}
+		}
+		for _, s := range placement.Turns(current[v], next[v]) {
+			d.Moves = append(d.Moves, slotMoveDoc{v, s, &nodeRef{t.NodeName(current[v][s]), current[v][s]}, refs[next[v][s]]})
 		}
 		if len(d.Moves) > moves {
 			d.Vnodes++

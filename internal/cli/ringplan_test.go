@@ -1,12 +1,14 @@
 package cli
 
 import (
+	"cmp"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/google/go-cmp/cmp"
+	gocmp "github.com/google/go-cmp/cmp"
 
 	"github.com/kvasirdb/kvasir/internal/placement"
 	"github.com/kvasirdb/kvasir/internal/topology"
@@ -76,7 +78,7 @@ func TestPlanRing(t *testing.T) {
 			for _, n := range d.Nodes {
 				got = append(got, fmt.Sprint(n.Node, ":", n.After))
 			}
-			if diff := cmp.Diff(strings.Fields(tc.want), sortedBy(strings.Fields(tc.want), got)); diff != "" {
+			if diff := gocmp.Diff(strings.Fields(tc.want), sortedBy(strings.Fields(tc.want), got)); diff != "" {
 				t.Errorf("(-want +got):\n%s", diff)
 			}
 			if len(d.Moves) != tc.moves || strings.Join(d.Forced, " ") != tc.forced {
@@ -143,6 +145,39 @@ func sortedBy(want, got []string) (out []string) {
 		}
 	}
 	return out
+}
+
+// A node that a vnode names for another slot leaves that one before it takes a new one:
+// else the control plane would refuse the plan.
+func TestPlanOrdersMovesOfAVnode(t *testing.T) {
+	top := ringOf(t, "a", "b", "c", "a")
+	for v := range top.Ring {
+		top.Ring[v].Slots = nil
+		for s := range 4 {
+			top.Ring[v].Slots = append(top.Ring[v].Slots, topology.Slot{Node: uint64((v+s)%4 + 1), Phase: topology.Stable})
+		}
+	}
+	d, err := planRing(top, planRequest{add: "1", zone: "b", strategy: "even"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	twice := 0
+	for _, m := range d.Moves {
+		slots := top.Ring[m.Vnode].Slots
+		if slices.ContainsFunc(slots, func(s topology.Slot) bool { return s.Node == m.To.Incarnation && m.To.Incarnation != 0 }) {
+			t.Errorf("vnode %d: slot %d goes to %s, which has another one of %v", m.Vnode, m.Slot, m.To.Node, slots)
+		}
+		if slots[m.Slot].Node != m.From.Incarnation {
+			t.Errorf("vnode %d: slot %d is not at %s", m.Vnode, m.Slot, m.From.Node)
+		}
+		if m.To.Incarnation != 0 {
+			twice++
+		}
+		slots[m.Slot].Node = cmp.Or(m.To.Incarnation, 99)
+	}
+	if twice == 0 {
+		t.Error("no node changes slots within a vnode: this tests nothing")
+	}
 }
 
 func TestRingPlan(t *testing.T) {

@@ -550,9 +550,16 @@ func (e *evening) inOrder(vnode int, to []int) bool {
 }
 
 // Turns returns the slots of a vnode that get another node, in an order in which each can
-// move with no node there twice: as far as there is one.
+// move with no node there twice. Plans have one; where there is none, those that cannot
+// move come last.
 func Turns(from, to []uint64) []int {
-	order, _ := turns(slices.Clone(from), to)
+	at := slices.Clone(from)
+	order, _ := turns(at, to)
+	for s, n := range to {
+		if at[s] != n {
+			order = append(order, s)
+		}
+	}
 	return order
 }
 
