@@ -29,10 +29,8 @@ func (u ringUse) places() map[placeOf]uint64 {
 const (
 	// moveBandwidth is what a node takes in at most in a second, if nobody set it otherwise.
 	moveBandwidth = 64 << 20
-	// movesPerNode is how many moves into and out of a node are under way at a time, and
-	// moveRound how long so many take at least.
-	movesPerNode = 8
-	moveRound    = 2 * time.Second
+	// moveRound is how long as many moves of a node take at least as are under way at a time.
+	moveRound = 2 * time.Second
 	// A replica that is new takes no steps of its own: a node fills copiesPerNode at a time,
 	// and so many take copyRound at least.
 	copiesPerNode = 4
@@ -76,7 +74,7 @@ func (u ringUse) estimate(t *topology.Topology, moves []slotMoveDoc, copied func
 	}
 	longest := time.Duration(0)
 	for _, l := range loads {
-		rounds := time.Duration((l.moves + movesPerNode - 1) / movesPerNode)
+		rounds := time.Duration((l.moves + topology.MovesPerNode - 1) / topology.MovesPerNode)
 		copies := time.Duration((l.copies + copiesPerNode - 1) / copiesPerNode)
 		longest = max(longest, rounds*moveRound, copies*copyRound, time.Duration(float64(l.in)/moveBandwidth*float64(time.Second)))
 	}

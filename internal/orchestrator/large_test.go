@@ -65,7 +65,7 @@ func TestLargeRing(t *testing.T) {
 		}
 	}
 	lap(fmt.Sprintf("moves begun: applied to %d vnodes", moving))
-	if moving != 100*movesPerNode {
+	if moving != 100*topology.MovesPerNode {
 		t.Errorf("%d vnodes are moving", moving)
 	}
 }

@@ -12,9 +12,6 @@ import (
 	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
 )
 
-// movesPerNode bounds the moves into and out of one node that are under way.
-const movesPerNode = 8
-
 // changeRing returns the next command that brings the slots in transition forward, or
 // the operation under way, or nil. All that a change has come to is in the topology
 // and in what the nodes say, so any leader can go on with it.
@@ -231,21 +228,13 @@ func beginMoves(s *topology.State, v view) *topologyv1.Command {
 		}
 	}
 	b := batch{t: t}
-	passed := map[uint32]bool{} // vnodes that have a move to wait for
-	for _, m := range op.Moves {
-		if m.Done || passed[m.Vnode] && !mutant.On("two-transitions") {
-			continue
-		}
-		passed[m.Vnode] = true
+	topology.Begin(op.Moves, busy, func(m topology.Move) (topology.Slot, bool) {
 		next, why := firstPhase(op, t, m, v)
-		if why != "" || busy[next.Node] >= movesPerNode || busy[next.Incoming] >= movesPerNode {
-			continue
-		}
-		busy[next.Node]++
-		busy[next.Incoming]++
-		b.set(m.Vnode, m.Slot, next)
+		return next, why == ""
+	}, func(i int, next topology.Slot) {
+		b.set(op.Moves[i].Vnode, op.Moves[i].Slot, next)
 		b.count(t.NodeName(next.Incoming), fmt.Sprintf("%s to %s", t.NodeName(next.Node), t.NodeName(next.Incoming)))
-	}
+	})
 	return b.command(fmt.Sprintf("operation %d moves ", op.ID) + "%s on %d vnodes")
 }
 

@@ -102,7 +102,7 @@ func TestAnOperationFromBeginningToEnd(t *testing.T) {
 	}
 	s = start(t, s, "apply", moves)
 	s, what := next(t, s, cfg, alive(s))
-	if want := "operation 1 moves n"; !strings.Contains(what, want) || len(s.Topology.Incoming(4)) != movesPerNode {
+	if want := "operation 1 moves n"; !strings.Contains(what, want) || len(s.Topology.Incoming(4)) != topology.MovesPerNode {
 		t.Fatalf("it begins with %q, incoming on %v", what, s.Topology.Incoming(4))
 	}
 	if _, what := next(t, s, cfg, alive(s)); what != "" {
@@ -141,7 +141,7 @@ func TestAPausedOperationBeginsNothing(t *testing.T) {
 	s = start(t, s, "apply", moves)
 	s, _ = next(t, s, cfg, alive(s))
 	s = runOn(t, steer(t, s, topology.Paused), cfg, nil)
-	if got := s.Topology.SlotCounts(3)[4]; got != movesPerNode || s.Active().State != topology.Paused {
+	if got := s.Topology.SlotCounts(3)[4]; got != topology.MovesPerNode || s.Active().State != topology.Paused {
 		t.Fatalf("%d slots moved, operation %+v", got, s.Active())
 	}
 	if s = runOn(t, steer(t, s, topology.Running), cfg, nil); s.Topology.SlotCounts(3)[4] != 12 {
@@ -378,14 +378,14 @@ func TestWhatAnOperationWaitsFor(t *testing.T) {
 	o := everywhere(s)
 	o.fillings[4] = []*adminv1.Filling{{Vnode: moves[0].GetVnode(), AssignedEpoch: s.Topology.Epoch, Records: 7, Bytes: 70, WaitsFor: "n1 is down"}}
 	got := observeOperation(s, s.Active(), o.view())
-	if len(got.GetMoving()) != movesPerNode {
+	if len(got.GetMoving()) != topology.MovesPerNode {
 		t.Fatalf("%d moves under way", len(got.GetMoving()))
 	}
 	i := slices.IndexFunc(got.GetMoving(), func(p *adminv1.MoveProgress) bool { return p.GetMove().GetVnode() == moves[0].GetVnode() })
 	if p := got.GetMoving()[i]; p.GetRecords() != 7 || p.GetBytes() != 70 || p.GetWaitsFor() != "n1 is down" {
 		t.Errorf("progress %v", p)
 	}
-	if p := got.GetMoving()[(i+1)%movesPerNode]; p.GetWaitsFor() != "it is being filled" {
+	if p := got.GetMoving()[(i+1)%topology.MovesPerNode]; p.GetWaitsFor() != "it is being filled" {
 		t.Errorf("progress %v", p)
 	}
 }
