@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"time"
 
@@ -37,9 +38,26 @@ const (
 	copyRound     = 200 * time.Millisecond
 )
 
+// sizes returns a function that says what a slot of a vnode holds of the namespaces that
+// count for it.
+func (u ringUse) sizes(t *topology.Topology, counts func(ns *topology.Namespace, slot int) bool) func(vnode, slot int) uint64 {
+	places := u.places()
+	return func(vnode, slot int) (size uint64) {
+		for i := range t.Namespaces {
+			if ns := &t.Namespaces[i]; counts(ns, slot) {
+				size += places[placeOf{ns.ID, uint32(vnode)}]
+			}
+		}
+		return size
+	}
+}
+
+// uses reports whether a namespace uses a slot.
+func uses(ns *topology.Namespace, slot int) bool { return slot < ns.Wide() }
+
 // estimate says what moves copy, and about how long it takes: nil where no node said
 // what it holds.
-func (u ringUse) estimate(t *topology.Topology, moves []slotMoveDoc, copied func(ns *topology.Namespace, slot int) bool) (bytes *uint64, ms *int64) {
+func (u ringUse) estimate(moves []slotMoveDoc, sizeOf func(vnode, slot int) uint64) (bytes *uint64, ms *int64) {
 	if len(u) == 0 {
 		return nil, nil
 	}
@@ -47,7 +65,6 @@ func (u ringUse) estimate(t *topology.Topology, moves []slotMoveDoc, copied func
 		in            uint64
 		moves, copies int
 	}
-	places := u.places()
 	loads := map[nodeRef]*load{}
 	of := func(n nodeRef) *load {
 		if loads[n] == nil {
@@ -57,12 +74,7 @@ func (u ringUse) estimate(t *topology.Topology, moves []slotMoveDoc, copied func
 	}
 	sum := uint64(0)
 	for _, m := range moves {
-		size := uint64(0)
-		for i := range t.Namespaces {
-			if ns := &t.Namespaces[i]; copied(ns, m.Slot) {
-				size += places[placeOf{ns.ID, uint32(m.Vnode)}]
-			}
-		}
+		size := sizeOf(m.Vnode, m.Slot)
 		sum += size
 		of(m.To).in += size
 		if m.From == nil {
@@ -148,13 +160,46 @@ func sharing(a placement.Assignment, n int, zoneOf map[uint64]string) (vnodes in
 	return vnodes
 }
 
-// crowded says of which namespaces more vnodes than now would have two replicas in one
-// zone.
+// crowded says of which namespaces two replicas would share a zone: in more vnodes than
+// now, or still for want of zones where there are several.
 func crowded(t *topology.Topology, before, after placement.Assignment, zoneOf map[uint64]string) (out []string) {
+	zones := map[string]bool{}
+	for _, slots := range after {
+		for _, node := range slots {
+			zones[zoneOf[node]] = true
+		}
+	}
 	for i := range t.Namespaces {
 		ns := &t.Namespaces[i]
-		if was, will := sharing(before, ns.N, zoneOf), sharing(after, ns.N, zoneOf); will > was {
-			out = append(out, fmt.Sprintf("namespace %s, N=%d: two replicas would share a zone in %d of %s, now in %d", ns.Name, ns.N, will, plural(len(after), "vnode"), was))
+		was, will := sharing(before, ns.N, zoneOf), sharing(after, ns.N, zoneOf)
+		few := len(zones) < ns.N
+		if will <= was && !(few && len(zones) > 1) {
+			continue
+		}
+		text := fmt.Sprintf("namespace %s, N=%d: two replicas would share a zone in %d of %s, now in %d", ns.Name, ns.N, will, plural(len(after), "vnode"), was)
+		if few {
+			text += ": there would be nodes with slots in " + plural(len(zones), "zone")
+		}
+		out = append(out, text)
+	}
+	return out
+}
+
+// strained says which nodes would be given more than their disks have room for, and which
+// say nothing while others do.
+func (u ringUse) strained(moves []slotMoveDoc, sizeOf func(vnode, slot int) uint64) (out []string) {
+	in := map[nodeRef]uint64{}
+	for _, m := range moves {
+		in[m.To] += sizeOf(m.Vnode, m.Slot)
+	}
+	to := slices.SortedFunc(maps.Keys(in), func(a, b nodeRef) int { return compareNames(a.Node, b.Node) })
+	for _, n := range to {
+		switch use := u[n.Incarnation]; {
+		case n.Incarnation == 0 || len(u) == 0:
+		case use == nil:
+			out = append(out, fmt.Sprintf("%s does not answer: what moves there waits until it does", n.Node))
+		case use.available > 0 && in[n] > use.available:
+			out = append(out, fmt.Sprintf("%s would take in about %s, and its disk has %s free", n.Node, sizeText(in[n]), sizeText(use.available)))
 		}
 	}
 	return out

@@ -69,14 +69,16 @@ func planReplicas(t *topology.Topology, asked string, holds ringUse) (*replicasD
 	}
 	for _, m := range slotted(t, next) {
 		zoneOf[m.Incarnation] = m.Zone
-		d.Nodes = append(d.Nodes, plannedDoc{m.Name, m.Zone, true, before[m.Incarnation], after[m.Incarnation]})
+		d.Nodes = append(d.Nodes, plannedDoc{Node: m.Name, Zone: m.Zone, Exists: true, Before: before[m.Incarnation], After: after[m.Incarnation]})
 	}
 	sortPlanned(d.Nodes)
 	d.Before, d.After, d.Zones = evenness(before), evenness(after), zonesOf(d.Nodes)
 	if shared := sharing(next, n, zoneOf); shared > sharing(current, ns.N, zoneOf) {
 		d.Violations = append(d.Violations, fmt.Sprintf("two replicas would share a zone in %d of %s, now in %d", shared, plural(len(next), "vnode"), sharing(current, ns.N, zoneOf)))
 	}
-	d.Bytes, d.EstimatedMs = holds.estimate(t, d.Moves, func(other *topology.Namespace, _ int) bool { return other.ID == ns.ID })
+	size := holds.sizes(t, func(other *topology.Namespace, _ int) bool { return other.ID == ns.ID })
+	d.Bytes, d.EstimatedMs = holds.estimate(d.Moves, size)
+	d.Violations = append(d.Violations, holds.strained(d.Moves, size)...)
 	return d, nil
 }
 
@@ -139,8 +141,6 @@ func (d *replicasDoc) write(w io.Writer) {
 	} else {
 		fmt.Fprintf(w, "%s: nothing is copied but what a remaining replica lacks\n", d.Title)
 	}
-	for _, v := range d.Violations {
-		fmt.Fprintln(w, "worse than now:", v)
-	}
+	d.writeViolations(w)
 	fmt.Fprintf(w, "nothing was changed: make it with kvctl namespace set %s --n %d --wait\n", d.Namespace, d.N)
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"slices"
 	"strconv"
@@ -24,16 +25,39 @@ type planRequest struct {
 	remove   []string
 	replace  string
 	strategy string
+	steps    bool
 	// kind is that of the operation that the plan is for; leave says that the removed
 	// nodes leave the cluster.
 	kind  string
 	leave bool
 }
 
-// strategies are the ways to place slots.
-var strategies = map[string]func(placement.Assignment, []placement.Node, []int) (placement.Assignment, error){
-	"even":  placement.Even,
-	"split": placement.Split,
+// strategies are the ways to place slots, as kvctl names them.
+var strategies = map[string]strategy{
+	"even": func(p *placing) (placement.Assignment, error) {
+		return placement.Even(p.current, p.nodes, p.uses)
+	},
+	"split": func(p *placing) (placement.Assignment, error) {
+		return placement.Split(p.current, p.nodes, p.uses)
+	},
+	"weighted": func(p *placing) (placement.Assignment, error) {
+		weights, err := p.holds.weights(p.topology)
+		if err != nil {
+			return nil, err
+		}
+		return placement.Weighted(p.current, p.nodes, p.uses, weights)
+	},
+}
+
+type strategy func(*placing) (placement.Assignment, error)
+
+// placing is what a strategy places by.
+type placing struct {
+	topology *topology.Topology
+	current  placement.Assignment
+	nodes    []placement.Node
+	uses     []int // N of each namespace
+	holds    ringUse
 }
 
 func (a *App) ringPlan() *cobra.Command {
@@ -51,13 +75,16 @@ What --out writes, or -o json prints, can be made: see kvctl ring apply. --repli
 where the replicas would lie with another N of a namespace: see kvctl namespace set.
 
 Bytes are what the nodes say they hold, the time is a guess: 64 MiB/s for each receiver, and
-at least 2 s for every 8 moves of a node.
+at least 2 s for every 8 moves of a node. --steps shows in which stages the moves would be
+made: side by side as far as nodes may take part in so many, one slot of a vnode at a time.
 
-even gives every node the same, as far as zones allow, and moves little more than the
-newcomers' share. split has each newcomer take half of one node's slots: it moves least,
-and leaves three nodes and one at 33, 17, 33 and 17%.`,
+even gives every node as many slots, as far as zones allow, and moves little more than the
+newcomers' share. weighted gives every node as many bytes, by what the nodes say they hold;
+it moves nothing while none is off by more than 5%. split has each newcomer take half of
+one node's slots: it moves least, and leaves three nodes and one at 33, 17, 33 and 17%.`,
 		Example: `  kvctl ring plan --add 1
   kvctl ring plan --add 3 --strategy split
+  kvctl ring plan --strategy weighted --steps
   kvctl ring plan --add node4,node5 --remove node1
   kvctl ring plan --replace node2=node6 --out plan.json
   kvctl ring plan --replicas orders=5`,
@@ -94,8 +121,9 @@ and leaves three nodes and one at 33, 17, 33 and 17%.`,
 	}
 	r.addFlags(cmd)
 	cmd.Flags().StringVar(&out, "out", "", "file to write the plan to")
+	cmd.Flags().BoolVar(&r.steps, "steps", false, "show the stages in which the moves would be made")
 	cmd.Flags().StringVar(&replicas, "replicas", "", "NAMESPACE=N: another number of replicas")
-	for _, other := range []string{"out", "add", "zone", "remove", "replace", "strategy"} {
+	for _, other := range []string{"out", "add", "zone", "remove", "replace", "strategy", "steps"} {
 		cmd.MarkFlagsMutuallyExclusive("replicas", other)
 	}
 	return cmd
@@ -106,7 +134,7 @@ func (r *planRequest) addFlags(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&r.zone, "zone", "", "zone of the added nodes that are not there yet")
 	cmd.Flags().StringSliceVar(&r.remove, "remove", nil, "nodes to take the slots from, by name")
 	cmd.Flags().StringVar(&r.replace, "replace", "", "OLD=NEW: a node whose slots all go to a spare")
-	cmd.Flags().StringVar(&r.strategy, "strategy", "even", "even or split")
+	cmd.Flags().StringVar(&r.strategy, "strategy", "even", "even, weighted or split")
 	cmd.MarkFlagsMutuallyExclusive("replace", "add")
 	cmd.MarkFlagsMutuallyExclusive("replace", "remove")
 	cmd.MarkFlagsMutuallyExclusive("replace", "strategy")
@@ -138,8 +166,12 @@ type planDoc struct {
 	Bytes       *uint64   `json:"bytes"`
 	EstimatedMs *int64    `json:"estimated_ms"`
 	Zones       []zoneDoc `json:"zones"`
-	// Violations are what would be worse than now.
+	// Violations are what would be against a rule, or could not be made.
 	Violations []string `json:"violations"`
+	// Data says how evenly bytes are spread; null where there are none, or no node says.
+	Data *dataDoc `json:"data"`
+	// Stages are how the moves would be made, if that was asked for.
+	Stages []stageDoc `json:"stages,omitempty"`
 }
 
 type plannedDoc struct {
@@ -148,9 +180,13 @@ type plannedDoc struct {
 	Exists bool   `json:"exists"`
 	Before int    `json:"slots_before"`
 	After  int    `json:"slots_after"`
+	// Null where no node says what it holds.
+	BytesBefore *uint64 `json:"bytes_before"`
+	BytesAfter  *uint64 `json:"bytes_after"`
 }
 
-// evennessDoc says how evenly slots are spread over the nodes that have some.
+// evennessDoc says how evenly slots, or what they hold, are spread over the nodes that
+// have some.
 type evennessDoc struct {
 	MaxOverMean float64 `json:"max_over_mean"`
 	Deviation   float64 `json:"standard_deviation"`
@@ -182,15 +218,15 @@ type planned struct {
 func planRing(t *topology.Topology, r planRequest, holds ringUse) (*planDoc, error) {
 	place := strategies[r.strategy]
 	if place == nil {
-		return nil, usagef("there is no strategy %q: use even or split", r.strategy)
+		return nil, usagef("there is no strategy %q: use even, weighted or split", r.strategy)
 	}
 	if r.replace != "" {
 		old, spare, err := r.replaced(t)
 		if err != nil {
 			return nil, err
 		}
-		place = func(current placement.Assignment, _ []placement.Node, _ []int) (placement.Assignment, error) {
-			return substitute(current, old.Incarnation, spare.Incarnation), nil
+		place = func(p *placing) (placement.Assignment, error) {
+			return substitute(p.current, old.Incarnation, spare.Incarnation), nil
 		}
 		r.strategy = "replace"
 	}
@@ -200,16 +236,12 @@ func planRing(t *topology.Topology, r planRequest, holds ringUse) (*planDoc, err
 	}
 	if r.leave && !slices.ContainsFunc(nodes, func(n *planned) bool { return n.removed && t.SlotCounts(quorum.MaxN)[n.ID] > 0 }) {
 		// Spares leave: the others keep what they have.
-		place = func(current placement.Assignment, _ []placement.Node, _ []int) (placement.Assignment, error) {
-			return current, nil
-		}
+		place = func(p *placing) (placement.Assignment, error) { return p.current, nil }
 	}
-	current := assignmentOf(t)
-	var uses []int
+	in := &placing{topology: t, current: assignmentOf(t), holds: holds}
 	for i := range t.Namespaces {
-		uses = append(uses, t.Namespaces[i].N)
+		in.uses = append(in.uses, t.Namespaces[i].N)
 	}
-	var members []placement.Node
 	refs := map[uint64]nodeRef{}
 	for _, n := range nodes {
 		refs[n.ID] = nodeRef{Node: n.name}
@@ -217,12 +249,12 @@ func planRing(t *topology.Topology, r planRequest, holds ringUse) (*planDoc, err
 			refs[n.ID] = nodeRef{n.name, n.ID}
 		}
 		if n.used {
-			members = append(members, n.Node)
+			in.nodes = append(in.nodes, n.Node)
 		}
 	}
-	next, err := place(current, members, uses)
+	next, err := place(in)
 	if errors.Is(err, placement.ErrTooFewNodes) {
-		return nil, tooFewNodes(t, len(members))
+		return nil, tooFewNodes(t, len(in.nodes))
 	}
 	if err != nil {
 		return nil, err
@@ -238,15 +270,20 @@ func planRing(t *topology.Topology, r planRequest, holds ringUse) (*planDoc, err
 			d.Leave = append(d.Leave, nodeRef{n.name, n.ID})
 		}
 	}
+	current := in.current
 	before, after := map[uint64]int{}, map[uint64]int{}
+	data := newDataShares(t, holds)
+	var order []topology.Move
 	for v := range next {
 		moves := len(d.Moves)
 		for s, n := range next[v] {
 			d.Slots++
 			before[current[v][s]]++
 			after[n]++
+			data.add(v, s, current[v][s], n)
 		}
 		for _, s := range placement.Turns(current[v], next[v]) {
+			order = append(order, topology.Move{Vnode: uint32(v), Slot: s, From: current[v][s], To: next[v][s]})
 			d.Moves = append(d.Moves, slotMoveDoc{v, s, &nodeRef{t.NodeName(current[v][s]), current[v][s]}, refs[next[v][s]]})
 		}
 		if len(d.Moves) > moves {
@@ -255,24 +292,40 @@ func planRing(t *topology.Topology, r planRequest, holds ringUse) (*planDoc, err
 	}
 	for _, n := range nodes {
 		if before[n.ID]+after[n.ID] > 0 || n.used {
-			d.Nodes = append(d.Nodes, plannedDoc{n.name, n.Zone, n.exists, before[n.ID], after[n.ID]})
+			p := plannedDoc{Node: n.name, Zone: n.Zone, Exists: n.exists, Before: before[n.ID], After: after[n.ID]}
+			p.BytesBefore, p.BytesAfter = data.of(n.ID)
+			d.Nodes = append(d.Nodes, p)
 		}
 	}
-	for _, n := range members {
+	for _, n := range in.nodes {
 		after[n.ID] += 0 // with nothing, it counts too
+		data.after[n.ID] += 0
 	}
 	sortPlanned(d.Nodes)
-	d.Before, d.After = evenness(before), evenness(after)
-	for zone, s := range placement.Shares(members, len(next), len(next[0])) {
-		if s.Forced {
-			d.Forced = append(d.Forced, zone)
+	d.Before, d.After, d.Data = evenness(before), evenness(after), data.doc()
+	d.Forced = forced(in.nodes, len(next), append(in.uses, len(next[0])))
+	d.Zones = zonesOf(d.Nodes)
+	d.Bytes, d.EstimatedMs = holds.estimate(d.Moves, data.size)
+	d.Violations = append(d.Violations, crowded(t, current, next, zoneOf)...)
+	d.Violations = append(d.Violations, holds.strained(d.Moves, data.size)...)
+	if r.steps {
+		d.Stages = stagesOf(order, in.nodes, before, data)
+	}
+	return d, nil
+}
+
+// forced returns the zones whose nodes cannot have the same as all others, for one of the
+// numbers of replicas in use.
+func forced(nodes []placement.Node, vnodes int, uses []int) []string {
+	zones := map[string]bool{}
+	for _, n := range uses {
+		for zone, s := range placement.Shares(nodes, vnodes, n) {
+			if s.Forced {
+				zones[zone] = true
+			}
 		}
 	}
-	slices.SortFunc(d.Forced, compareNames)
-	d.Zones = zonesOf(d.Nodes)
-	d.Violations = append(d.Violations, crowded(t, current, next, zoneOf)...)
-	d.Bytes, d.EstimatedMs = holds.estimate(t, d.Moves, func(ns *topology.Namespace, slot int) bool { return slot < ns.Wide() })
-	return d, nil
+	return append([]string{}, slices.SortedFunc(maps.Keys(zones), compareNames)...)
 }
 
 // assignmentOf returns the nodes of all slots when the moves under way are done.
@@ -442,61 +495,18 @@ func (planRequest) find(t *topology.Topology, nodes []*planned, name string) (*p
 	return nodes[i], nil
 }
 
-// evenness measures how many slots nodes have.
-func evenness(slots map[uint64]int) evennessDoc {
-	sum, most := 0, 0
-	for _, n := range slots {
+// evenness measures how evenly nodes have something, of which there is some.
+func evenness[T int | uint64](have map[uint64]T) evennessDoc {
+	var sum, most T
+	for _, n := range have {
 		sum += n
 		most = max(most, n)
 	}
-	mean := float64(sum) / float64(len(slots))
+	mean := float64(sum) / float64(len(have))
 	squares := 0.0
-	for _, n := range slots {
-		squares += (float64(n) - mean) * (float64(n) - mean)
+	for _, id := range slices.Sorted(maps.Keys(have)) { // in order, for the same rounding each time
+		off := float64(have[id]) - mean
+		squares += off * off
 	}
-	return evennessDoc{float64(most) / mean, math.Sqrt(squares / float64(len(slots)))}
-}
-
-// share writes how much of all slots some are.
-func (d *planDoc) share(n int) string { return fmt.Sprintf("%.1f%%", 100*float64(n)/float64(d.Slots)) }
-
-func (d *planDoc) write(w io.Writer) {
-	most := 0
-	for _, n := range d.Nodes {
-		most = max(most, n.Before, n.After)
-	}
-	bar := func(n int) string { return strings.Repeat("█", int(float64(n)/float64(most)*24+0.5)) }
-	tab := newTable("NODE", "ZONE", ">BEFORE", "", ">AFTER", "")
-	for _, n := range d.Nodes {
-		name := n.Node
-		if !n.Exists {
-			name += " (to be started)"
-		}
-		tab.add(name, n.Zone, d.share(n.Before), bar(n.Before), d.share(n.After), bar(n.After))
-	}
-	tab.write(w)
-	d.writeZones(w)
-	fmt.Fprintf(w, "\nmax/mean %.2f, then %.2f; standard deviation %.1f slots, then %.1f\n", d.Before.MaxOverMean, d.After.MaxOverMean, d.Before.Deviation, d.After.Deviation)
-	if len(d.Moves) == 0 {
-		fmt.Fprintf(w, "nothing would move: strategy %s, epoch %s\n", d.Strategy, topology.EpochString(d.Epoch))
-		d.writeLeave(w)
-		return
-	}
-	fmt.Fprintf(w, "%d of %s would move, %s of the data, in %s: strategy %s, epoch %s\n", len(d.Moves), plural(d.Slots, "slot"), d.share(len(d.Moves)),
-		plural(d.Vnodes, "vnode"), d.Strategy, topology.EpochString(d.Epoch))
-	d.writeCost(w)
-	d.writeLeave(w)
-	for _, v := range d.Violations {
-		fmt.Fprintln(w, "worse than now:", v)
-	}
-	if len(d.Forced) > 0 {
-		fmt.Fprintf(w, "every vnode's replicas lie in as many zones as they can: that keeps the nodes of %s from having what all others have\n", zonesText(d.Forced))
-	}
-}
-
-func zonesText(zones []string) string {
-	if len(zones) == 1 {
-		return "zone " + zones[0]
-	}
-	return "zones " + strings.Join(zones[:len(zones)-1], ", ") + " and " + zones[len(zones)-1]
+	return evennessDoc{float64(most) / mean, math.Sqrt(squares / float64(len(have)))}
 }

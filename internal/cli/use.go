@@ -20,6 +20,8 @@ type nodeUse struct {
 	records, bytes uint64
 	// perSecond is how many operations it coordinates in a second.
 	perSecond float64
+	// available is how many bytes its disk has free, 0 if it does not say.
+	available uint64
 }
 
 // ringUse is what the nodes hold that said so, by incarnation.
@@ -64,7 +66,7 @@ func askUse(ctx context.Context, cc *grpc.ClientConn) (*nodeUse, error) {
 	if err != nil {
 		return nil, err
 	}
-	u := &nodeUse{incarnation: status.GetStatus().GetIncarnation(), vnodes: resp.GetVnodes(), perSecond: operations(status.GetStatus())}
+	u := &nodeUse{incarnation: status.GetStatus().GetIncarnation(), vnodes: resp.GetVnodes(), perSecond: operations(status.GetStatus()), available: status.GetStatus().GetDiskAvailableBytes()}
 	for _, v := range u.vnodes {
 		u.records += v.GetRecords()
 		u.bytes += v.GetBytes()

@@ -20,11 +20,13 @@ const (
 // what vnode v holds of all that has the N of uses[i], on each of its first N slots. With
 // the same for all vnodes it is Even. Zones are as strict. With one N in use:
 //
-//   - nodes of a zone differ by what the heaviest vnode weighs at most, and a twentieth of
-//     the nodes' mean; by a two hundredth once something had to be evened out. It is what
-//     the lightest slot weighs that one has and the other could take, which is mostly less;
-//   - over zones, whose shares follow from the same rule as Even's, this holds for two nodes
-//     if one could take a slot of the other.
+//   - no node is off its share by more than what the heaviest vnode weighs and a twentieth of
+//     the nodes' mean. Shares follow from zones by the same rule as Even's. In one zone that
+//     is so because the fuller of two nodes has a vnode that the other has not, and handing
+//     it over would be worth more; with several, tests find nothing worse;
+//   - once something had to be evened out, a node exceeds another that could take a slot of
+//     it by the lightest of these, and a two hundredth of the mean, at most. So what is left
+//     is mostly far less than the heaviest.
 //
 // It settles: what had to move is placed where it is needed, and apart from that nothing
 // moves until a step is worth a twentieth of the nodes' mean to the two nodes that it is
