@@ -108,11 +108,20 @@ func TestPlanStages(t *testing.T) {
 		if lines := strings.Count(b.String(), "\n"); lines > stageLines+5 {
 			t.Errorf("%d lines", lines)
 		}
-		for _, want := range map[string][]string{"1": {"\n1-2 ", "a vnode has one move\n"}, "3": {"\n17 ", "a vnode has up to 2 moves, one after the other"}}[r.add] {
+		for _, want := range map[string][]string{"1": {"\n6 ", "a vnode has one move\n"}, "3": {"\n5 ", "a vnode has up to 2 moves, one after the other"}}[r.add] {
 			if !strings.Contains(b.String(), want) {
 				t.Errorf("--add %s: no %q in %s", r.add, want, b.String())
 			}
 		}
+	}
+	many := &planDoc{Stages: make([]stageDoc, 41)}
+	for i := range many.Stages {
+		many.Stages[i].Stage = i + 1
+	}
+	var b strings.Builder
+	many.writeStages(&b)
+	if !strings.Contains(b.String(), "\n1-3 ") || !strings.Contains(b.String(), "\n40-41 ") {
+		t.Errorf("many stages: %s", b.String())
 	}
 	d, err := planRing(top, planRequest{add: "1", strategy: "even"}, nil)
 	if err != nil || d.Stages != nil {

@@ -257,7 +257,7 @@ func TestPlanCost(t *testing.T) {
 	}
 	most := int64(0)
 	for n, moves := range touched {
-		most = max(most, int64(in[n])*1000/moveBandwidth, int64(moves+7)/8*2000)
+		most = max(most, int64(in[n])*1000/moveBandwidth, int64(moves+topology.MovesPerNode-1)/topology.MovesPerNode*2000)
 	}
 	if most = (most + 999) / 1000 * 1000; *d.EstimatedMs != most {
 		t.Errorf("%d ms, want %d", *d.EstimatedMs, most)

@@ -68,7 +68,7 @@ func steer(t *testing.T, s *topology.State, state topology.OperationState) *topo
 
 // four returns a ring of three nodes, a spare, and the moves that even it out.
 func four(t *testing.T) (*topology.State, *Config, []*topologyv1.Move) {
-	s, cfg := ringOf(t, 3)
+	s, cfg := ringOfVnodes(t, 3, 64)
 	s = registerNode(t, s, "n4", "z")
 	return s, cfg, movesTo(t, s, 1, 2, 3, 4)
 }
@@ -97,7 +97,7 @@ func runOn(t *testing.T, s *topology.State, cfg *Config, change func(*observed))
 
 func TestAnOperationFromBeginningToEnd(t *testing.T) {
 	s, cfg, moves := four(t)
-	if len(moves) != 12 { // of 16 vnodes with 3 slots each, a quarter
+	if len(moves) != 48 { // of 64 vnodes with 3 slots each, a quarter
 		t.Fatalf("%d moves", len(moves))
 	}
 	s = start(t, s, "apply", moves)
@@ -109,7 +109,7 @@ func TestAnOperationFromBeginningToEnd(t *testing.T) {
 		t.Fatalf("before anything is filled: %q", what)
 	}
 	s = runOn(t, s, cfg, nil)
-	if counts := s.Topology.SlotCounts(3); counts[1] != 12 || counts[4] != 12 {
+	if counts := s.Topology.SlotCounts(3); counts[1] != 48 || counts[4] != 48 {
 		t.Errorf("slots %v", counts)
 	}
 	if op := s.Operation(1); op.State != topology.Done || op.Left() != 0 || s.Active() != nil {
@@ -118,7 +118,7 @@ func TestAnOperationFromBeginningToEnd(t *testing.T) {
 	// And away again, with a node that leaves.
 	s = start(t, s, "decommission", movesTo(t, s, 1, 2, 3), 4)
 	s = runOn(t, s, cfg, nil)
-	if s.Topology.Node(4) != nil || s.Topology.SlotCounts(3)[1] != 16 {
+	if s.Topology.Node(4) != nil || s.Topology.SlotCounts(3)[1] != 64 {
 		t.Errorf("nodes %+v, slots %v", s.Topology.Nodes, s.Topology.SlotCounts(3))
 	}
 }
@@ -131,7 +131,7 @@ func TestMovedBytesAreCounted(t *testing.T) {
 			f.Records, f.Bytes = 2, 300
 		}
 	})
-	if op := s.Operation(1); op.MovedBytes != 12*300 || op.MovedRecords != 12*2 {
+	if op := s.Operation(1); op.MovedBytes != 48*300 || op.MovedRecords != 48*2 {
 		t.Errorf("operation %+v", op)
 	}
 }
@@ -144,7 +144,7 @@ func TestAPausedOperationBeginsNothing(t *testing.T) {
 	if got := s.Topology.SlotCounts(3)[4]; got != topology.MovesPerNode || s.Active().State != topology.Paused {
 		t.Fatalf("%d slots moved, operation %+v", got, s.Active())
 	}
-	if s = runOn(t, steer(t, s, topology.Running), cfg, nil); s.Topology.SlotCounts(3)[4] != 12 {
+	if s = runOn(t, steer(t, s, topology.Running), cfg, nil); s.Topology.SlotCounts(3)[4] != 48 {
 		t.Errorf("slots %v", s.Topology.SlotCounts(3))
 	}
 }
@@ -274,7 +274,7 @@ func TestADeadNodeIsReplaced(t *testing.T) {
 			t.Errorf("%s: the leader decides on %q", kind, what)
 		}
 		s = runOn(t, s, cfg, func(o *observed) { o.dead, o.lost = []uint64{2}, []uint64{2} })
-		if s.Topology.Node(2) != nil || s.Topology.SlotCounts(3)[4] != 16 || s.Operation(1).State != topology.Done {
+		if s.Topology.Node(2) != nil || s.Topology.SlotCounts(3)[4] != 64 || s.Operation(1).State != topology.Done {
 			t.Errorf("%s: %+v, slots %v", kind, s.Operation(1), s.Topology.SlotCounts(3))
 		}
 	}
@@ -293,7 +293,7 @@ func TestANewcomerThatLosesItsDisk(t *testing.T) {
 	}
 	s = registerNode(t, s, "n4", "again")
 	s = runOn(t, s, cfg, func(o *observed) { o.dead = []uint64{4}; o.fillings[4] = nil })
-	if op := s.Operation(1); op.State != topology.Done || s.Topology.SlotCounts(3)[5] != 12 || s.Topology.Node(4) != nil {
+	if op := s.Operation(1); op.State != topology.Done || s.Topology.SlotCounts(3)[5] != 48 || s.Topology.Node(4) != nil {
 		t.Errorf("operation %+v, slots %v, nodes %+v", op, s.Topology.SlotCounts(3), s.Topology.Nodes)
 	}
 }
@@ -307,7 +307,7 @@ func TestADonorThatLosesItsDisk(t *testing.T) {
 	last := moves[len(moves)-1].GetFrom()
 	s = registerNode(t, s, s.Topology.NodeName(last), "again")
 	s = runOn(t, s, cfg, func(o *observed) { o.dead = []uint64{last} })
-	if op := s.Operation(1); op.State != topology.Done || s.Topology.SlotCounts(3)[4] != 12 || s.Topology.Node(last) != nil {
+	if op := s.Operation(1); op.State != topology.Done || s.Topology.SlotCounts(3)[4] != 48 || s.Topology.Node(last) != nil {
 		t.Errorf("operation %+v, slots %v", op, s.Topology.SlotCounts(3))
 	}
 }

@@ -68,8 +68,13 @@ func filled(t *topology.Topology, incarnation uint64, complete bool) []*adminv1.
 // ringOf returns a formed cluster of nodes n1, n2, ….
 func ringOf(t *testing.T, nodes int) (*topology.State, *Config) {
 	t.Helper()
+	return ringOfVnodes(t, nodes, 16)
+}
+
+func ringOfVnodes(t *testing.T, nodes, vnodes int) (*topology.State, *Config) {
+	t.Helper()
 	cfg := testConfig(1)
-	cfg.Bootstrap.FoundingNodes = nodes
+	cfg.Bootstrap.FoundingNodes, cfg.Bootstrap.Vnodes = nodes, vnodes
 	s, _ := settle(t, nil, &cfg)
 	for i := range nodes {
 		s = registerNode(t, s, fmt.Sprint("n", i+1), "z")

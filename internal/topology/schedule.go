@@ -3,7 +3,7 @@ package topology
 import "github.com/kvasirdb/kvasir/internal/mutant"
 
 // MovesPerNode bounds the moves into and out of one node that are under way.
-const MovesPerNode = 8
+const MovesPerNode = 32
 
 // Begin says which of the moves that are not done begin next: in their order, the first of
 // each vnode, while neither of its nodes is busy with MovesPerNode of them. busy counts

@@ -10,10 +10,10 @@ import (
 // for the one lets others pass.
 func TestStages(t *testing.T) {
 	var moves []topology.Move
-	for v := range uint32(20) {
+	for v := range uint32(2*topology.MovesPerNode + 4) {
 		moves = append(moves, topology.Move{Vnode: v, From: 1, To: 4}, topology.Move{Vnode: v, Slot: 1, From: 2, To: 5})
 	}
-	moves = append(moves, topology.Move{Vnode: 30, From: 6, To: 7}, topology.Move{Vnode: 31, From: 1, To: 1, Done: true})
+	moves = append(moves, topology.Move{Vnode: 300, From: 6, To: 7}, topology.Move{Vnode: 301, From: 1, To: 1, Done: true})
 	stages := topology.Stages(moves)
 	seen := map[topology.Move]int{}
 	slot := map[uint32]int{}
@@ -35,11 +35,12 @@ func TestStages(t *testing.T) {
 			}
 		}
 	}
-	if len(seen) != 41 {
+	if len(seen) != 2*(2*topology.MovesPerNode+4)+1 {
 		t.Errorf("%d moves were made", len(seen))
 	}
-	// 8 of the first slots; then those that are left of them, and 8 of the second.
-	if len(stages) != 4 || len(stages[0]) != 9 || len(stages[1]) != 16 || stages[0][8].Vnode != 30 {
+	// So many of the first slots; then of those that are left of them, and of the second.
+	const most = topology.MovesPerNode
+	if len(stages) != 4 || len(stages[0]) != most+1 || len(stages[1]) != 2*most || stages[0][most].Vnode != 300 {
 		t.Errorf("%d stages: %v", len(stages), stages)
 	}
 }
