@@ -37,6 +37,7 @@ func TestNamespaces(t *testing.T) {
 	f.run("namespace", "set", "orders", "--hints", "on", "--if-changed-epoch", "11").want(t, 5)
 	f.run("namespace", "set", "default", "--n", "6").want(t, 1, "N=6")
 	f.run("namespace", "set", "default", "--n", "5").want(t, 0, "operation 1 changes N from 3 to 5; follow it with: kvctl operation show 1 --wait")
+	f.run("namespace", "set", "default", "--w", "all", "--r", "one").want(t, 0, "operation 1 changes W and R from quorum and quorum to all and one; follow it with")
 
 	f.mu.Lock()
 	f.mu.controlled = false

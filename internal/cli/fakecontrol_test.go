@@ -88,13 +88,24 @@ func (n *fakeNode) UpdateNamespace(_ context.Context, r *adminv1.UpdateNamespace
 	if old, err := n.f.namespace(r.GetName()); err == nil && r.GetIfChangedEpoch() != 0 && r.GetIfChangedEpoch() != old.GetChangedEpoch() {
 		return nil, &topology.Refusal{Kind: topology.Conflict, Reason: "EPOCH_CHANGED", Message: "the namespace was changed by somebody else"}
 	}
+	var before, wanted topology.Namespace
 	ns, epoch, warnings, err := n.f.decide(r.GetName(), "set", r.GetSettings(), func(t *topology.Topology, s topology.NamespaceSettings) (topology.Namespace, []string, error) {
-		ns, _, warnings, err := t.ChangedNamespace(r.GetName(), s, false)
+		ns, w, warnings, err := t.ChangedNamespace(r.GetName(), s, false)
+		if before, wanted = ns, w; w.N == ns.N {
+			ns = w // that operation ends at once here
+		}
 		return ns, warnings, err
 	})
 	resp := &adminv1.UpdateNamespaceResponse{Namespace: ns, Epoch: epoch, Warnings: warnings}
-	if n := r.GetSettings().GetN(); n != 0 && n != ns.GetN() {
-		resp.Operation = &topologyv1.Operation{Id: 1, Kind: "replicas", FromN: ns.GetN(), TargetN: n}
+	switch {
+	case err != nil:
+	case wanted.N != before.N:
+		resp.Operation = &topologyv1.Operation{Id: 1, Kind: "replicas", FromN: ns.GetN(), TargetN: uint32(wanted.N)}
+	case wanted.W != before.W || wanted.R != before.R:
+		resp.Operation = &topologyv1.Operation{
+			Id: 1, Kind: "quorums", FromWriteQuorum: before.W.String(), FromReadQuorum: before.R.String(),
+			TargetWriteQuorum: wanted.W.String(), TargetReadQuorum: wanted.R.String(),
+		}
 	}
 	return resp, err
 }

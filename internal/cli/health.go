@@ -127,7 +127,7 @@ func (s *clusterStatus) assess() healthDoc {
 
 // namespaceHealth counts the vnodes that miss a namespace's default quorums.
 func namespaceHealth(t *topology.Topology, ns *topology.Namespace, up func(node uint64) bool) namespaceHealthDoc {
-	d := namespaceHealthDoc{Name: ns.Name, Vnodes: len(t.Ring), n: ns.N, w: ns.W.Need(ns.N), r: ns.R.Need(ns.N), fewestWriting: ns.N}
+	d := namespaceHealthDoc{Name: ns.Name, Vnodes: len(t.Ring), n: ns.N, w: ns.Writes(quorum.Spec{})[0].Need, r: ns.R.Need(ns.N), fewestWriting: ns.N}
 	for v := range t.Ring {
 		slots := t.Slots(uint32(v), ns.N)
 		writing, reading := quorum.LiveSlots(slots, up), 0

@@ -156,6 +156,11 @@ Another N takes an operation (see kvctl operation), which adds or takes away one
 each key after the other, while reads and writes go on; --wait shows its progress. Where it
 would make strong reads weaker, as W and R are counts, --allow-eventual must be given.
 
+Other quorums take one too, unless reads are eventual before and after: for a while writes
+need both the old and the new W, until no node reads by the old R any more. Where reads are
+to ask fewer replicas, these first take over from each other what they lack. What may serve
+by the old quorums is waited for, even if it is down, as with R=one each replica may.
+
 --if-changed-epoch makes a change safe against others: it is refused, with exit code 5,
 unless the namespace was last changed in that epoch (see kvctl namespace show).`,
 		Example: `  kvctl namespace set orders --w all --r one
@@ -184,7 +189,7 @@ unless the namespace was last changed in that epoch (see kvctl namespace show).`
 	}
 	f.add(cmd)
 	cmd.Flags().BoolVar(&allowEventual, "allow-eventual", false, "with --n: strong reads may become weaker")
-	cmd.Flags().BoolVar(&wait, "wait", false, "with --n: show the progress until the end")
+	cmd.Flags().BoolVar(&wait, "wait", false, "with --n, --w or --r: show the progress until the end")
 	cmd.Flags().Uint64Var(&ifEpoch, "if-changed-epoch", 0, "refuse unless the namespace was last changed in this epoch; 0 for whichever")
 	return cmd
 }
@@ -210,7 +215,11 @@ func (a *App) printChanged(what string, pb *topologyv1.Namespace, epoch uint64, 
 		fmt.Fprintf(w, "%s namespace %s in epoch %s\n\n", what, ns.Name, topology.EpochString(epoch))
 		fields(w, namespaceFields(&ns)...)
 		if op != nil {
-			fmt.Fprintf(w, "\noperation %d changes N from %d to %d; follow it with: kvctl operation show %d --wait\n", op.GetId(), op.GetFromN(), op.GetTargetN(), op.GetId())
+			what := fmt.Sprintf("N from %d to %d", op.GetFromN(), op.GetTargetN())
+			if op.GetKind() == topology.KindQuorums {
+				what = fmt.Sprintf("W and R from %s and %s to %s and %s", op.GetFromWriteQuorum(), op.GetFromReadQuorum(), op.GetTargetWriteQuorum(), op.GetTargetReadQuorum())
+			}
+			fmt.Fprintf(w, "\noperation %d changes %s; follow it with: kvctl operation show %d --wait\n", op.GetId(), what, op.GetId())
 		}
 	})
 }

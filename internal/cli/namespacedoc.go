@@ -25,6 +25,10 @@ type namespaceDoc struct {
 	Hints        bool    `json:"hints"`
 	TTLMs        int64   `json:"ttl_ms"`
 	ChangedEpoch uint64  `json:"changed_epoch"`
+	// AlsoN, AlsoW and AlsoR are there while N, or W and R change: writes need these too.
+	AlsoN int    `json:"also_n,omitempty"`
+	AlsoW string `json:"also_w,omitempty"`
+	AlsoR string `json:"also_r,omitempty"`
 }
 
 func namespaceDocOf(ns *topology.Namespace) namespaceDoc {
@@ -32,6 +36,7 @@ func namespaceDocOf(ns *topology.Namespace) namespaceDoc {
 		Name: ns.Name, ID: ns.ID, N: ns.N, W: ns.W.String(), R: ns.R.String(), WNeeds: ns.W.Need(ns.N), RNeeds: ns.R.Need(ns.N),
 		Strength: ns.Strength().String(), ReadRepair: ns.ReadRepair.String(), RepairChance: ns.RepairChance,
 		Hints: ns.Hints, TTLMs: ns.TTL.Milliseconds(), ChangedEpoch: ns.ChangedEpoch,
+		AlsoN: ns.AlsoN, AlsoW: ns.AlsoW.String(), AlsoR: ns.AlsoR.String(),
 	}
 }
 
@@ -45,7 +50,7 @@ func namespaceFields(ns *topology.Namespace) []string {
 	return []string{
 		"name", ns.Name,
 		"N", replicasText(ns),
-		"W", quorumText(ns.W, ns.N) + " must have a write before it is acknowledged",
+		"W", writesText(ns),
 		"R", quorumText(ns.R, ns.N) + " must answer a read",
 		"reads are", ns.Strength().String(),
 		"read repair", fmt.Sprintf("%s, chance %s", ns.ReadRepair, chanceText(ns.RepairChance)),
@@ -86,8 +91,17 @@ func topologyRefusal(r *topology.Refusal) error { return rpc.AsError(r) }
 // replicasText is N, and what it is becoming.
 func replicasText(ns *topology.Namespace) string {
 	text := fmt.Sprintf("%s of each key", plural(ns.N, "replica"))
-	if ns.AlsoN > 0 {
+	if ns.AlsoN > 0 && ns.AlsoN != ns.N {
 		text += fmt.Sprintf("; N is changing, and writes need quorums of N=%d too", ns.AlsoN)
+	}
+	return text
+}
+
+// writesText is W, and what else writes need while W and R change.
+func writesText(ns *topology.Namespace) string {
+	text := quorumText(ns.W, ns.N) + " must have a write before it is acknowledged"
+	if !ns.AlsoW.IsZero() {
+		text += fmt.Sprintf("; W and R are changing, and writes need W=%s too", quorumText(ns.AlsoW, ns.N))
 	}
 	return text
 }

@@ -153,8 +153,11 @@ func newOperationDoc(t *topology.Topology, o *adminv1.ObservedOperation) *operat
 		d.EndedAt = ptr(time.UnixMilli(end).UTC().Format(time.RFC3339Nano))
 	}
 	d.TookMs = max(0, end-int64(op.GetStartedMs()))
-	if op.GetKind() == topology.KindReplicas {
+	switch op.GetKind() {
+	case topology.KindReplicas:
 		d.Moves, d.MovesDone = replicaSteps(t, op)
+	case topology.KindQuorums:
+		d.Moves, d.MovesDone = quorumSteps(t, op)
 	}
 	for _, p := range o.GetMoving() {
 		m := p.GetMove()
@@ -184,6 +187,27 @@ func replicaSteps(t *topology.Topology, op *topologyv1.Operation) (all, done int
 	return all, min(all, max(ns.N-from, from-ns.N))
 }
 
+// quorumSteps returns how many steps a change of W and R takes in all, and has taken.
+func quorumSteps(t *topology.Topology, op *topologyv1.Operation) (all, done int) {
+	all = 3
+	ns := t.NamespaceByID(op.GetNamespaceId())
+	switch {
+	case topology.OperationState(op.GetState()) == topology.Done:
+		return all, all
+	case ns == nil || ns.AlsoN == 0:
+		return all, 0
+	case ns.W.String() == op.GetTargetWriteQuorum() && ns.R.String() == op.GetTargetReadQuorum():
+		return all, 2
+	}
+	return all, 1
+}
+
+// ofNamespace reports whether operations of a kind change a namespace: what they copied
+// is not kept.
+func ofNamespace(kind string) bool {
+	return kind == topology.KindReplicas || kind == topology.KindQuorums
+}
+
 func movesDone(op *topologyv1.Operation) (n int) {
 	for _, m := range op.GetMoves() {
 		if m.GetDone() {
@@ -195,8 +219,11 @@ func movesDone(op *topologyv1.Operation) (n int) {
 
 // steps names what an operation consists of.
 func (d *operationDoc) steps() string {
-	if d.Kind == topology.KindReplicas {
+	switch d.Kind {
+	case topology.KindReplicas:
 		return "replicas"
+	case topology.KindQuorums:
+		return "steps"
 	}
 	return "moves"
 }
@@ -208,7 +235,7 @@ func (d *operationDoc) write(w io.Writer) {
 		"state", d.State,
 		d.steps(), fmt.Sprintf("%d of %d done", d.MovesDone, d.Moves),
 	}
-	if d.Kind != topology.KindReplicas { // what that copied is not kept
+	if !ofNamespace(d.Kind) {
 		pairs = append(pairs, "copied", fmt.Sprintf("%s, %s", sizeText(d.MovedBytes), plural(d.MovedRecords, "record")))
 	}
 	pairs = append(pairs, "took", durationText(time.Duration(d.TookMs)*time.Millisecond))
@@ -248,7 +275,7 @@ func (a *App) operationLs(ctx context.Context) error {
 		tab := newTable(">ID", "KIND", "STATE", ">MOVES", ">COPIED", ">TOOK", "WHAT")
 		for _, d := range docs {
 			copied := sizeText(d.MovedBytes)
-			if d.Kind == topology.KindReplicas {
+			if ofNamespace(d.Kind) {
 				copied = "-"
 			}
 			tab.add(d.ID, d.Kind, d.State, fmt.Sprintf("%d/%d", d.MovesDone, d.Moves), copied, durationText(time.Duration(d.TookMs)*time.Millisecond), d.Title)
@@ -338,7 +365,7 @@ func (a *App) endFollow(ctx context.Context, o *adminv1.ObservedOperation, state
 	if err := a.print(d, func(w io.Writer) {
 		fmt.Fprintf(w, "operation %d, %s: %s after %s; %d of %d %s", d.ID, d.Title, d.State,
 			durationText(time.Duration(d.TookMs)*time.Millisecond), d.MovesDone, d.Moves, d.steps())
-		if d.Kind != topology.KindReplicas {
+		if !ofNamespace(d.Kind) {
 			fmt.Fprintf(w, ", %s copied", sizeText(d.MovedBytes))
 		}
 		fmt.Fprintln(w)
@@ -441,7 +468,7 @@ func progressText(o *adminv1.ObservedOperation, speed *pace) string {
 		share = float64(done) / float64(all)
 	}
 	text := fmt.Sprintf("operation %d  %s  %d of %d moves  %s", op.GetId(), barOf(share, barWidth), done, all, sizeText(bytes))
-	if op.GetKind() == topology.KindReplicas {
+	if ofNamespace(op.GetKind()) {
 		text = fmt.Sprintf("operation %d  %s  %s", op.GetId(), op.GetTitle(), sizeText(bytes))
 	}
 	if speed.still() && waits != "" {

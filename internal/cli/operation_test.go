@@ -176,6 +176,25 @@ func TestOperations(t *testing.T) {
 	golden(t, "operation-show-replicas", f.run("operation", "show", "3").want(t, 0).stdout)
 	f.run("operation", "ls").want(t, 0, "3  replicas  done      1/1        -    6.5 s  N of namespace")
 	f.run("operation", "show", "3", "--wait").want(t, 0, "done after 6.5 s; 1 of 1 replicas\n")
+	f.mu.Lock()
+	f.mu.operations = append(f.mu.operations, &adminv1.ObservedOperation{Operation: &topologyv1.Operation{
+		Id: 4, Kind: "quorums", Title: "W and R of namespace default", State: topologyv1.Operation_STATE_PAUSED, NamespaceId: 1, StartedMs: 1772366400000, EndedMs: 1772366406500,
+		FromWriteQuorum: "quorum", FromReadQuorum: "quorum", TargetWriteQuorum: "all", TargetReadQuorum: "one",
+	}})
+	ns := f.mu.topology.Namespaces[0]
+	f.mu.Unlock()
+	for _, step := range []struct{ w, r, alsoW, alsoR, done string }{{"quorum", "quorum", "", "", "0 of 3"}, {"quorum", "quorum", "all", "one", "1 of 3"}, {"all", "one", "quorum", "quorum", "2 of 3"}} {
+		f.mu.Lock()
+		if ns.WriteQuorum, ns.ReadQuorum, ns.AlsoWriteQuorum, ns.AlsoReadQuorum = step.w, step.r, step.alsoW, step.alsoR; step.alsoW != "" {
+			ns.AlsoN, ns.Change, ns.Since = ns.N, topologyv1.NChange_N_CHANGE_LEVELING, 3
+		}
+		f.mu.Unlock()
+		f.run("operation", "show", "4").want(t, 0, "steps      "+step.done+" done")
+		if step.alsoW != "" {
+			f.run("namespace", "show", "default").want(t, 0, "W and R are changing, and writes need W=")
+		}
+	}
+	f.run("health").want(t, 0, "meet W=3 and R=1 of N=3")
 	f.run("operation", "show", "9").want(t, 3, "there is no operation 9")
 	f.run("operation", "show", "x").want(t, 2, "want its number")
 	f.run("operation", "show", "2", "--wait").want(t, 0, "paused")

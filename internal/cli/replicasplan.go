@@ -34,7 +34,7 @@ func planReplicas(t *topology.Topology, asked string, holds ringUse) (*replicasD
 	case ns == nil:
 		return nil, topologyRefusal(topology.ErrNamespaceNotFound(name))
 	case ns.AlsoN != 0:
-		return nil, fmt.Errorf("namespace %s is about to have another N: see kvctl operation ls", name)
+		return nil, fmt.Errorf("namespace %s is being changed: see kvctl operation ls", name)
 	case n == ns.N:
 		return nil, usagef("--replicas %s: namespace %s has N=%d already", asked, name, n)
 	}

@@ -181,7 +181,7 @@ func (c *Coordinator) see(ts hlc.Timestamp) *rpc.Error {
 }
 
 // slotsToHold is how many slots must hold what a read returns, so that later reads
-// do not go back: N−R+1, with the smallest R that those reads will have.
+// do not go back: N−R+1, with the smallest R that those reads have, or will.
 func (r *result) slotsToHold() int {
 	if mutant.On("repair-only-stale") {
 		return len(r.replies)
@@ -192,8 +192,10 @@ func (r *result) slotsToHold() int {
 // slotsToHoldOf is slotsToHold where n slots are read.
 func (r *result) slotsToHoldOf(n int) int {
 	least := min(r.job.quorum.Or(r.namespace.R).Need(n), n)
-	if usual := min(r.namespace.R.Need(n), n); usual > 1 {
-		least = min(least, usual)
+	for _, spec := range []quorum.Spec{r.namespace.R, r.namespace.AlsoR.Or(r.namespace.R)} {
+		if usual := min(spec.Need(n), n); usual > 1 {
+			least = min(least, usual)
+		}
 	}
 	return n - least + 1
 }

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/kvasirdb/kvasir/internal/hlc"
+	"github.com/kvasirdb/kvasir/internal/quorum"
 	"github.com/kvasirdb/kvasir/internal/record"
 	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/topology"
@@ -485,5 +486,49 @@ func TestReadAllThenQuorum(t *testing.T) {
 		}
 		_, err := c.nodes[0].get("k", func(r *kvv1.GetRequest) { r.ReadQuorum = "all" })
 		wantError(t, err, codes.Unavailable, rpc.ReasonRepairFailed)
+	})
+}
+
+// While W and R change, writes need both quorums, unless they ask for one themselves, and
+// what reads return is left for those of the smaller R to come.
+func TestQuorumsWhileTheyChange(t *testing.T) {
+	run(t, 5, nil, func(t *testing.T, c *cluster) {
+		op := topology.Operation{Kind: topology.KindQuorums, State: topology.Running}
+		op.TargetW, _ = quorum.Parse("4")
+		op.TargetR, _ = quorum.Parse("2")
+		step := func() {
+			ns := op.Step(c.state.Topology.Namespace("default"))
+			c.apply(&topologyv1.Mutation{Kind: &topologyv1.Mutation_UpdateNamespace{UpdateNamespace: &topologyv1.UpdateNamespace{Namespace: ns.Proto()}}})
+			c.publish()
+		}
+		step()
+		now := time.Now().UnixMilli()
+		for i := range 20 {
+			key := fmt.Sprint("k", i)
+			for _, n := range c.nodes[i%3:][:3] { // as many as R
+				n.plant(key, recordAt(now-1, "new"))
+			}
+			resp, err := c.nodes[i%5].get(key, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if n := c.holders(key, "new"); string(resp.GetValue()) == "new" && n < 4 {
+				t.Errorf("%s: %d replicas have what was read, reads of 2 may miss it", key, n)
+			}
+		}
+		if r := c.nodes[0].mustPut("k", "v", ""); r.GetNeeded() != 4 || r.GetStrength() != kvv1.Strength_STRENGTH_STRONG {
+			t.Errorf("receipt %v", r)
+		}
+		if r := c.nodes[0].mustPut("k", "v", "1"); r.GetNeeded() != 1 {
+			t.Errorf("of a write that asks for one: %v", r)
+		}
+		step()
+		if r := c.nodes[0].mustPut("k", "v", ""); r.GetNeeded() != 4 {
+			t.Errorf("then %v", r)
+		}
+		resp, err := c.nodes[0].get("k", nil)
+		if err != nil || resp.GetReceipt().GetNeeded() != 2 || resp.GetReceipt().GetStrength() != kvv1.Strength_STRENGTH_STRONG_WHILE_NOT_REPLACED {
+			t.Errorf("%v, %v", resp, err)
+		}
 	})
 }

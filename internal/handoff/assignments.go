@@ -24,13 +24,12 @@ const (
 // assignment is a vnode that the node is to be filled with, as it is on disk.
 type assignment struct {
 	Vnode uint32 `json:"vnode"`
-	// Namespace is the only one that it is about, as its N changes, or 0.
+	// Namespace is the only one that it is about, as its N or its quorums change, or 0.
 	Namespace uint32 `json:"namespace,omitempty"`
 	// Epoch is the one in which the node became incoming on the vnode, topology.Slot.Since,
-	// or in which the change of N began.
+	// or in which the namespace's change began.
 	Epoch uint64 `json:"epoch"`
-	// Keep says that the node holds the vnode, and is to take over what a slot has that
-	// the namespace gives up.
+	// Keep says that the node holds the vnode, and is to take over what other slots have.
 	Keep     bool `json:"keep,omitempty"`
 	Complete bool `json:"complete,omitempty"`
 }
@@ -269,9 +268,8 @@ func assigned(self uint64, t *topology.Topology) map[storage.Place]assignment {
 		}
 		for v := range t.Ring {
 			for j, s := range t.Slots(uint32(v), ns.Wide()) {
-				last := j == ns.Wide()-1
-				if (s.Write[0] == self || s.Write[1] == self) && last == (ns.Change == topology.Widening) {
-					as := assignment{Vnode: uint32(v), Namespace: ns.ID, Epoch: ns.Since, Keep: !last}
+				if filled, keep := ns.Filled(j); filled && (s.Write[0] == self || s.Write[1] == self) {
+					as := assignment{Vnode: uint32(v), Namespace: ns.ID, Epoch: ns.Since, Keep: keep}
 					out[as.place()] = as
 				}
 			}

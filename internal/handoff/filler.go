@@ -227,16 +227,20 @@ func (f *Filler) fromOld(t *topology.Topology, j job) bool {
 	return s.Phase == topology.WriteBothReadOld || back
 }
 
-// sourcesNeeded is N−q+1, or the old node alone. Where N changes, what has been read
-// or acknowledged by quorums of the old one must be met: N−W+1, this node's own copy
-// included if it has one.
+// sourcesNeeded is N−q+1, or the old node alone. Where a namespace changes, what has been
+// acknowledged or read by the quorums before must be met, this node's own copy included
+// if it has one: N−W+1 slots meet every write's, and R the N−R+1 that reads leave.
 func (f *Filler) sourcesNeeded(t *topology.Topology, j job, ns *topology.Namespace) int {
 	if j.old {
 		return 1
 	}
 	if j.Namespace != 0 {
 		n := ns.N
-		need := n - min(ns.W.Need(n), n/2+1) + 1
+		w := ns.W.Need(n)
+		if ns.Change == topology.Leveling {
+			w = ns.LeastWriteAcks
+		}
+		need := max(n-min(w, n/2+1)+1, min(ns.R.Need(n), n))
 		if j.Keep {
 			need--
 		}

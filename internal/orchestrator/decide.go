@@ -153,9 +153,10 @@ func createNamespace(s *topology.State, name string, set topology.NamespaceSetti
 	return cmd, warnings, nil
 }
 
-// updateNamespace decides what a namespace becomes. Another N is an operation's work.
+// updateNamespace decides what a namespace becomes. Another N is an operation's work, and
+// so are other quorums.
 func updateNamespace(t *topology.Topology, name string, set topology.NamespaceSettings, allowEventual bool) (*topologyv1.Command, []string, error) {
-	ns, n, warnings, err := t.ChangedNamespace(name, set, allowEventual)
+	ns, wanted, warnings, err := t.ChangedNamespace(name, set, allowEventual)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -164,12 +165,20 @@ func updateNamespace(t *topology.Topology, name string, set topology.NamespaceSe
 		Change:      &topologyv1.Change{Subject: "namespace", Name: name, What: "set: " + ns.Describe()},
 		Mutations:   []*topologyv1.Mutation{{Kind: &topologyv1.Mutation_UpdateNamespace{UpdateNamespace: &topologyv1.UpdateNamespace{Namespace: ns.Proto()}}}},
 	}
-	if n != ns.N {
-		cmd.Change.What += fmt.Sprintf(", N to become %d", n)
-		cmd.Mutations = append(cmd.Mutations, &topologyv1.Mutation{Kind: &topologyv1.Mutation_StartOperation{StartOperation: &topologyv1.StartOperation{
-			Operation: &topologyv1.Operation{Kind: topology.KindReplicas, Title: fmt.Sprintf("N of namespace %s from %d to %d", name, ns.N, n), NamespaceId: ns.ID, TargetN: uint32(n)},
-		}}})
+	op := &topologyv1.Operation{NamespaceId: ns.ID}
+	switch {
+	case wanted.N != ns.N:
+		cmd.Change.What += fmt.Sprintf(", N to become %d", wanted.N)
+		op.Kind, op.TargetN = topology.KindReplicas, uint32(wanted.N)
+		op.Title = fmt.Sprintf("N of namespace %s from %d to %d", name, ns.N, wanted.N)
+	case wanted.W != ns.W || wanted.R != ns.R:
+		cmd.Change.What += fmt.Sprintf(", W and R to become %s and %s", wanted.W, wanted.R)
+		op.Kind, op.TargetWriteQuorum, op.TargetReadQuorum = topology.KindQuorums, wanted.W.String(), wanted.R.String()
+		op.Title = fmt.Sprintf("W and R of namespace %s from %s and %s to %s and %s", name, ns.W, ns.R, wanted.W, wanted.R)
+	default:
+		return cmd, warnings, nil
 	}
+	cmd.Mutations = append(cmd.Mutations, &topologyv1.Mutation{Kind: &topologyv1.Mutation_StartOperation{StartOperation: &topologyv1.StartOperation{Operation: op}}})
 	return cmd, warnings, nil
 }
 

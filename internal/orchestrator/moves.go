@@ -7,6 +7,7 @@ import (
 	"strings"
 
 	"github.com/kvasirdb/kvasir/internal/mutant"
+	"github.com/kvasirdb/kvasir/internal/quorum"
 	"github.com/kvasirdb/kvasir/internal/topology"
 	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
 	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
@@ -16,7 +17,7 @@ import (
 // the operation under way, or nil. All that a change has come to is in the topology
 // and in what the nodes say, so any leader can go on with it.
 func changeRing(s *topology.State, v view) *topologyv1.Command {
-	for _, step := range []func(*topology.State, view) *topologyv1.Command{advance, beginReplacing, beginMoves, changeReplicas, endOperation, removeReplaced, trim} {
+	for _, step := range []func(*topology.State, view) *topologyv1.Command{advance, beginReplacing, beginMoves, changeNamespace, endOperation, removeReplaced, trim} {
 		if cmd := step(s, v); cmd != nil {
 			return cmd
 		}
@@ -148,7 +149,7 @@ func barrier(t *topology.Topology, vnode uint32, slot int, endpoint uint64, v vi
 	}
 	for i := range t.Namespaces {
 		if ns := &t.Namespaces[i]; slot < ns.Wide() {
-			if why := quorumsTaken(t, ns, vnode, epoch, v); why != "" {
+			if why := quorumsTaken(t, ns, vnode, epoch, majority, v); why != "" {
 				return why
 			}
 		}
@@ -156,14 +157,16 @@ func barrier(t *topology.Topology, vnode uint32, slot int, endpoint uint64, v vi
 	return ""
 }
 
+func majority(n int) int { return quorum.Majority.Need(n) }
+
 // quorumsTaken returns why too few slots of a namespace's vnode have taken in an epoch,
 // or "": N−q+1 must have, of both numbers of slots while N changes.
-func quorumsTaken(t *topology.Topology, ns *topology.Namespace, vnode uint32, epoch uint64, v view) string {
+func quorumsTaken(t *topology.Topology, ns *topology.Namespace, vnode uint32, epoch uint64, q func(n int) int, v view) string {
 	for _, n := range []int{ns.N, ns.AlsoN} {
 		if n == 0 {
 			continue
 		}
-		have, want := 0, n-(n/2+1)+1
+		have, want := 0, n-q(n)+1
 		for j, s := range t.Slots(vnode, n) {
 			slot := t.Ring[vnode].Slots[j]
 			old := slot.Phase != topology.WriteNewReadNone || t.Node(slot.Node) != nil && taken(slot.Node, epoch, v)
@@ -275,10 +278,10 @@ func endOperation(s *topology.State, _ view) *topologyv1.Command {
 	what := []string{fmt.Sprintf("operation %d is done: %s", op.ID, op.Title)}
 	mutations := []*topologyv1.Mutation{{Kind: &topologyv1.Mutation_SteerOperation{SteerOperation: end}}}
 	switch {
-	case op.Kind == topology.KindReplicas:
+	case op.OfNamespace():
 		ns := s.Topology.NamespaceByID(op.Namespace)
 		switch {
-		case ns != nil && (ns.AlsoN != 0 || op.State == topology.Paused || op.State == topology.Running && ns.N != op.TargetN):
+		case ns != nil && (ns.AlsoN != 0 || op.State == topology.Paused || op.State == topology.Running && !op.Reached(ns)):
 			return nil
 		case op.State == topology.Aborting:
 			end.State = topologyv1.Operation_STATE_ABORTED
@@ -317,8 +320,8 @@ func observeOperation(s *topology.State, op *topology.Operation, v view) *adminv
 	if op.State.Ended() {
 		return out
 	}
-	if op.Kind == topology.KindReplicas {
-		out.Moving = observeReplicas(s.Topology, op, v)
+	if op.OfNamespace() {
+		out.Moving = observeNamespace(s.Topology, op, v)
 		return out
 	}
 	begun := map[uint32]bool{}

@@ -176,11 +176,11 @@ func (ts *topologies) slots(t *topology.Topology) {
 }
 
 // intersect checks invariant 8: every default write quorum of one epoch meets every
-// default read quorum of the other, where both are strong. A slot whose old node is
+// default read quorum of the other, where reads of both meet writes. A slot whose old node is
 // dead answers nobody in either epoch.
 func (ts *topologies) intersect(writes, reads *topology.Topology) {
 	for v := range writes.Ring {
-		if v >= len(reads.Ring) || writes.Ring[v].ChangedEpoch == reads.Ring[v].ChangedEpoch && !changesN(writes, reads) {
+		if v >= len(reads.Ring) || writes.Ring[v].ChangedEpoch == reads.Ring[v].ChangedEpoch && !changesNamespaces(writes, reads) {
 			continue
 		}
 		dead := map[uint64]bool{}
@@ -197,18 +197,19 @@ func (ts *topologies) intersect(writes, reads *topology.Topology) {
 				continue
 			}
 			goals, r := ns.Writes(quorum.Spec{}), other.R.Need(other.N)
-			if ns.Strength() == quorum.Strong && other.Strength() == quorum.Strong && !meet(writes.Slots(uint32(v), ns.Wide()), goals, reads.Slots(uint32(v), other.N), r, dead) {
+			if ns.Strength() != quorum.Eventual && other.Strength() != quorum.Eventual && !meet(writes.Slots(uint32(v), ns.Wide()), goals, reads.Slots(uint32(v), other.N), r, dead) {
 				ts.h.violate(8, "vnode %d, namespace %s: a write quorum of epoch %d misses a read quorum of epoch %d", v, ns.Name, writes.Epoch, reads.Epoch)
 			}
 		}
 	}
 }
 
-// changesN reports whether N of a namespace, or what it is becoming, differs.
-func changesN(a, b *topology.Topology) bool {
+// changesNamespaces reports whether N or a default quorum of a namespace, or what it is
+// becoming, differs.
+func changesNamespaces(a, b *topology.Topology) bool {
 	return slices.ContainsFunc(a.Namespaces, func(ns topology.Namespace) bool {
 		other := b.NamespaceByID(ns.ID)
-		return other != nil && (other.N != ns.N || other.AlsoN != ns.AlsoN)
+		return other != nil && (other.N != ns.N || other.AlsoN != ns.AlsoN || other.W != ns.W || other.R != ns.R || other.AlsoW != ns.AlsoW)
 	})
 }
 

@@ -41,6 +41,47 @@ func awaitOperation(t *testing.T, w *sim.World, id uint64, state topologyv1.Oper
 	t.Fatalf("operation %d does not end: %v", id, last)
 }
 
+// setQuorums has W and R of the namespace default changed and waits until that is done.
+func setQuorums(t *testing.T, w *sim.World, wq, rq string) {
+	t.Helper()
+	resp, err := w.Control("node1").UpdateNamespace(context.Background(), &adminv1.UpdateNamespaceRequest{Name: "default", Settings: &adminv1.NamespaceSettings{WriteQuorum: &wq, ReadQuorum: &rq}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	awaitOperation(t, w, resp.GetOperation().GetId(), topologyv1.Operation_STATE_DONE)
+}
+
+// W and R of a namespace change under load, and no operation fails. Where reads come to
+// ask one replica, it has what others had got alone.
+func TestDefaultQuorumsChange(t *testing.T) {
+	world(t, sim.Config{Seed: 8, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		off := false
+		if _, err := w.Control("node1").UpdateNamespace(context.Background(), &adminv1.UpdateNamespaceRequest{Name: "default", Settings: &adminv1.NamespaceSettings{Hints: &off}}); err != nil {
+			t.Fatal(err)
+		}
+		c := w.Client()
+		defer c.Close()
+		w.Crash("node3", sim.Kill)
+		for i := range 100 {
+			if _, err := c.Put(context.Background(), fmt.Appendf(nil, "missed/%d", i), []byte("v")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		w.Start("node3")
+		l := startWriters(t, w)
+		for _, q := range [][2]string{{"all", "one"}, {"one", "all"}, {"quorum", "quorum"}} {
+			setQuorums(t, w, q[0], q[1])
+			for i := range 100 {
+				if v, err := c.Get(context.Background(), fmt.Appendf(nil, "missed/%d", i), client.FromReplica("node3")); err != nil || string(v.Value) != "v" {
+					t.Errorf("W=%s R=%s: node3 has %q of %d, %v", q[0], q[1], v.Value, i, err)
+				}
+			}
+			time.Sleep(5 * time.Second)
+		}
+		l.end(t, 3, 0)
+	})
+}
+
 // N of a namespace goes up by two, down again and below, under load: no operation
 // fails, nothing is lost, and in the end those hold the records that are to, and no
 // others.

@@ -3,8 +3,8 @@ package topology
 import "slices"
 
 // Endpoints returns the nodes that writes to a vnode of a namespace go to, incoming
-// ones included, in ascending order, and whether neither its slots nor their number are
-// changing.
+// ones included, in ascending order, and whether neither its slots nor the namespace's
+// N or quorums are changing.
 func (t *Topology) Endpoints(vnode uint32, ns *Namespace) (nodes []uint64, stable bool) {
 	stable = ns.AlsoN == 0
 	for i, s := range t.Slots(vnode, ns.Wide()) {

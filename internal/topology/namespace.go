@@ -68,35 +68,44 @@ func (ns *Namespace) Describe() string {
 	return fmt.Sprintf("N=%d W=%s R=%s read repair %s (chance %g) hints %s TTL %s", ns.N, ns.W, ns.R, ns.ReadRepair, ns.RepairChance, hints, ttl)
 }
 
-// ChangedNamespace decides what a namespace becomes under new settings, and which N it
-// is to have: that is not changed at once, but by an operation. Errors are *Refusal.
-func (t *Topology) ChangedNamespace(name string, set NamespaceSettings, allowEventual bool) (ns Namespace, n int, warnings []string, err error) {
+// ChangedNamespace decides what a namespace becomes at once under new settings, and what
+// it is to be in the end: its N, and quorums that must not differ from one epoch to the
+// next, are changed by an operation. Errors are *Refusal.
+func (t *Topology) ChangedNamespace(name string, set NamespaceSettings, allowEventual bool) (ns, wanted Namespace, warnings []string, err error) {
 	old := t.Namespace(name)
 	if old == nil {
-		return ns, 0, nil, ErrNamespaceNotFound(name)
+		return ns, wanted, nil, ErrNamespaceNotFound(name)
 	}
-	wanted := *old
+	wanted = *old
 	if err := set.applyTo(&wanted); err != nil {
-		return ns, 0, nil, err
+		return ns, wanted, nil, err
 	}
-	ns, n = wanted, wanted.N
+	ns = wanted
 	ns.N = old.N
 	for _, s := range []*Namespace{&ns, &wanted} {
 		if err := t.checkNamespace(s); err != nil {
-			return ns, 0, nil, err
+			return ns, wanted, nil, err
 		}
 	}
-	if old.AlsoN != 0 && (n != old.N || ns.W != old.W || ns.R != old.R) {
-		return ns, 0, nil, refuse(Precondition, "N_CHANGING",
-			fmt.Sprintf("N of namespace %s is being changed: N, W and R can be set again when that is done (kvctl operation ls)", name), "namespace", name)
+	n, quorums := wanted.N, ns.W != old.W || ns.R != old.R
+	if old.AlsoN != 0 && (n != old.N || quorums) {
+		return ns, wanted, nil, refuse(Precondition, "N_CHANGING",
+			fmt.Sprintf("N, W or R of namespace %s are being changed: they can be set again when that is done (kvctl operation ls)", name), "namespace", name)
 	}
 	if n != old.N && old.Strength() == quorum.Strong && wanted.Strength() != quorum.Strong && !allowEventual {
-		return ns, 0, nil, refuse(Precondition, "WOULD_WEAKEN_READS",
+		return ns, wanted, nil, refuse(Precondition, "WOULD_WEAKEN_READS",
 			fmt.Sprintf("reads of namespace %s are strong, and would be %s with N=%d, W=%d, R=%d: set W and R to quorum, or allow it (--allow-eventual)",
 				name, wanted.Strength(), n, wanted.W.Need(n), wanted.R.Need(n)), "namespace", name, "n", n)
 	}
+	if !old.atOnce(ns.W, ns.R) {
+		if n != old.N {
+			return ns, wanted, nil, refuse(Precondition, "ONE_AFTER_THE_OTHER",
+				fmt.Sprintf("N of namespace %s and its W and R cannot change together: set one, and the other when that is done (--wait)", name), "namespace", name)
+		}
+		ns.W, ns.R = old.W, old.R
+	}
 	ns.LeastWriteAcks = min(old.LeastWriteAcks, ns.W.Need(ns.N))
-	return ns, n, wanted.Warnings(), nil
+	return ns, wanted, wanted.Warnings(), nil
 }
 
 // TowardsN returns which of the two numbers of slots of a namespace whose N changes is
@@ -135,20 +144,69 @@ func (ns Namespace) StepN(target int) Namespace {
 	return ns
 }
 
-// checkNStep returns why a namespace's N must not change so.
+// atOnce reports whether other default quorums may hold from one epoch to the next: they
+// ask for as much as those before, or reads are eventual with both.
+func (ns *Namespace) atOnce(w, r quorum.Spec) bool {
+	n, other := ns.N, Namespace{N: ns.N, W: w, R: r}
+	return w.Need(n) == ns.W.Need(n) && r.Need(n) == ns.R.Need(n) || ns.Strength() == quorum.Eventual && other.Strength() == quorum.Eventual
+}
+
+// StepQuorums returns what a namespace becomes by the next step of a change of its
+// quorums, to others or back: the change begins, and writes need both quorums; reads go
+// by the other one; it ends.
+// REQUIRES: the quorums are not the namespace's, or are changing.
+func (ns Namespace) StepQuorums(w, r quorum.Spec) Namespace {
+	switch {
+	case ns.AlsoN == 0:
+		ns.AlsoN, ns.AlsoW, ns.AlsoR, ns.Change = ns.N, w, r, Requiring
+		// What was acknowledged lies on LeastWriteAcks slots, what reads have returned on
+		// N−R+1, by their repair.
+		least := min(ns.LeastWriteAcks, ns.N-ns.R.Need(ns.N)+1)
+		if next := r.Need(ns.N); least+next <= ns.N && w.Need(ns.N)+next > ns.N {
+			ns.Change = Leveling
+		}
+	case ns.W == w && ns.R == r:
+		ns.AlsoN, ns.AlsoW, ns.AlsoR, ns.Change = 0, quorum.Spec{}, quorum.Spec{}, 0
+		ns.LeastWriteAcks = min(ns.LeastWriteAcks, ns.W.Need(ns.N))
+	default:
+		ns.W, ns.AlsoW = ns.AlsoW, ns.W
+		ns.R, ns.AlsoR = ns.AlsoR, ns.R
+		if ns.Change == Leveling {
+			// What is older is on all slots now, and what is not needed both quorums.
+			ns.LeastWriteAcks = ns.Writes(quorum.Spec{})[0].Need
+		}
+	}
+	return ns
+}
+
+// checkNamespaceStep returns why a namespace's N, W and R must not change so.
 //
-// Invariant 8: in between, writes need quorums of both numbers of slots, so that reads
-// of either meet them; and reads go by another number only when what was written
-// before, by quorums of the old one, lies on enough of the new one's slots.
-func checkNStep(old, next *Namespace) error {
-	same := old.N == next.N && old.AlsoN == next.AlsoN && old.Change == next.Change
-	begins := old.AlsoN == 0 && next.AlsoN != 0 && next.N == old.N && (next.AlsoN > next.N) == (next.Change == Widening)
-	swaps := next.N == old.AlsoN && next.AlsoN == old.N && next.Change == old.Change
-	ends := old.AlsoN != 0 && next.AlsoN == 0 && next.N == old.N
-	if same || begins || swaps || ends {
+// Invariant 8: in between, writes need quorums of both numbers of slots, or both quorums,
+// so that reads of either meet them; and reads go by the other one only when what was
+// written before, by quorums of the old one, lies on enough of the new one's slots.
+func checkNamespaceStep(old, next *Namespace) error {
+	type setting struct {
+		n    int
+		w, r quorum.Spec
+	}
+	was, is := setting{old.N, old.W, old.R}, setting{next.N, next.W, next.R}
+	wasAlso, isAlso := setting{old.AlsoN, old.AlsoW, old.AlsoR}, setting{next.AlsoN, next.AlsoW, next.AlsoR}
+	swapped := setting{old.AlsoN, old.AlsoW.Or(old.W), old.AlsoR.Or(old.R)}
+	swappedAlso := setting{old.N, old.W, old.R}
+	if old.AlsoN != old.N {
+		swappedAlso.w, swappedAlso.r = quorum.Spec{}, quorum.Spec{}
+	}
+	begins := wasAlso == setting{} && isAlso != setting{} && was == is && (next.AlsoN > next.N) == (next.Change == Widening) && (next.AlsoN < next.N) == (next.Change == Narrowing)
+	swaps := is == swapped && isAlso == swappedAlso && next.Change == old.Change
+	ends := wasAlso != setting{} && isAlso == setting{} && was == is
+	switch {
+	case was == is && wasAlso == isAlso && old.Change == next.Change, begins, swaps, ends:
+		return nil
+	case wasAlso == setting{} && isAlso == setting{} && was.n == is.n && old.atOnce(next.W, next.R):
 		return nil
 	}
-	return refuse(Precondition, "BAD_STEP", fmt.Sprintf("namespace %s cannot go from N=%d, also %d, to N=%d, also %d", old.Name, old.N, old.AlsoN, next.N, next.AlsoN), "namespace", old.Name)
+	return refuse(Precondition, "BAD_STEP", fmt.Sprintf("namespace %s cannot go from N=%d W=%s R=%s, also N=%d W=%s R=%s, to N=%d W=%s R=%s, also N=%d W=%s R=%s",
+		old.Name, old.N, old.W, old.R, old.AlsoN, old.AlsoW, old.AlsoR, next.N, next.W, next.R, next.AlsoN, next.AlsoW, next.AlsoR), "namespace", old.Name)
 }
 
 // DroppableNamespace returns the namespace of a name if it may be dropped. Errors

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/kvasirdb/kvasir/internal/quorum"
 	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
 )
 
@@ -53,7 +54,7 @@ type Move struct {
 // is in the ring, so any leader can go on with it.
 type Operation struct {
 	ID uint64
-	// Kind is apply, drain, decommission, replace or replicas, Title what it is for, in words.
+	// Kind is apply, drain, decommission, replace, replicas or quorums, Title what it is for, in words.
 	Kind, Title string
 	State       OperationState
 	// Moves are begun in this order.
@@ -66,6 +67,8 @@ type Operation struct {
 	// Of kind replicas: whose N is to become TargetN, and was FromN.
 	Namespace      uint32
 	TargetN, FromN int
+	// Of kind quorums: what the default quorums of Namespace are to become, and were.
+	TargetW, TargetR, FromW, FromR quorum.Spec
 	// MovedRecords and MovedBytes were taken in by newcomers for the moves that are done.
 	MovedRecords, MovedBytes uint64
 }
@@ -73,13 +76,53 @@ type Operation struct {
 // maxEnded is how many operations are kept that have ended.
 const maxEnded = 50
 
-// KindReplicas is the kind of operations that change N of a namespace.
-const KindReplicas = "replicas"
+// The kinds of operations that change a namespace: its N, or its default quorums.
+const (
+	KindReplicas = "replicas"
+	KindQuorums  = "quorums"
+)
 
-// hasN reports whether a namespace has the N that an operation is for, or is gone.
-func (t *Topology) hasN(op *Operation) bool {
+// OfNamespace reports whether an operation changes a namespace, and no slots of nodes.
+func (o *Operation) OfNamespace() bool { return o.Kind == KindReplicas || o.Kind == KindQuorums }
+
+// AimN is the N that an operation of kind replicas goes to now.
+func (o *Operation) AimN() int {
+	if o.State == Aborting {
+		return o.FromN
+	}
+	return o.TargetN
+}
+
+// AimQuorums are the default quorums that an operation of kind quorums goes to now.
+func (o *Operation) AimQuorums() (w, r quorum.Spec) {
+	if o.State == Aborting {
+		return o.FromW, o.FromR
+	}
+	return o.TargetW, o.TargetR
+}
+
+// Reached reports whether a namespace is what its operation goes to now.
+func (o *Operation) Reached(ns *Namespace) bool {
+	if o.Kind == KindReplicas {
+		return ns.AlsoN == 0 && ns.N == o.AimN()
+	}
+	w, r := o.AimQuorums()
+	return ns.AlsoN == 0 && ns.W == w && ns.R == r
+}
+
+// Step returns what a namespace becomes by the next step of its operation.
+// REQUIRES: it is not Reached.
+func (o *Operation) Step(ns *Namespace) Namespace {
+	if o.Kind == KindReplicas {
+		return ns.StepN(o.AimN())
+	}
+	return ns.StepQuorums(o.AimQuorums())
+}
+
+// mayEnd reports whether a namespace is what an operation is for, or is gone.
+func (t *Topology) mayEnd(op *Operation) bool {
 	i := slices.IndexFunc(t.Namespaces, func(ns Namespace) bool { return ns.ID == op.Namespace })
-	return i < 0 || t.Namespaces[i].N == op.TargetN && t.Namespaces[i].AlsoN == 0
+	return i < 0 || op.Reached(&t.Namespaces[i])
 }
 
 // Left returns how many moves are not done.
@@ -117,17 +160,25 @@ func (d *draft) startOperation(pb *topologyv1.StartOperation, atMillis int64) er
 	if a := d.Active(); a != nil {
 		return refuse(Conflict, "OPERATION_RUNNING", fmt.Sprintf("operation %d (%s) is %s: wait for its end, or abort it", a.ID, a.Title, a.State), "operation", a.ID)
 	}
-	op := operationFromProto(pb.GetOperation())
+	op, err := operationFromProto(pb.GetOperation())
+	if err != nil {
+		return refuse(Invalid, "BAD_OPERATION", err.Error())
+	}
 	op.ID, op.State, op.StartedMillis, op.EndedMillis, op.MovedRecords, op.MovedBytes = d.nextOperation+1, Running, atMillis, 0, 0, 0
 	for i := range op.Moves {
 		op.Moves[i].Done = false
 	}
-	if op.Kind == KindReplicas {
+	if op.OfNamespace() {
 		ns := d.Topology.NamespaceByID(op.Namespace)
-		if ns == nil || op.TargetN == ns.N || len(op.Moves) > 0 || len(op.Remove) > 0 {
-			return refuse(Invalid, "NOTHING_TO_DO", "the operation changes no namespace's N")
+		if ns == nil || op.Reached(ns) || len(op.Moves) > 0 || len(op.Remove) > 0 || op.Kind == KindQuorums && (op.TargetW.IsZero() || op.TargetR.IsZero()) {
+			return refuse(Invalid, "NOTHING_TO_DO", "the operation changes no namespace's N, W or R")
 		}
-		op.FromN = ns.N
+		for _, q := range []quorum.Spec{op.TargetW, op.TargetR} {
+			if err := q.Check(ns.N); err != nil {
+				return refuse(Invalid, "QUORUM_ABOVE_N", err.Error(), "n", ns.N)
+			}
+		}
+		op.FromN, op.FromW, op.FromR = ns.N, ns.W, ns.R
 	} else if len(op.Moves) == 0 && len(op.Remove) == 0 {
 		return refuse(Invalid, "NOTHING_TO_DO", "the operation has no moves and removes no node")
 	}
@@ -197,7 +248,7 @@ func (d *draft) steerOperation(pb *topologyv1.SteerOperation, atMillis int64) er
 	if op.State == next {
 		return nil
 	}
-	if next == Done && op.Kind == KindReplicas && !d.Topology.hasN(op) || !d.mayBecome(op, next) {
+	if next == Done && op.OfNamespace() && !d.Topology.mayEnd(op) || !d.mayBecome(op, next) {
 		return refuse(Precondition, "OPERATION_STATE", fmt.Sprintf("operation %d is %s and cannot become %s", op.ID, op.State, next), "operation", op.ID, "state", op.State)
 	}
 	op.State = next
@@ -301,6 +352,7 @@ func (o *Operation) Proto() *topologyv1.Operation {
 		Id: o.ID, Kind: o.Kind, Title: o.Title, State: topologyv1.Operation_State(o.State), Remove: o.Remove,
 		StartedMs: uint64(o.StartedMillis), EndedMs: uint64(o.EndedMillis), MovedRecords: o.MovedRecords, MovedBytes: o.MovedBytes,
 		NamespaceId: o.Namespace, TargetN: uint32(o.TargetN), FromN: uint32(o.FromN),
+		TargetWriteQuorum: o.TargetW.String(), TargetReadQuorum: o.TargetR.String(), FromWriteQuorum: o.FromW.String(), FromReadQuorum: o.FromR.String(),
 	}
 	for _, m := range o.Moves {
 		pb.Moves = append(pb.Moves, m.Proto())
@@ -313,7 +365,7 @@ func (m Move) Proto() *topologyv1.Move {
 	return &topologyv1.Move{Vnode: m.Vnode, Slot: uint32(m.Slot), From: m.From, To: m.To, Done: m.Done}
 }
 
-func operationFromProto(pb *topologyv1.Operation) Operation {
+func operationFromProto(pb *topologyv1.Operation) (Operation, error) {
 	o := Operation{
 		ID: pb.GetId(), Kind: pb.GetKind(), Title: pb.GetTitle(), State: OperationState(pb.GetState()), Remove: slices.Clone(pb.GetRemove()),
 		StartedMillis: int64(pb.GetStartedMs()), EndedMillis: int64(pb.GetEndedMs()), MovedRecords: pb.GetMovedRecords(), MovedBytes: pb.GetMovedBytes(),
@@ -322,5 +374,12 @@ func operationFromProto(pb *topologyv1.Operation) Operation {
 	for _, m := range pb.GetMoves() {
 		o.Moves = append(o.Moves, Move{Vnode: m.GetVnode(), Slot: int(m.GetSlot()), From: m.GetFrom(), To: m.GetTo(), Done: m.GetDone()})
 	}
-	return o
+	for i, text := range []string{pb.GetTargetWriteQuorum(), pb.GetTargetReadQuorum(), pb.GetFromWriteQuorum(), pb.GetFromReadQuorum()} {
+		spec, err := quorum.Parse(text)
+		if err != nil {
+			return o, fmt.Errorf("operation %d: %w", o.ID, err)
+		}
+		*[]*quorum.Spec{&o.TargetW, &o.TargetR, &o.FromW, &o.FromR}[i] = spec
+	}
+	return o, nil
 }

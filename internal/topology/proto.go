@@ -141,20 +141,19 @@ func (v *Vnode) checkPhases(at int) error {
 // NamespaceFromProto converts a namespace. It returns an error for quorums that
 // do not parse; other rules are checked with the topology it becomes part of.
 func NamespaceFromProto(pb *topologyv1.Namespace) (Namespace, error) {
-	w, err := quorum.Parse(pb.GetWriteQuorum())
-	if err != nil {
-		return Namespace{}, fmt.Errorf("namespace %s: write: %w", pb.GetName(), err)
-	}
-	r, err := quorum.Parse(pb.GetReadQuorum())
-	if err != nil {
-		return Namespace{}, fmt.Errorf("namespace %s: read: %w", pb.GetName(), err)
+	var specs [4]quorum.Spec
+	for i, text := range []string{pb.GetWriteQuorum(), pb.GetReadQuorum(), pb.GetAlsoWriteQuorum(), pb.GetAlsoReadQuorum()} {
+		var err error
+		if specs[i], err = quorum.Parse(text); err != nil {
+			return Namespace{}, fmt.Errorf("namespace %s: %s: %w", pb.GetName(), []string{"write", "read"}[i%2], err)
+		}
 	}
 	return Namespace{
 		ID:             pb.GetId(),
 		Name:           pb.GetName(),
 		N:              int(pb.GetN()),
-		W:              w,
-		R:              r,
+		W:              specs[0],
+		R:              specs[1],
 		ReadRepair:     ReadRepair(pb.GetReadRepair()),
 		RepairChance:   pb.GetRepairChance(),
 		Hints:          pb.GetHints(),
@@ -164,6 +163,8 @@ func NamespaceFromProto(pb *topologyv1.Namespace) (Namespace, error) {
 		AlsoN:          int(pb.GetAlsoN()),
 		Change:         NChange(pb.GetChange()),
 		Since:          pb.GetSince(),
+		AlsoW:          specs[2],
+		AlsoR:          specs[3],
 	}, nil
 }
 
@@ -184,6 +185,9 @@ func (ns *Namespace) Proto() *topologyv1.Namespace {
 		AlsoN:          uint32(ns.AlsoN),
 		Change:         topologyv1.NChange(ns.Change),
 		Since:          ns.Since,
+
+		AlsoWriteQuorum: ns.AlsoW.String(),
+		AlsoReadQuorum:  ns.AlsoR.String(),
 	}
 }
 

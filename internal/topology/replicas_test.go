@@ -101,9 +101,9 @@ func TestChangingN(t *testing.T) {
 	if next.N != 2 || next.AlsoN != 0 {
 		t.Errorf("in the end %+v", next)
 	}
-	_, n, _, err := c.state.Topology.ChangedNamespace("default", topology.NamespaceSettings{N: ptr(3)}, false)
-	if err != nil || n != 3 {
-		t.Errorf("N to become %d, error %v", n, err)
+	_, wanted, _, err := c.state.Topology.ChangedNamespace("default", topology.NamespaceSettings{N: ptr(3)}, false)
+	if err != nil || wanted.N != 3 {
+		t.Errorf("N to become %d, error %v", wanted.N, err)
 	}
 	_, _, _, err = c.state.Topology.ChangedNamespace("default", topology.NamespaceSettings{N: ptr(4)}, false)
 	wantRefusal(t, err, topology.Precondition, "N_ABOVE_NODES")
@@ -121,26 +121,23 @@ func TestChangingN(t *testing.T) {
 	}
 }
 
-// set2 sets W and R of the namespace default to a quorum.
-func set2(c *cluster, q string) *topology.Topology {
-	ns := *c.state.Topology.Namespace("default")
-	ns.W, ns.R = must(quorum.Parse(q)), must(quorum.Parse(q))
-	c.must(update(ns))
-	return c.state.Topology
+// set2 returns the topology with W and R of the namespace default set to a quorum.
+func set2(c *cluster, q string) *topology.Topology { return withQuorums(c, q, q) }
+
+func withQuorums(c *cluster, w, r string) *topology.Topology {
+	pb := c.state.Topology.Proto()
+	pb.Namespaces[0].WriteQuorum, pb.Namespaces[0].ReadQuorum = w, r
+	return must(topology.FromProto(pb))
 }
 
 func TestWeakeningReadsNeedsAWord(t *testing.T) {
 	c := formed(t)
-	ns := *c.state.Topology.Namespace("default")
-	ns.W, ns.R = must(quorum.Parse("2")), must(quorum.Parse("1"))
-	ns.N = 3
-	c.must(update(ns)) // eventual at N=3: nothing to lose
-	_, _, _, err := c.state.Topology.ChangedNamespace("default", topology.NamespaceSettings{N: ptr(2)}, false)
+	// Eventual at N=3: nothing to lose.
+	_, _, _, err := withQuorums(c, "2", "1").ChangedNamespace("default", topology.NamespaceSettings{N: ptr(2)}, false)
 	if err != nil {
 		t.Error(err)
 	}
-	ns.W, ns.R = must(quorum.Parse("1")), must(quorum.Parse("1"))
-	ns = topology.Namespace{ID: ns.ID, Name: "default", N: 1, W: ns.W, R: ns.R, ReadRepair: topology.RepairBlocking, LeastWriteAcks: 1}
+	ns := topology.Namespace{ID: c.state.Topology.Namespace("default").ID, Name: "default", N: 1, W: countOf(1), R: countOf(1), ReadRepair: topology.RepairBlocking, LeastWriteAcks: 1}
 	top := *c.state.Topology
 	pb := top.Proto()
 	pb.Namespaces = []*topologyv1.Namespace{ns.Proto()}
@@ -152,7 +149,7 @@ func TestWeakeningReadsNeedsAWord(t *testing.T) {
 	if r := wantRefusal(t, err, topology.Precondition, "WOULD_WEAKEN_READS"); r.Details["n"] != fmt.Sprint(3) {
 		t.Errorf("details %v", r.Details)
 	}
-	if _, n, _, err := one.ChangedNamespace("default", topology.NamespaceSettings{N: ptr(3)}, true); err != nil || n != 3 {
-		t.Errorf("allowed: %d, %v", n, err)
+	if _, wanted, _, err := one.ChangedNamespace("default", topology.NamespaceSettings{N: ptr(3)}, true); err != nil || wanted.N != 3 {
+		t.Errorf("allowed: %+v, %v", wanted, err)
 	}
 }

@@ -306,7 +306,7 @@ func (d *draft) updateNamespace(u *topologyv1.UpdateNamespace) error {
 	}
 	old := d.Topology.Namespaces[i]
 	d.result.Namespace = &old
-	if err := checkNStep(&old, &ns); err != nil {
+	if err := checkNamespaceStep(&old, &ns); err != nil {
 		return err
 	}
 	ns.ChangedEpoch = old.ChangedEpoch
@@ -407,7 +407,11 @@ func StateFromProto(pb *topologyv1.ControlState) (*State, error) {
 		s.History = append(s.History, Change{Epoch: c.GetEpoch(), AtMillis: int64(c.GetAtMs()), Subject: c.GetSubject(), Name: c.GetName(), What: c.GetWhat()})
 	}
 	for _, o := range pb.GetOperations() {
-		s.Operations = append(s.Operations, operationFromProto(o))
+		op, err := operationFromProto(o)
+		if err != nil {
+			return nil, fmt.Errorf("control state: %w", err)
+		}
+		s.Operations = append(s.Operations, op)
 	}
 	return s, nil
 }

@@ -180,9 +180,12 @@ type Namespace struct {
 	AlsoN  int
 	Change NChange
 	Since  uint64
+	// While W and R change, AlsoN is N, reads go by R and writes by AlsoW as well; AlsoR is
+	// the other R. Otherwise both are unset. See StepQuorums.
+	AlsoW, AlsoR quorum.Spec
 }
 
-// NChange says which way N changes.
+// NChange says which way N changes, or that W and R do.
 type NChange uint8
 
 // The ways. Their numbers are those of the wire format.
@@ -191,7 +194,27 @@ const (
 	Widening NChange = iota + 1
 	// Narrowing: the nodes of the other slots take over what the last one has.
 	Narrowing
+	// Requiring: N stays, W and R become others.
+	Requiring
+	// Leveling: so they do, and the nodes of all slots take over from each other what reads
+	// by the new R could miss otherwise.
+	Leveling
 )
+
+// Filled reports whether a change has the nodes of a slot filled, and whether these keep
+// what they have.
+func (ns *Namespace) Filled(slot int) (filled, keep bool) {
+	last := slot == ns.Wide()-1
+	switch ns.Change {
+	case Widening:
+		return last, false
+	case Narrowing:
+		return !last, true
+	case Leveling:
+		return true, true
+	}
+	return false, false
+}
 
 // Wide returns how many slots of a vnode hold records of the namespace.
 func (ns *Namespace) Wide() int { return max(ns.N, ns.AlsoN) }
@@ -201,7 +224,10 @@ func (ns *Namespace) Wide() int { return max(ns.N, ns.AlsoN) }
 func (ns *Namespace) Writes(asked quorum.Spec) quorum.Goals {
 	spec := asked.Or(ns.W)
 	goals := quorum.Goals{{N: ns.N, Need: min(spec.Need(ns.N), ns.N)}}
-	if ns.AlsoN > 0 {
+	switch {
+	case ns.AlsoN == ns.N:
+		goals[0].Need = max(goals[0].Need, min(asked.Or(ns.AlsoW).Need(ns.N), ns.N))
+	case ns.AlsoN > 0:
 		goals[1] = quorum.Goal{N: ns.AlsoN, Need: min(spec.Need(ns.AlsoN), ns.AlsoN)}
 	}
 	return goals
@@ -572,15 +598,18 @@ func (ns *Namespace) validate() error {
 	case ns.ReadRepair < RepairBlocking || ns.ReadRepair > RepairOff:
 		return fmt.Errorf("namespace %s: unknown %s", ns.Name, ns.ReadRepair)
 	}
-	if changing := ns.AlsoN != 0; changing != (ns.Since != 0) || changing != (ns.Change != 0) || ns.Change > Narrowing ||
-		changing && (ns.AlsoN < 1 || ns.AlsoN-ns.N != 1 && ns.AlsoN-ns.N != -1) {
+	changing, others := ns.AlsoN != 0, ns.Change >= Requiring
+	if changing != (ns.Since != 0) || changing != (ns.Change != 0) || ns.Change > Leveling ||
+		changing && (ns.AlsoN < 1 || others != (ns.AlsoN == ns.N) || ns.AlsoN-ns.N > 1 || ns.N-ns.AlsoN > 1) {
 		return fmt.Errorf("namespace %s: N is %d and also %d, change %d since epoch %d", ns.Name, ns.N, ns.AlsoN, ns.Change, ns.Since)
 	}
-	if err := ns.W.Check(ns.N); err != nil {
-		return fmt.Errorf("namespace %s: write %w", ns.Name, err)
+	if others == ns.AlsoW.IsZero() || others == ns.AlsoR.IsZero() {
+		return fmt.Errorf("namespace %s: W and R are also %q and %q, change %d", ns.Name, ns.AlsoW, ns.AlsoR, ns.Change)
 	}
-	if err := ns.R.Check(ns.N); err != nil {
-		return fmt.Errorf("namespace %s: read %w", ns.Name, err)
+	for i, q := range []quorum.Spec{ns.W, ns.R, ns.AlsoW, ns.AlsoR} {
+		if err := q.Check(ns.N); err != nil {
+			return fmt.Errorf("namespace %s: %s %w", ns.Name, []string{"write", "read"}[i%2], err)
+		}
 	}
 	return nil
 }

@@ -605,7 +605,7 @@ type UpdateNamespaceResponse struct {
 	Namespace *v1.Namespace          `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
 	Epoch     uint64                 `protobuf:"fixed64,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
 	Warnings  []string               `protobuf:"bytes,3,rep,name=warnings,proto3" json:"warnings,omitempty"`
-	// The operation that changes N, where that was asked for.
+	// The operation that changes N or the quorums, where that was asked for.
 	Operation     *v1.Operation `protobuf:"bytes,4,opt,name=operation,proto3" json:"operation,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

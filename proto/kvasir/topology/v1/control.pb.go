@@ -1122,7 +1122,7 @@ func (x *Move) GetDone() bool {
 type Operation struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
-	// "apply", "drain", "decommission", "replace" or "replicas".
+	// "apply", "drain", "decommission", "replace", "replicas" or "quorums".
 	Kind string `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
 	// What it is for, in words.
 	Title string          `protobuf:"bytes,3,opt,name=title,proto3" json:"title,omitempty"`
@@ -1137,11 +1137,16 @@ type Operation struct {
 	MovedRecords uint64 `protobuf:"varint,9,opt,name=moved_records,json=movedRecords,proto3" json:"moved_records,omitempty"`
 	MovedBytes   uint64 `protobuf:"varint,10,opt,name=moved_bytes,json=movedBytes,proto3" json:"moved_bytes,omitempty"`
 	// Of kind "replicas": the namespace, what its N is to be, and was.
-	NamespaceId   uint32 `protobuf:"varint,11,opt,name=namespace_id,json=namespaceId,proto3" json:"namespace_id,omitempty"`
-	TargetN       uint32 `protobuf:"varint,12,opt,name=target_n,json=targetN,proto3" json:"target_n,omitempty"`
-	FromN         uint32 `protobuf:"varint,13,opt,name=from_n,json=fromN,proto3" json:"from_n,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	NamespaceId uint32 `protobuf:"varint,11,opt,name=namespace_id,json=namespaceId,proto3" json:"namespace_id,omitempty"`
+	TargetN     uint32 `protobuf:"varint,12,opt,name=target_n,json=targetN,proto3" json:"target_n,omitempty"`
+	FromN       uint32 `protobuf:"varint,13,opt,name=from_n,json=fromN,proto3" json:"from_n,omitempty"`
+	// Of kind "quorums": what the default quorums are to be, and were.
+	TargetWriteQuorum string `protobuf:"bytes,14,opt,name=target_write_quorum,json=targetWriteQuorum,proto3" json:"target_write_quorum,omitempty"`
+	TargetReadQuorum  string `protobuf:"bytes,15,opt,name=target_read_quorum,json=targetReadQuorum,proto3" json:"target_read_quorum,omitempty"`
+	FromWriteQuorum   string `protobuf:"bytes,16,opt,name=from_write_quorum,json=fromWriteQuorum,proto3" json:"from_write_quorum,omitempty"`
+	FromReadQuorum    string `protobuf:"bytes,17,opt,name=from_read_quorum,json=fromReadQuorum,proto3" json:"from_read_quorum,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *Operation) Reset() {
@@ -1263,6 +1268,34 @@ func (x *Operation) GetFromN() uint32 {
 		return x.FromN
 	}
 	return 0
+}
+
+func (x *Operation) GetTargetWriteQuorum() string {
+	if x != nil {
+		return x.TargetWriteQuorum
+	}
+	return ""
+}
+
+func (x *Operation) GetTargetReadQuorum() string {
+	if x != nil {
+		return x.TargetReadQuorum
+	}
+	return ""
+}
+
+func (x *Operation) GetFromWriteQuorum() string {
+	if x != nil {
+		return x.FromWriteQuorum
+	}
+	return ""
+}
+
+func (x *Operation) GetFromReadQuorum() string {
+	if x != nil {
+		return x.FromReadQuorum
+	}
+	return ""
 }
 
 type CreateNamespace struct {
@@ -1518,7 +1551,7 @@ const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\x04slot\x18\x02 \x01(\rR\x04slot\x12\x12\n" +
 	"\x04from\x18\x03 \x01(\x04R\x04from\x12\x0e\n" +
 	"\x02to\x18\x04 \x01(\x04R\x02to\x12\x12\n" +
-	"\x04done\x18\x05 \x01(\bR\x04done\"\x99\x04\n" +
+	"\x04done\x18\x05 \x01(\bR\x04done\"\xcd\x05\n" +
 	"\tOperation\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12\x12\n" +
 	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x14\n" +
@@ -1535,7 +1568,11 @@ const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"movedBytes\x12!\n" +
 	"\fnamespace_id\x18\v \x01(\rR\vnamespaceId\x12\x19\n" +
 	"\btarget_n\x18\f \x01(\rR\atargetN\x12\x15\n" +
-	"\x06from_n\x18\r \x01(\rR\x05fromN\"z\n" +
+	"\x06from_n\x18\r \x01(\rR\x05fromN\x12.\n" +
+	"\x13target_write_quorum\x18\x0e \x01(\tR\x11targetWriteQuorum\x12,\n" +
+	"\x12target_read_quorum\x18\x0f \x01(\tR\x10targetReadQuorum\x12*\n" +
+	"\x11from_write_quorum\x18\x10 \x01(\tR\x0ffromWriteQuorum\x12(\n" +
+	"\x10from_read_quorum\x18\x11 \x01(\tR\x0efromReadQuorum\"z\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTATE_RUNNING\x10\x01\x12\x10\n" +

@@ -178,7 +178,8 @@ func (ReadRepairMode) EnumDescriptor() ([]byte, []int) {
 	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{2}
 }
 
-// NChange says which way the number of replicas of a namespace changes, by one.
+// NChange says how the number of replicas of a namespace changes, by one, or that its
+// quorums do.
 type NChange int32
 
 const (
@@ -187,6 +188,10 @@ const (
 	NChange_N_CHANGE_WIDENING NChange = 1
 	// The last slot is given up once the others hold what it holds.
 	NChange_N_CHANGE_NARROWING NChange = 2
+	// Reads and writes get other quorums of the same slots.
+	NChange_N_CHANGE_REQUIRING NChange = 3
+	// The same, once all slots hold what reads by the new quorums could miss.
+	NChange_N_CHANGE_LEVELING NChange = 4
 )
 
 // Enum value maps for NChange.
@@ -195,11 +200,15 @@ var (
 		0: "N_CHANGE_UNSPECIFIED",
 		1: "N_CHANGE_WIDENING",
 		2: "N_CHANGE_NARROWING",
+		3: "N_CHANGE_REQUIRING",
+		4: "N_CHANGE_LEVELING",
 	}
 	NChange_value = map[string]int32{
 		"N_CHANGE_UNSPECIFIED": 0,
 		"N_CHANGE_WIDENING":    1,
 		"N_CHANGE_NARROWING":   2,
+		"N_CHANGE_REQUIRING":   3,
+		"N_CHANGE_LEVELING":    4,
 	}
 )
 
@@ -518,13 +527,17 @@ type Namespace struct {
 	// The fewest acknowledgements a default write has needed since creation.
 	LeastWriteAcks uint32 `protobuf:"varint,10,opt,name=least_write_acks,json=leastWriteAcks,proto3" json:"least_write_acks,omitempty"`
 	ChangedEpoch   uint64 `protobuf:"fixed64,11,opt,name=changed_epoch,json=changedEpoch,proto3" json:"changed_epoch,omitempty"`
-	// While n changes, writes need a quorum of so many slots too. 0: it does not change.
+	// While n or the quorums change, writes need a quorum of so many slots too. 0: nothing
+	// changes.
 	AlsoN  uint32  `protobuf:"varint,12,opt,name=also_n,json=alsoN,proto3" json:"also_n,omitempty"`
 	Change NChange `protobuf:"varint,13,opt,name=change,proto3,enum=kvasir.topology.v1.NChange" json:"change,omitempty"`
 	// The epoch in which the change began.
-	Since         uint64 `protobuf:"fixed64,14,opt,name=since,proto3" json:"since,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Since uint64 `protobuf:"fixed64,14,opt,name=since,proto3" json:"since,omitempty"`
+	// While the quorums change: writes need the other one too. Reads go by read_quorum.
+	AlsoWriteQuorum string `protobuf:"bytes,15,opt,name=also_write_quorum,json=alsoWriteQuorum,proto3" json:"also_write_quorum,omitempty"`
+	AlsoReadQuorum  string `protobuf:"bytes,16,opt,name=also_read_quorum,json=alsoReadQuorum,proto3" json:"also_read_quorum,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *Namespace) Reset() {
@@ -653,6 +666,20 @@ func (x *Namespace) GetSince() uint64 {
 		return x.Since
 	}
 	return 0
+}
+
+func (x *Namespace) GetAlsoWriteQuorum() string {
+	if x != nil {
+		return x.AlsoWriteQuorum
+	}
+	return ""
+}
+
+func (x *Namespace) GetAlsoReadQuorum() string {
+	if x != nil {
+		return x.AlsoReadQuorum
+	}
+	return ""
 }
 
 type HealthChecks struct {
@@ -1483,7 +1510,7 @@ const file_kvasir_topology_v1_topology_proto_rawDesc = "" +
 	"\x05since\x18\x04 \x01(\x06R\x05since\"\\\n" +
 	"\x05Vnode\x12.\n" +
 	"\x05slots\x18\x01 \x03(\v2\x18.kvasir.topology.v1.SlotR\x05slots\x12#\n" +
-	"\rchanged_epoch\x18\x02 \x01(\x06R\fchangedEpoch\"\xc9\x03\n" +
+	"\rchanged_epoch\x18\x02 \x01(\x06R\fchangedEpoch\"\x9f\x04\n" +
 	"\tNamespace\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\rR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\f\n" +
@@ -1501,7 +1528,9 @@ const file_kvasir_topology_v1_topology_proto_rawDesc = "" +
 	"\rchanged_epoch\x18\v \x01(\x06R\fchangedEpoch\x12\x15\n" +
 	"\x06also_n\x18\f \x01(\rR\x05alsoN\x123\n" +
 	"\x06change\x18\r \x01(\x0e2\x1b.kvasir.topology.v1.NChangeR\x06change\x12\x14\n" +
-	"\x05since\x18\x0e \x01(\x06R\x05since\"\xac\x01\n" +
+	"\x05since\x18\x0e \x01(\x06R\x05since\x12*\n" +
+	"\x11also_write_quorum\x18\x0f \x01(\tR\x0falsoWriteQuorum\x12(\n" +
+	"\x10also_read_quorum\x18\x10 \x01(\tR\x0ealsoReadQuorum\"\xac\x01\n" +
 	"\fHealthChecks\x12\x1f\n" +
 	"\vinterval_ms\x18\x01 \x01(\x04R\n" +
 	"intervalMs\x12\x1d\n" +
@@ -1595,11 +1624,13 @@ const file_kvasir_topology_v1_topology_proto_rawDesc = "" +
 	"\x1cREAD_REPAIR_MODE_UNSPECIFIED\x10\x00\x12\x1d\n" +
 	"\x19READ_REPAIR_MODE_BLOCKING\x10\x01\x12\x1a\n" +
 	"\x16READ_REPAIR_MODE_ASYNC\x10\x02\x12\x18\n" +
-	"\x14READ_REPAIR_MODE_OFF\x10\x03*R\n" +
+	"\x14READ_REPAIR_MODE_OFF\x10\x03*\x81\x01\n" +
 	"\aNChange\x12\x18\n" +
 	"\x14N_CHANGE_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11N_CHANGE_WIDENING\x10\x01\x12\x16\n" +
-	"\x12N_CHANGE_NARROWING\x10\x022\xd9\x01\n" +
+	"\x12N_CHANGE_NARROWING\x10\x02\x12\x16\n" +
+	"\x12N_CHANGE_REQUIRING\x10\x03\x12\x15\n" +
+	"\x11N_CHANGE_LEVELING\x10\x042\xd9\x01\n" +
 	"\x0fTopologyService\x12^\n" +
 	"\vGetTopology\x12&.kvasir.topology.v1.GetTopologyRequest\x1a'.kvasir.topology.v1.GetTopologyResponse\x12f\n" +
 	"\rWatchTopology\x12(.kvasir.topology.v1.WatchTopologyRequest\x1a).kvasir.topology.v1.WatchTopologyResponse0\x01B@Z>github.com/kvasirdb/kvasir/proto/kvasir/topology/v1;topologyv1b\x06proto3"
