@@ -46,10 +46,12 @@ type clockOffDoc struct {
 
 // namespaceHealthDoc counts the vnodes that miss a namespace's default quorums.
 type namespaceHealthDoc struct {
-	Name          string `json:"name"`
-	Vnodes        int    `json:"vnodes"`
-	NotWritable   int    `json:"vnodes_not_writable"`
-	NotReadable   int    `json:"vnodes_not_readable"`
+	Name        string `json:"name"`
+	Vnodes      int    `json:"vnodes"`
+	NotWritable int    `json:"vnodes_not_writable"`
+	NotReadable int    `json:"vnodes_not_readable"`
+	// SharingZones counts those with two replicas in one zone though there are enough.
+	SharingZones  int `json:"vnodes_sharing_zones"`
 	n, w, r       int
 	fewestWriting int
 }
@@ -61,7 +63,9 @@ func (a *App) healthCommand() *cobra.Command {
 		Long: `Says whether every vnode of every namespace meets the namespace's default quorums with
 the nodes that are up: exit code 0 if so, else 4. Prints ok; or degraded, when a node is
 down or has stopped coordinating because its clock is off, and the quorums are met all
-the same; or unavailable. It works when every orchestrator is dead.`,
+the same; or unavailable. It names the namespaces that have two replicas in one zone though
+there are enough zones, as after a node has changed its own. It works when every
+orchestrator is dead.`,
 		Example: `  kvctl health
   kvctl health && kvctl put greeting hello
   kvctl health -o json`,
@@ -127,7 +131,7 @@ func (s *clusterStatus) assess() healthDoc {
 
 // namespaceHealth counts the vnodes that miss a namespace's default quorums.
 func namespaceHealth(t *topology.Topology, ns *topology.Namespace, up func(node uint64) bool) namespaceHealthDoc {
-	d := namespaceHealthDoc{Name: ns.Name, Vnodes: len(t.Ring), n: ns.N, w: ns.Writes(quorum.Spec{})[0].Need, r: ns.R.Need(ns.N), fewestWriting: ns.N}
+	d := namespaceHealthDoc{Name: ns.Name, Vnodes: len(t.Ring), n: ns.N, w: ns.Writes(quorum.Spec{})[0].Need, r: ns.R.Need(ns.N), fewestWriting: ns.N, SharingZones: needlesslySharing(t, ns.N)}
 	for v := range t.Ring {
 		slots := t.Slots(uint32(v), ns.N)
 		writing, reading := quorum.LiveSlots(slots, up), 0
@@ -175,6 +179,12 @@ func (d healthDoc) write(w io.Writer) {
 	for _, ns := range d.Namespaces {
 		if ns.NotReadable+ns.NotWritable == 0 {
 			fmt.Fprintf(w, "namespace %s: all %s meet W=%d and R=%d of N=%d, with %d live slots at least\n", ns.Name, plural(ns.Vnodes, "vnode"), ns.w, ns.r, ns.n, ns.fewestWriting)
+		}
+	}
+	for _, ns := range d.Namespaces {
+		if ns.SharingZones > 0 {
+			fmt.Fprintf(w, "namespace %s: %d of %s have two replicas in one zone, though there are enough zones: kvctl ring plan shows what mends that\n",
+				ns.Name, ns.SharingZones, plural(ns.Vnodes, "vnode"))
 		}
 	}
 	if !d.ControlPlaneAvailable {

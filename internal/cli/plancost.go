@@ -161,8 +161,8 @@ func sharing(a placement.Assignment, n int, zoneOf map[uint64]string) (vnodes in
 }
 
 // crowded says of which namespaces two replicas would share a zone: in more vnodes than
-// now, or still for want of zones where there are several.
-func crowded(t *topology.Topology, before, after placement.Assignment, zoneOf map[uint64]string) (out []string) {
+// now, or still for want of zones where there are several; and of which in fewer.
+func crowded(t *topology.Topology, before, after placement.Assignment, zoneOf map[uint64]string) (worse, better []string) {
 	zones := map[string]bool{}
 	for _, slots := range after {
 		for _, node := range slots {
@@ -173,16 +173,18 @@ func crowded(t *topology.Topology, before, after placement.Assignment, zoneOf ma
 		ns := &t.Namespaces[i]
 		was, will := sharing(before, ns.N, zoneOf), sharing(after, ns.N, zoneOf)
 		few := len(zones) < ns.N
-		if will <= was && !(few && len(zones) > 1) {
-			continue
-		}
 		text := fmt.Sprintf("namespace %s, N=%d: two replicas would share a zone in %d of %s, now in %d", ns.Name, ns.N, will, plural(len(after), "vnode"), was)
 		if few {
 			text += ": there would be nodes with slots in " + plural(len(zones), "zone")
 		}
-		out = append(out, text)
+		switch {
+		case will > was || few && len(zones) > 1:
+			worse = append(worse, text)
+		case will < was:
+			better = append(better, text)
+		}
 	}
-	return out
+	return worse, better
 }
 
 // strained says which nodes would be given more than their disks have room for, and which
@@ -203,6 +205,20 @@ func (u ringUse) strained(moves []slotMoveDoc, sizeOf func(vnode, slot int) uint
 		}
 	}
 	return out
+}
+
+// needlesslySharing counts the vnodes that have two of their first n replicas in one zone
+// though there are n zones with replicas: as a node has changed its zone.
+func needlesslySharing(t *topology.Topology, n int) int {
+	zoneOf, zones := map[uint64]string{}, map[string]bool{}
+	for _, m := range t.Members() {
+		zoneOf[m.Incarnation] = m.Zone
+		zones[m.Zone] = true
+	}
+	if len(zones) < n {
+		return 0
+	}
+	return sharing(assignmentOf(t), n, zoneOf)
 }
 
 // writeZones writes what becomes of the zones, where there are several.

@@ -75,6 +75,9 @@ func (d *planDoc) writeViolations(w io.Writer) {
 	for _, v := range d.Violations {
 		fmt.Fprintln(w, "warning:", v)
 	}
+	for _, v := range d.Mended {
+		fmt.Fprintln(w, "better than now:", v)
+	}
 }
 
 func zonesText(zones []string) string {

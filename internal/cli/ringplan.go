@@ -70,12 +70,13 @@ func (a *App) ringPlan() *cobra.Command {
 spread then. Nothing is changed. --add takes names of registered nodes, or how many nodes;
 then spares are taken first, and nodes that are not there yet stand in for the rest, each
 in the zone with the fewest. Without --add and --remove it shows what the strategy would
-change for the nodes that have slots now. --replace gives all slots of one node to another.
-What --out writes, or -o json prints, can be made: see kvctl ring apply. --replicas shows
-where the replicas would lie with another N of a namespace: see kvctl namespace set.
+change for the nodes that have slots now, as after some were started in other zones.
+--replace gives all slots of one node to another. What --out writes, or -o json prints, can
+be made: see kvctl ring apply. --replicas shows where the replicas would lie with another N
+of a namespace: see kvctl namespace set.
 
 Bytes are what the nodes say they hold, the time is a guess: 64 MiB/s for each receiver, and
-at least 2 s for every 8 moves of a node. --steps shows in which stages the moves would be
+at least 2 s for every 32 moves of a node. --steps shows in which stages the moves would be
 made: side by side as far as nodes may take part in so many, one slot of a vnode at a time.
 
 even gives every node as many slots, as far as zones allow, and moves little more than the
@@ -168,6 +169,8 @@ type planDoc struct {
 	Zones       []zoneDoc `json:"zones"`
 	// Violations are what would be against a rule, or could not be made.
 	Violations []string `json:"violations"`
+	// Mended is what would be better.
+	Mended []string `json:"mended,omitempty"`
 	// Data says how evenly bytes are spread; null where there are none, or no node says.
 	Data *dataDoc `json:"data"`
 	// Stages are how the moves would be made, if that was asked for.
@@ -306,7 +309,8 @@ func planRing(t *topology.Topology, r planRequest, holds ringUse) (*planDoc, err
 	d.Forced = forced(in.nodes, len(next), append(in.uses, len(next[0])))
 	d.Zones = zonesOf(d.Nodes)
 	d.Bytes, d.EstimatedMs = holds.estimate(d.Moves, data.size)
-	d.Violations = append(d.Violations, crowded(t, current, next, zoneOf)...)
+	worse, better := crowded(t, current, next, zoneOf)
+	d.Violations, d.Mended = append(d.Violations, worse...), better
 	d.Violations = append(d.Violations, holds.strained(d.Moves, data.size)...)
 	if r.steps {
 		d.Stages = stagesOf(order, in.nodes, before, data)

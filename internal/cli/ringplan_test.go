@@ -180,6 +180,37 @@ func TestPlanOrdersMovesOfAVnode(t *testing.T) {
 	}
 }
 
+// Two nodes change places: their zones have shared replicas until a plan moves little more
+// than those.
+func TestPlanAfterNodesChangedZones(t *testing.T) {
+	top := ringOf(t, "a", "b", "c", "a", "b", "c")
+	if n := needlesslySharing(top, 3); n != 0 {
+		t.Fatalf("at first %d vnodes share a zone", n)
+	}
+	top.Nodes[0].Zone, top.Nodes[1].Zone = "b", "a"
+	shared := needlesslySharing(top, 3)
+	d, err := planRing(top, planRequest{strategy: "even"}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := fmt.Sprintf("namespace default, N=3: two replicas would share a zone in 0 of 256 vnodes, now in %d", shared); shared == 0 || len(d.Mended) != 1 || d.Mended[0] != want || len(d.Violations) != 0 {
+		t.Errorf("better %q, worse %q, want %q", d.Mended, d.Violations, want)
+	}
+	if n := len(d.Moves); n < shared || n > shared+shared/8 || d.After.MaxOverMean > 1.01 {
+		t.Errorf("%d moves where %d vnodes share a zone, max/mean %.2f", n, shared, d.After.MaxOverMean)
+	}
+	for _, m := range d.Moves {
+		top.Ring[m.Vnode].Slots[m.Slot].Node = m.To.Incarnation
+	}
+	if n := needlesslySharing(top, 3); n != 0 {
+		t.Errorf("in the end %d vnodes share a zone", n)
+	}
+	top.Nodes[2].Zone, top.Nodes[5].Zone = "a", "b"
+	if n := needlesslySharing(top, 3); n != 0 {
+		t.Errorf("with two zones %d vnodes share one needlessly", n)
+	}
+}
+
 func TestRingPlan(t *testing.T) {
 	f := newFake(t, 4)
 	f.run("ring", "plan", "--add", "1").want(t, 0, "bytes and time are not known")

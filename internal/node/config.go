@@ -20,8 +20,9 @@ import (
 type Config struct {
 	// Name is how people call the node. Required.
 	Name string `yaml:"name" help:"how people call the node (required)"`
-	// Zone is the failure domain replicas are spread over. Default "default".
-	Zone string `yaml:"zone" help:"failure domain replicas are spread over"`
+	// Zone is the failure domain replicas are spread over. It may be another one at the next
+	// start. Default "default".
+	Zone string `yaml:"zone" help:"failure domain replicas are spread over; may be another one at the next start"`
 	// DataDir is the data directory. Required.
 	DataDir string `yaml:"data_dir" help:"data directory (required)"`
 	// Orchestrators lists the gRPC addresses of orchestrators. Required.

@@ -167,7 +167,7 @@ func (s controlService) registerNode(ctx context.Context, r *adminv1.RegisterNod
 		}
 		return &topologyv1.Command{
 			ExpectEpoch: t.Epoch,
-			Change:      &topologyv1.Change{Subject: "node", Name: r.GetName(), What: fmt.Sprintf("registered at %s in zone %s", r.GetAddress(), r.GetZone())},
+			Change:      &topologyv1.Change{Subject: "node", Name: r.GetName(), What: registration(t, n)},
 			Mutations: []*topologyv1.Mutation{{Kind: &topologyv1.Mutation_Register{Register: &topologyv1.Register{
 				Node: n, Boot: r.GetBoot(), BootId: r.GetBootId(),
 			}}}},
@@ -177,6 +177,15 @@ func (s controlService) registerNode(ctx context.Context, r *adminv1.RegisterNod
 		return nil, err
 	}
 	return &adminv1.RegisterNodeResponse{Incarnation: a.result.Incarnation, Topology: a.state.Topology.Proto()}, nil
+}
+
+// registration says what comes of a node's registration.
+func registration(t *topology.Topology, n *topologyv1.Node) string {
+	what := fmt.Sprintf("registered at %s in zone %s", n.GetAddress(), n.GetZone())
+	if i := slices.IndexFunc(t.Nodes, func(o topology.Node) bool { return o.DataID == n.GetDataId() && o.Zone != n.GetZone() }); i >= 0 {
+		what += fmt.Sprintf(", before that in zone %s", t.Nodes[i].Zone)
+	}
+	return what
 }
 
 // nameFree returns nil when a data directory may carry a name: it is the newest of

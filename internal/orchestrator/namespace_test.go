@@ -136,10 +136,12 @@ func TestANodeChangesItsZone(t *testing.T) {
 	s, _ = next(t, s, cfg, alive(s))
 	for i, n := range []string{"n4", "n1"} {
 		before := s.Topology
+		again := &topologyv1.Node{Name: n, Zone: fmt.Sprint("z", i+8), Role: topologyv1.Role_ROLE_DATA, Address: n + ":1", DataId: n + "z"}
+		if got, want := registration(before, again), fmt.Sprintf("registered at %s:1 in zone z%d, before that in zone z", n, i+8); got != want {
+			t.Errorf("it says %q, want %q", got, want)
+		}
 		var err error
-		s, _, err = s.Apply(&topologyv1.Command{Mutations: []*topologyv1.Mutation{{Kind: &topologyv1.Mutation_Register{Register: &topologyv1.Register{
-			Node: &topologyv1.Node{Name: n, Zone: fmt.Sprint("z", i+8), Role: topologyv1.Role_ROLE_DATA, Address: n + ":1", DataId: n + "z"}, Boot: 2,
-		}}}}})
+		s, _, err = s.Apply(&topologyv1.Command{Mutations: []*topologyv1.Mutation{{Kind: &topologyv1.Mutation_Register{Register: &topologyv1.Register{Node: again, Boot: 2}}}}})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -75,6 +75,8 @@ type process struct {
 	rng *rand.Rand
 	// started is set once it has run.
 	started bool
+	// zone is what a node says at its next start.
+	zone string
 }
 
 // instance is one run of a process. What it does after its end goes nowhere.
@@ -161,10 +163,10 @@ func (w *World) addOrchestrator(name, host string, peers []orchestrator.Peer) {
 // AddNode adds a node that does not run yet.
 func (w *World) AddNode(name, zone string) {
 	host := fmt.Sprintf("10.0.0.%d", len(w.processes)+1)
-	p := &process{w: w, name: name, host: host, disk: vfs.NewCrashableMem(), rng: w.stream("crash of " + name)}
+	p := &process{w: w, name: name, host: host, disk: vfs.NewCrashableMem(), rng: w.stream("crash of " + name), zone: zone}
 	p.run = func(in *instance) (func(), error) {
 		cfg := node.Defaults()
-		cfg.Name, cfg.Zone, cfg.DataDir = name, zone, "data"
+		cfg.Name, cfg.Zone, cfg.DataDir = name, p.zone, "data"
 		cfg.Listen, cfg.AdminListen, cfg.GossipListen = host+":7400", host+":7401", host+":7402"
 		cfg.CacheBytes, cfg.MemTableBytes = 1<<20, 1<<20
 		for i := range w.cfg.Orchestrators {
@@ -184,6 +186,9 @@ func (w *World) AddNode(name, zone string) {
 	}
 	w.processes[name] = p
 }
+
+// Rezone has a node that does not run start in another zone.
+func (w *World) Rezone(name, zone string) { w.processes[name].zone = zone }
 
 // stream returns the numbers drawn for one purpose, whatever else is drawn.
 func (w *World) stream(purpose string) *rand.Rand {
