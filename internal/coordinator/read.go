@@ -218,7 +218,7 @@ func (r *result) slotsToAsk() int {
 	if mutant.On("repair-only-stale") {
 		return need
 	}
-	if r.job.repair == topology.RepairBlocking && need > 1 && quorum.StrengthOf(n, r.namespace.LeastWriteAcks, need) != quorum.Eventual {
+	if r.job.repair == topology.RepairBlocking && need > 1 && quorum.StrengthOf(n, r.namespace.LeastWrites(), need) != quorum.Eventual {
 		return max(need, r.slotsToHold())
 	}
 	return need
@@ -301,7 +301,7 @@ func (r *result) receipt(self uint64) *kvv1.Receipt {
 	ns := r.namespace
 	return &kvv1.Receipt{
 		Epoch: r.topology.Epoch, N: uint32(ns.N), Needed: uint32(r.job.need), Acknowledged: uint32(len(r.replies)),
-		Strength: kvv1.Strength(quorum.StrengthOf(ns.N, ns.LeastWriteAcks, r.job.need)),
+		Strength: kvv1.Strength(quorum.StrengthOf(ns.N, ns.LeastWrites(), r.job.need)),
 		Version:  versionProto(r.winner.Version), Vnode: r.vnode,
 		Coordinator: r.topology.NodeName(self), Repaired: uint32(r.repaired),
 	}

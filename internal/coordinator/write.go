@@ -581,7 +581,11 @@ func (w *write) receipt(v record.Version) *kvv1.Receipt {
 	w.mu.Unlock()
 	ns := w.namespace
 	strength := quorum.Eventual
-	if w.need() >= ns.LeastWriteAcks {
+	least := ns.LeastWriteAcks
+	if !ns.AlsoW.IsZero() { // reads by the new R count on both
+		least = max(least, ns.Writes(quorum.Spec{})[0].Need)
+	}
+	if w.need() >= least {
 		strength = quorum.StrengthOf(ns.N, w.need(), ns.R.Need(ns.N))
 	}
 	return &kvv1.Receipt{

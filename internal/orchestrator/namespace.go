@@ -3,7 +3,6 @@ package orchestrator
 import (
 	"fmt"
 
-	"github.com/kvasirdb/kvasir/internal/mutant"
 	"github.com/kvasirdb/kvasir/internal/quorum"
 	"github.com/kvasirdb/kvasir/internal/topology"
 	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
@@ -59,9 +58,6 @@ func namespaceWait(t *topology.Topology, ns *topology.Namespace, op *topology.Op
 		if nodes := len(t.Members()); op.AimN() > nodes {
 			return fmt.Sprintf("N=%d needs %d active data nodes, the ring has %d", op.AimN(), op.AimN(), nodes)
 		}
-		return ""
-	}
-	if mutant.On("quorums-at-once") && op.Kind == topology.KindQuorums {
 		return ""
 	}
 	if why := namespaceBarrier(t, ns, op, v); why != "" || !awaitsFilling(ns, op) {

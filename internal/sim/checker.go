@@ -39,6 +39,8 @@ type floors struct {
 	// strong and read hold for strong reads, read only where stale replicas are mended
 	// before the answer; copied holds for the replica's own copy.
 	strong, read, copied floor
+	// met holds for reads that are not eventual while no replica is replaced.
+	met floor
 }
 
 // register is what the checker knows of one key. Because versions order all writes,
@@ -49,6 +51,8 @@ type register struct {
 	// strong is the greatest write that a majority acknowledged, read the greatest
 	// record that a strong read returned and made sure of.
 	strong, read floor
+	// met is the greatest write whose receipt says that default reads meet it.
+	met floor
 	// acked[w] is the greatest write that was acknowledged by at least w slots, full
 	// that which all had acknowledged.
 	acked  [6]floor
@@ -81,6 +85,7 @@ type Checker struct {
 		issued    map[uint64][]issued
 		latest    map[string]client.Version
 		lost      time.Time            // when a replica last lost its disk
+		replaced  bool                 // a node was taken for dead, and its slots given away
 		rotten    map[uint64]bool      // replicas that may lack what bit rot took
 		mended    map[uint64]time.Time // when they had got it back
 		epochs    map[uint64]uint64    // that nodes were seen to serve by
@@ -193,7 +198,7 @@ func (c *Checker) Invoke(op *Op) {
 		}
 	default:
 		r := c.register(op.Place)
-		op.floors = floors{strong: r.strong, read: r.read, copied: r.copied[op.Replica]}
+		op.floors = floors{strong: r.strong, read: r.read, copied: r.copied[op.Replica], met: r.met}
 	}
 }
 
@@ -254,6 +259,9 @@ func (c *Checker) wrote(op *Op) {
 	}
 	if op.Receipt.Needed > op.Receipt.N/2 {
 		r.strong = r.strong.raise(f)
+	}
+	if s := op.Receipt.Strength; s == client.Strong || s == client.StrongWhileNotReplaced { // batches do not say
+		r.met = r.met.raise(f)
 	}
 }
 
@@ -345,6 +353,13 @@ func (c *Checker) moved(to uint64, vnode uint32) bool {
 	return c.mu.moves[copyAt{to, vnode}]
 }
 
+// Replaced tells that a node was taken for dead: it may answer itself while it is cut off.
+func (c *Checker) Replaced() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.mu.replaced = true
+}
+
 // Serves notes by which epoch a node serves, and the newest topology.
 func (c *Checker) Serves(incarnation, epoch uint64, newest *topology.Topology) {
 	c.mu.Lock()
@@ -366,6 +381,9 @@ func (c *Checker) read(op *Op) {
 			c.atLeast(2, op, op.floors.read, "read before")
 			r.read = r.read.raise(got)
 		}
+	}
+	if op.Receipt.Strength != client.Eventual && c.mu.lost.IsZero() && !c.mu.replaced {
+		c.atLeast(2, op, op.floors.met, "acknowledged before")
 	}
 	overlap := op.Receipt.Needed > 1 && op.Receipt.Strength != client.Eventual && !op.Unmended
 	if overlap && (op.Receipt.Strength == client.Strong || c.mu.lost.IsZero()) {

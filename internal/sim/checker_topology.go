@@ -151,6 +151,9 @@ func (ts *topologies) slots(t *topology.Topology) {
 			if s.Phase != topology.Stable {
 				moving++
 			}
+			if s.Phase == topology.WriteNewReadNone {
+				ts.checker.Replaced()
+			}
 			for _, n := range s.Quorum().Write {
 				if n != 0 && used[n] {
 					ts.h.violate(9, "epoch %d: vnode %d has two slots on node %d", t.Epoch, v, n)

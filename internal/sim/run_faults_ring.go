@@ -68,6 +68,10 @@ func (f *faults) changeRing(rng *rand.Rand) {
 		f.changeN(ctx, rng, by, t, t.Namespace(name))
 		return
 	}
+	if name := changingQuorums(f.r.cfg.Seed); name != "" && rng.IntN(2) == 0 {
+		f.changeQuorums(ctx, rng, by, t.Namespace(name))
+		return
+	}
 	op := f.planRing(rng, t, healthy)
 	if op == nil {
 		return
@@ -153,6 +157,26 @@ func (f *faults) changeN(ctx context.Context, rng *rand.Rand, by adminv1.Control
 	}
 	resp, err := by.UpdateNamespace(ctx, &adminv1.UpdateNamespaceRequest{Name: ns.Name, Settings: &adminv1.NamespaceSettings{N: &n}})
 	f.note("operation replicas", "%d, N of %s from %d to %d: %v", resp.GetOperation().GetId(), ns.Name, ns.N, n, err)
+}
+
+// changingQuorums returns the namespace whose default quorums change in the run of a
+// seed, or "".
+func changingQuorums(seed uint64) string {
+	if seed%4 == 1 {
+		return "default"
+	}
+	return ""
+}
+
+// changeQuorums begins to give a namespace other default quorums. With each of them reads
+// meet writes.
+func (f *faults) changeQuorums(ctx context.Context, rng *rand.Rand, by adminv1.ControlServiceClient, ns *topology.Namespace) {
+	q := [][2]string{{"quorum", "quorum"}, {"all", "one"}, {"one", "all"}}[rng.IntN(3)]
+	if q[0] == ns.W.String() {
+		return
+	}
+	resp, err := by.UpdateNamespace(ctx, &adminv1.UpdateNamespaceRequest{Name: ns.Name, Settings: &adminv1.NamespaceSettings{WriteQuorum: &q[0], ReadQuorum: &q[1]}})
+	f.note("operation quorums", "%d, of %s from W=%s R=%s to W=%s R=%s: %v", resp.GetOperation().GetId(), ns.Name, ns.W, ns.R, q[0], q[1], err)
 }
 
 // steer pauses, resumes or aborts an operation, or leaves it alone.

@@ -97,6 +97,9 @@ func TestOldRecordsMeetNewQuorums(t *testing.T) {
 			if i == 2 && ns.Change == topology.Leveling {
 				written, read = n, n // the filling was waited for
 			}
+			if i < len(steps)-1 && ns.LeastWrites() > steps[i+1].Writes(quorum.Spec{})[0].Need {
+				t.Fatalf("step %d counts on %d slots, writes of the next one reach fewer: %+v", i, ns.LeastWrites(), steps)
+			}
 			least := ns.R.Need(n)
 			if ns.AlsoN != 0 {
 				least = min(least, ns.AlsoR.Need(n))

@@ -233,6 +233,15 @@ func (ns *Namespace) Writes(asked quorum.Spec) quorum.Goals {
 	return goals
 }
 
+// LeastWrites is the fewest slots that may have a default write now, in any epoch that is
+// in use: while W changes, the next one may take it further down.
+func (ns *Namespace) LeastWrites() int {
+	if ns.AlsoW.IsZero() {
+		return ns.LeastWriteAcks
+	}
+	return min(ns.LeastWriteAcks, ns.W.Need(ns.N))
+}
+
 // HealthChecks says how fast a node is taken for unhealthy and for healthy again.
 type HealthChecks struct {
 	Interval, Timeout                    time.Duration
