@@ -28,6 +28,7 @@ var levels = [][]string{
 var siblings = map[string][]string{
 	"topology":    {"quorum", "ring", "mutant"},
 	"record":      {"hlc", "mutant"},
+	"quorum":      {"mutant"},
 	"coordinator": {"replica"},
 	"handoff":     {"replica"},
 	"antientropy": {"replica"},

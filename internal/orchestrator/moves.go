@@ -144,7 +144,7 @@ func barrier(t *topology.Topology, vnode uint32, slot int, endpoint uint64, v vi
 	if v.epoch(endpoint) < epoch {
 		return fmt.Sprintf("%s has not taken in epoch %s yet", t.NodeName(endpoint), topology.EpochString(epoch))
 	}
-	if why := allTaken(t, epoch, v); why != "" {
+	if why := allTaken(t, epoch, v); why != "" || mutant.On("advance-on-live-nodes") {
 		return why
 	}
 	for i := range t.Namespaces {

@@ -5,8 +5,11 @@ package quorum
 
 import (
 	"fmt"
+	"math/bits"
 	"strconv"
 	"strings"
+
+	"github.com/kvasirdb/kvasir/internal/mutant"
 )
 
 // MaxN bounds the number of replicas of a namespace.
@@ -276,5 +279,12 @@ func (c *Counter) Acked() int {
 
 // Reached reports whether the quorums are reached.
 func (c *Counter) Reached() bool {
+	if mutant.On("flat-pending-counts") {
+		acked := 0
+		for _, nodes := range c.acked[:c.goals[0].N] {
+			acked += bits.OnesCount8(nodes)
+		}
+		return acked >= c.goals[0].Need
+	}
 	return c.goals.Met(c.slots, func(slot int) bool { return c.full[slot] })
 }

@@ -195,7 +195,11 @@ func (f *frame) check(c *replicav1.Call, namespace uint32, vnode uint32, want ac
 	if ns == nil || int(vnode) >= len(t.Ring) {
 		return f.stale("the namespace or vnode is not in the topology of epoch %s", topology.EpochString(t.Epoch))
 	}
-	if changed := max(ns.ChangedEpoch, t.Ring[vnode].ChangedEpoch); c.GetEpoch() < changed && !mutant.On("stale-epoch-accepted") {
+	changed := max(ns.ChangedEpoch, t.Ring[vnode].ChangedEpoch)
+	if mutant.On("not-owner-accepted") {
+		changed = ns.ChangedEpoch
+	}
+	if c.GetEpoch() < changed && !mutant.On("stale-epoch-accepted") {
 		return f.stale("namespace %s or vnode %d changed in epoch %s, the call was made for epoch %s",
 			ns.Name, vnode, topology.EpochString(changed), topology.EpochString(c.GetEpoch()))
 	}

@@ -45,6 +45,7 @@ var tracks = []track{
 	{name: "namespaces", every: 20 * time.Second, fault: (*faults).changeNamespace},
 	{name: "unheard-changes", every: 30 * time.Second, fault: (*faults).changeUnheard},
 	{name: ringChanges, every: 6 * time.Second, fault: (*faults).changeRing},
+	{name: "split-moves", every: 10 * time.Second, fault: (*faults).splitMove},
 	{name: "lost-disks", every: 60 * time.Second, fault: (*faults).lostDisk},
 	{name: "flipped-bits", every: 60 * time.Second, fault: (*faults).flipBit},
 }

@@ -86,7 +86,7 @@ func Run(t testing.TB, cfg RunConfig) (*Report, *History) {
 	load := &Workload{
 		World: r.w, Checker: r.checker, Spaces: Spaces(r.report.Nodes), Seed: cfg.Seed, Clients: 6, Think: 250 * time.Millisecond,
 		Incarnations: r.topologies.incarnations, Conns: r.conns,
-		Watched: f.watched, Shown: f.shown, Through: f.through, Clearing: f.clearing, Reading: f.reading,
+		Watched: f.watched, Shown: f.shown, Through: f.through, Clearing: f.clearing, Reading: f.reading, Parted: f.nowParted,
 	}
 	load.Start()
 	f.run(time.Now().Add(time.Duration(cfg.Minutes * float64(time.Minute))))

@@ -32,6 +32,7 @@ type faults struct {
 		space  Space                       // which one
 		quorum string                      // by which
 		reads  Space                       // namespace that clients read again and again, if it has a name
+		parted *parted                     // keys that clients write and read through some nodes only, if any
 		syncs  *rand.Rand
 	}
 }

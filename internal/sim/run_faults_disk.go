@@ -112,7 +112,12 @@ func (f *faults) lostDisk(rng *rand.Rand) {
 		}
 	}
 	pause(rng, 5)
+	heal := func() {}
+	if rng.IntN(4) > 0 {
+		heal = f.splitSources(name, old)
+	}
 	f.start(name)
+	heal()
 	if f.replaced(name, old) {
 		f.r.damage.end()
 	}

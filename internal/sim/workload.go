@@ -67,6 +67,9 @@ type Workload struct {
 	Through func() (node string, s Space, quorum string)
 	// Reading returns a namespace whose hot keys clients read again and again, if any.
 	Reading func() (s Space, ok bool)
+	// Parted returns keys without a TTL that clients write and read through some nodes
+	// only, if any.
+	Parted func() *parted
 	// Clearing returns a namespace whose keys a client is to delete, or "".
 	Clearing func() (namespace string)
 
@@ -112,6 +115,9 @@ func (l *Workload) Stop() {
 // opTimeout bounds one operation.
 const opTimeout = 3 * time.Second
 
+// throughTimeout bounds one that is asked of a node which may reach few others.
+const throughTimeout = time.Second
+
 // user is one client with what it draws from.
 type user struct {
 	*Workload
@@ -135,6 +141,16 @@ func (u *user) run() {
 				time.Sleep(5 * time.Millisecond)
 			}
 		}
+		for p := u.Parted(); p != nil; p = u.Parted() {
+			switch place, write, node := p.next(u.rng); {
+			case node == "":
+			case write:
+				u.putThrough(node, Space{}, place, "quorum")
+			default:
+				u.getThrough(node, place)
+			}
+			time.Sleep(5 * time.Millisecond)
+		}
 		s := u.Spaces[u.rng.IntN(len(u.Spaces))]
 		switch n := u.rng.IntN(100); {
 		case n < 38:
@@ -147,7 +163,7 @@ func (u *user) run() {
 			u.copy(u.place(s))
 		case n < 78:
 			if node, s, quorum := u.Through(); node != "" && u.rng.IntN(2) == 0 {
-				u.putThrough(node, s, quorum)
+				u.putThrough(node, s, u.hot(s), quorum)
 				continue
 			}
 			p := u.place(s)
@@ -168,8 +184,10 @@ func (u *user) run() {
 }
 
 func (u *user) hot(s Space) Place {
-	return Place{s.Name, fmt.Sprintf("hot/%d", u.rng.IntN(hotKeys))}
+	return hot(s, u.rng.IntN(hotKeys))
 }
+
+func hot(s Space, i int) Place { return Place{s.Name, fmt.Sprintf("hot/%d", i)} }
 
 func (u *user) place(s Space) Place {
 	if u.rng.IntN(2) == 0 {
@@ -256,11 +274,10 @@ func (u *user) put(s Space, p Place) *Op {
 
 // putThrough writes a key through a node, as a client of its own. What it is told of a
 // failure is taken for nothing.
-func (u *user) putThrough(node string, s Space, quorum string) {
-	p := u.hot(s)
+func (u *user) putThrough(node string, s Space, p Place, quorum string) {
 	op := &Op{Client: u.name + "-" + node, Kind: OpPut, Place: p, Value: u.value(), TTL: s.TTL, Quorum: "W=" + quorum, Note: "through " + node}
 	u.Checker.Invoke(op)
-	ctx, cancel := u.context()
+	ctx, cancel := context.WithTimeout(context.Background(), throughTimeout)
 	defer cancel()
 	resp, err := kvv1.NewKVServiceClient(u.Conns[node]).Put(ctx, &kvv1.PutRequest{
 		Namespace: p.Namespace, Key: []byte(p.Key), Value: []byte(op.Value), WriteQuorum: quorum, Token: u.tokens[node],
@@ -270,13 +287,44 @@ func (u *user) putThrough(node string, s Space, quorum string) {
 			op.Outcome, op.Error = Unknown, err.Error()
 			return
 		}
-		r := resp.GetReceipt()
-		op.Receipt = client.Receipt{
-			Epoch: r.GetEpoch(), N: int(r.GetN()), Needed: int(r.GetNeeded()), Acknowledged: int(r.GetAcknowledged()), Strength: client.Strength(r.GetStrength()),
-			Version: client.Version{Timestamp: r.GetVersion().GetTimestamp(), Incarnation: r.GetVersion().GetIncarnation()}, Coordinator: r.GetCoordinator(),
-		}
-		u.tokens[node] = op.Receipt.Version.Timestamp
+		op.Receipt = u.through(node, resp.GetReceipt())
 	})
+}
+
+// getThrough reads a key through a node, as a client of its own.
+func (u *user) getThrough(node string, p Place) {
+	op := &Op{Client: u.name + "-" + node, Kind: OpGet, Place: p, Note: "through " + node}
+	req := &kvv1.GetRequest{Namespace: p.Namespace, Key: []byte(p.Key), ReadQuorum: "quorum", Token: u.tokens[node]}
+	if u.rng.IntN(2) == 0 { // else stale replicas may be what keeps it from an answer
+		req.ReadRepair, op.Unmended = kvv1.ReadRepair_READ_REPAIR_OFF, true
+		op.Note += ", no repair"
+	}
+	u.Checker.Invoke(op)
+	ctx, cancel := context.WithTimeout(context.Background(), throughTimeout)
+	defer cancel()
+	resp, err := kvv1.NewKVServiceClient(u.Conns[node]).Get(ctx, req)
+	u.Checker.Return(op, func() {
+		if op.Outcome = Failed; err != nil {
+			op.Error = err.Error()
+			return
+		}
+		if op.Outcome = NotFound; resp.GetFound() {
+			op.Outcome, op.Found = OK, string(resp.GetValue())
+		}
+		if ms := resp.GetExpiresAtMs(); ms != 0 {
+			op.ExpiresAt = time.UnixMilli(int64(ms))
+		}
+		op.Receipt = u.through(node, resp.GetReceipt())
+	})
+}
+
+// through converts the receipt of a node's answer, and notes what it knows of time.
+func (u *user) through(node string, r *kvv1.Receipt) client.Receipt {
+	u.tokens[node] = max(u.tokens[node], r.GetVersion().GetTimestamp())
+	return client.Receipt{
+		Epoch: r.GetEpoch(), N: int(r.GetN()), Needed: int(r.GetNeeded()), Acknowledged: int(r.GetAcknowledged()), Strength: client.Strength(r.GetStrength()),
+		Version: client.Version{Timestamp: r.GetVersion().GetTimestamp(), Incarnation: r.GetVersion().GetIncarnation()}, Coordinator: r.GetCoordinator(),
+	}
 }
 
 // duel writes a key that others write in the same millisecond: those of the next full
@@ -285,7 +333,7 @@ func (u *user) duel(s Space) {
 	now := time.Now()
 	at := now.Truncate(5 * time.Second).Add(5 * time.Second)
 	time.Sleep(at.Sub(now))
-	u.put(s, Place{s.Name, fmt.Sprintf("hot/%d", at.Unix()/5%hotKeys)})
+	u.put(s, hot(s, int(at.Unix()/5%hotKeys)))
 }
 
 func (u *user) delete(p Place) *Op {
