@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -36,10 +37,37 @@ type Report struct {
 	Faults    map[string]int
 	Outcomes  map[string]int
 	Completed int
+	// Hit counts what ended or stopped while a slot moved, by what it was to the move and
+	// the slot's phase.
+	Hit map[Hit]int
 	// Keys whose histories were decided, and not.
 	Decided, Undecided int
 	Options            string
 	Violations         []Violation
+}
+
+// Hit is something that ends or stops while a slot moves: the orchestrators' leader, or
+// a node that is something to the move.
+type Hit struct {
+	What  string
+	Phase string
+}
+
+// What a process that ends or stops may be to a move.
+const (
+	HitLeader   = "the leader"
+	HitOld      = "the old node"
+	HitNewcomer = "the new node"
+	HitOther    = "a node of another slot"
+)
+
+// MarshalText writes a hit as a key of JSON.
+func (h Hit) MarshalText() ([]byte, error) { return []byte(h.What + ": " + h.Phase), nil }
+
+// UnmarshalText reads what MarshalText writes.
+func (h *Hit) UnmarshalText(b []byte) error {
+	h.What, h.Phase, _ = strings.Cut(string(b), ": ")
+	return nil
 }
 
 // run is one run under way.
@@ -64,7 +92,7 @@ type run struct {
 // invariants of the design. It must be called in a synctest bubble. It reports
 // what it found; broken invariants are not errors of t.
 func Run(t testing.TB, cfg RunConfig) (*Report, *History) {
-	r := &run{t: t, cfg: cfg, report: &Report{Seed: cfg.Seed, Minutes: cfg.Minutes, Faults: map[string]int{}}}
+	r := &run{t: t, cfg: cfg, report: &Report{Seed: cfg.Seed, Minutes: cfg.Minutes, Faults: map[string]int{}, Hit: map[Hit]int{}}}
 	r.report.Nodes, r.report.Orchestrators = cfg.size()
 	r.report.Options = cfg.String()
 	began := time.Now()

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"time"
 
@@ -152,8 +153,57 @@ func (f *faults) end(name string, how Crash) {
 	if f.ended(name) {
 		return
 	}
+	f.hits(name)
 	f.r.w.Crash(name, how)
 	f.setEnded(name, true)
+}
+
+// hits counts the phases of the moves that the end or a stop of a process hits.
+func (f *faults) hits(name string) {
+	t := f.r.present()
+	if t == nil {
+		return
+	}
+	leads := f.r.leads(name)
+	hit := map[Hit]bool{}
+	for i := range t.Ring {
+		j := t.Ring[i].Moving()
+		if j < 0 {
+			continue
+		}
+		for k, s := range t.Ring[i].Slots {
+			what := ""
+			switch {
+			case leads:
+				what = HitLeader
+			case t.NodeName(s.Node) == name && k == j:
+				what = HitOld
+			case t.NodeName(s.Incoming) == name && k == j:
+				what = HitNewcomer
+			case t.NodeName(s.Node) == name:
+				what = HitOther
+			default:
+				continue
+			}
+			hit[Hit{what, t.Ring[i].Slots[j].Phase.String()}] = true
+		}
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for h := range hit {
+		f.r.report.Hit[h]++
+	}
+}
+
+// leads reports whether a process is the orchestrators' leader.
+func (r *run) leads(name string) bool {
+	if !strings.HasPrefix(name, "orch") {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Millisecond)
+	defer cancel()
+	resp, err := adminv1.NewStatusServiceClient(r.conns[name]).GetOrchestratorStatus(ctx, &adminv1.GetOrchestratorStatusRequest{})
+	return err == nil && resp.GetStatus().GetRaftState() == "leader"
 }
 
 // down returns the processes that do not run.

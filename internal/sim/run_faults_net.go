@@ -161,6 +161,7 @@ func (f *faults) leader(rng *rand.Rand) {
 		return
 	}
 	f.note("leader paused", "%s", name)
+	f.hits(name)
 	f.r.w.Pause(name)
 	pause(rng, 8)
 	f.r.w.Resume(name)

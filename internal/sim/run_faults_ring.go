@@ -156,7 +156,11 @@ func (f *faults) changeN(ctx context.Context, rng *rand.Rand, by adminv1.Control
 		}
 	}
 	resp, err := by.UpdateNamespace(ctx, &adminv1.UpdateNamespaceRequest{Name: ns.Name, Settings: &adminv1.NamespaceSettings{N: &n}})
-	f.note("operation replicas", "%d, N of %s from %d to %d: %v", resp.GetOperation().GetId(), ns.Name, ns.N, n, err)
+	if err != nil {
+		f.r.history.Note("operation refused: N of %s from %d to %d: %v", ns.Name, ns.N, n, err)
+		return
+	}
+	f.note("operation replicas", "%d, N of %s from %d to %d", resp.GetOperation().GetId(), ns.Name, ns.N, n)
 }
 
 // changingQuorums returns the namespace whose default quorums change in the run of a
@@ -334,6 +338,63 @@ func (f *faults) decommission(rng *rand.Rand, by adminv1.ControlServiceClient, t
 	}
 	f.r.w.Wipe(name)
 	f.start(name)
+}
+
+// hitMove ends the leader, or a node that is something to a move, in one of its phases.
+func (f *faults) hitMove(rng *rand.Rand) {
+	phase := []topology.Phase{topology.WriteBothReadOld, topology.WriteBothReadNew, topology.WriteNewReadNone}[rng.IntN(3)]
+	what := []string{HitLeader, HitOld, HitNewcomer, HitOther}[rng.IntN(4)]
+	how := Crash(rng.IntN(2))
+	for range 200 {
+		time.Sleep(100 * time.Millisecond)
+		if time.Now().After(f.until) {
+			return
+		}
+		name := f.r.inPhase(rng, phase, what)
+		switch {
+		case name == "" || f.ended(name):
+			continue
+		case what == HitLeader && f.claimOrchestrators(name):
+			defer f.releaseOrchestrators(name)
+		case what != HitLeader && f.claimNode(name):
+			defer f.release(name)
+		default:
+			continue
+		}
+		f.note("move hit", "%s, %s: %s", name, what, phase)
+		f.end(name, how)
+		pause(rng, 8)
+		f.start(name)
+		return
+	}
+}
+
+// inPhase returns a process that is something to a move in a phase, or "".
+func (r *run) inPhase(rng *rand.Rand, phase topology.Phase, what string) string {
+	t := r.present()
+	if t == nil {
+		return ""
+	}
+	for _, i := range rng.Perm(len(t.Ring)) {
+		slots, j := t.Ring[i].Slots, t.Ring[i].Moving()
+		if j < 0 || slots[j].Phase != phase {
+			continue
+		}
+		switch what {
+		case HitOld:
+			return t.NodeName(slots[j].Node)
+		case HitNewcomer:
+			return t.NodeName(slots[j].Incoming)
+		case HitOther:
+			return t.NodeName(slots[(j+1+rng.IntN(len(slots)-1))%len(slots)].Node)
+		}
+		for i := range r.report.Orchestrators {
+			if name := fmt.Sprint("orch", i+1); r.leads(name) {
+				return name
+			}
+		}
+	}
+	return ""
 }
 
 // claimNode claims a node for one fault.

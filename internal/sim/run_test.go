@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/kvasirdb/kvasir/internal/sim"
+	"github.com/kvasirdb/kvasir/internal/topology"
 )
 
 // The environment of TestSim and of the processes that it starts, one for each
@@ -233,12 +234,13 @@ type totals struct {
 	completed           int
 	decided, undecided  int
 	faults, outcomes    map[string]int
+	hit                 map[sim.Hit]int
 	slowest             time.Duration
 	invariants          map[int]int
 }
 
 func newTotals() *totals {
-	return &totals{faults: map[string]int{}, outcomes: map[string]int{}, invariants: map[int]int{}}
+	return &totals{faults: map[string]int{}, outcomes: map[string]int{}, hit: map[sim.Hit]int{}, invariants: map[int]int{}}
 }
 
 func (s *totals) add(o *outcome) {
@@ -263,12 +265,45 @@ func (s *totals) add(o *outcome) {
 	for k, n := range o.Faults {
 		s.faults[k] += n
 	}
+	for k, n := range o.Hit {
+		s.hit[k] += n
+	}
 	for k, n := range o.Outcomes {
 		s.outcomes[k] += n
 	}
 	for _, v := range o.Violations {
 		s.invariants[v.Invariant]++
 	}
+}
+
+// operations are the kinds of operations that change the ring, as faults count them.
+var operations = []string{"apply", "drain", "decommission", "replace", "replicas"}
+
+// changes writes how the ring changed, and what was hit in which phase of a move, and
+// returns how many operations began.
+func (s *totals) changes(b *strings.Builder) (began int) {
+	var kinds []string
+	for _, k := range operations {
+		n := s.faults["operation "+k]
+		began += n
+		kinds = append(kinds, fmt.Sprintf("%d %s", n, k))
+	}
+	fmt.Fprintf(b, "%d operations that change the ring began: %s; %d were paused, %d aborted\n", began, strings.Join(kinds, ", "),
+		s.faults["operation "+topology.Paused.String()], s.faults["operation "+topology.Aborting.String()])
+	phases := []topology.Phase{topology.WriteBothReadOld, topology.WriteBothReadNew, topology.WriteNewReadNone}
+	fmt.Fprintf(b, "  %-33s", "ended or stopped while a slot was")
+	for _, p := range phases {
+		fmt.Fprintf(b, " %22s", p)
+	}
+	fmt.Fprintln(b)
+	for _, what := range []string{sim.HitLeader, sim.HitOld, sim.HitNewcomer, sim.HitOther} {
+		fmt.Fprintf(b, "  %-33s", what)
+		for _, p := range phases {
+			fmt.Fprintf(b, " %22d", s.hit[sim.Hit{What: what, Phase: p.String()}])
+		}
+		fmt.Fprintln(b)
+	}
+	return began
 }
 
 // print writes the sums.
@@ -284,6 +319,7 @@ func (s *totals) print(t *testing.T, took time.Duration) {
 	fmt.Fprintf(&b, "%d operations completed, %.0f an hour; %d faults of %d kinds, %.0f an hour\n",
 		s.completed, float64(s.completed)/hours, faults, len(s.faults), float64(faults)/hours)
 	fmt.Fprintf(&b, "%d histories of keys, %d undecided; %d seeds failed\n", s.decided+s.undecided, s.undecided, s.failed)
+	changes := s.changes(&b)
 	table(&b, "fault", s.faults)
 	table(&b, "operation and outcome", s.outcomes)
 	t.Logf("\n%s", b.String())
@@ -292,6 +328,9 @@ func (s *totals) print(t *testing.T, took time.Duration) {
 	}
 	if s.failed == 0 && hours >= 1 && (float64(s.completed)/hours < 30_000 || float64(faults)/hours < 100) {
 		t.Errorf("an hour must have 30000 completed operations and 100 faults")
+	}
+	if s.failed == 0 && hours >= 1 && os.Getenv(envFaults) == "" && float64(changes)/hours < 167 {
+		t.Errorf("an hour must have 167 operations that change the ring, 2000 in 12 hours")
 	}
 }
 
