@@ -193,7 +193,8 @@ func (f *faults) flipBit(rng *rand.Rand) {
 		pause(rng, 5)
 		f.start(name)
 	}
-	for time.Now().Before(f.until) {
+	// No other scrub comes in time, so this goes on when all other faults have ended.
+	for until := f.until.Add(settleFor); time.Now().Before(until) && len(f.r.history.Violations()) == 0; {
 		f.scrub(name)
 		select {
 		case <-f.r.w.Died(name):
@@ -208,13 +209,23 @@ func (f *faults) flipBit(rng *rand.Rand) {
 		case <-time.After(10 * time.Second):
 		}
 		left, err := readRemains(f.r.w.CopyDisk(name), f.r.topologies.latest())
-		if err == nil && left.whole() && left.incarnation == old {
+		switch {
+		case err != nil || !left.whole():
+		case left.incarnation > old: // it began anew when it was started
+			if f.replaced(name, old) {
+				f.r.damage.end()
+			}
+			return
+		case left.incarnation == old:
 			f.r.history.Note("the disk of %s is whole again", name)
 			f.r.w.Mended(name)
 			f.r.checker.Mended(old)
 			f.r.damage.end()
 			return
 		}
+	}
+	if len(f.r.history.Violations()) == 0 {
+		f.r.history.violate(18, "the disk of %s is not whole %s after the last fault", name, settleFor)
 	}
 }
 
