@@ -180,7 +180,11 @@ func (f *faults) changeQuorums(ctx context.Context, rng *rand.Rand, by adminv1.C
 		return
 	}
 	resp, err := by.UpdateNamespace(ctx, &adminv1.UpdateNamespaceRequest{Name: ns.Name, Settings: &adminv1.NamespaceSettings{WriteQuorum: &q[0], ReadQuorum: &q[1]}})
-	f.note("operation quorums", "%d, of %s from W=%s R=%s to W=%s R=%s: %v", resp.GetOperation().GetId(), ns.Name, ns.W, ns.R, q[0], q[1], err)
+	if err != nil {
+		f.r.history.Note("operation refused: quorums of %s to W=%s R=%s: %v", ns.Name, q[0], q[1], err)
+		return
+	}
+	f.note("operation quorums", "%d, of %s from W=%s R=%s to W=%s R=%s", resp.GetOperation().GetId(), ns.Name, ns.W, ns.R, q[0], q[1])
 }
 
 // steer pauses, resumes or aborts an operation, or leaves it alone.

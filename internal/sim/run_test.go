@@ -277,7 +277,7 @@ func (s *totals) add(o *outcome) {
 }
 
 // operations are the kinds of operations that change the ring, as faults count them.
-var operations = []string{"apply", "drain", "decommission", "replace", "replicas"}
+var operations = []string{"apply", "drain", "decommission", "replace", "replicas", "quorums"}
 
 // changes writes how the ring changed, and what was hit in which phase of a move, and
 // returns how many operations began.
