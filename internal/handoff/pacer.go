@@ -25,7 +25,7 @@ const (
 // background work that keeps what others wait for it near a target: the pace grows
 // while commits take less than that longer than they have to, and shrinks while they
 // take more. What they have to take, on a slow disk, is the least that they took in the
-// last minutes.
+// last minutes; where that is more than the target, they may take twice as long.
 type pacer struct {
 	limiter     *rate.Limiter
 	least, most float64
@@ -67,7 +67,8 @@ func (p *pacer) adjust(now time.Time) {
 	}
 	p.mu.changed = now
 	delay := p.delay()
-	off := max(-1, 1-float64(delay-p.base(delay, now))/float64(p.target))
+	base := p.base(delay, now)
+	off := max(-1, 1-float64(delay-base)/float64(max(p.target, base)))
 	next := float64(p.limiter.Limit()) * (1 + paceGain*off)
 	p.limiter.SetLimitAt(now, rate.Limit(math.Min(math.Max(next, p.least), p.most)))
 }

@@ -53,7 +53,8 @@ type Config struct {
 	ScrubBytesPerSecond int64         `yaml:"scrub_bytes_per_second" help:"bytes a second that are read at least to find bit rot"`
 	// MoveBytesPerSecond bounds what a node takes in when vnodes move to it, as long as it
 	// has nothing else to do. Default 64 MiB. It takes less, down to 1 MiB, while commits
-	// take longer than they have to by MoveCommitDelay. Default 10 ms; 0: whatever they take.
+	// take longer than they have to by MoveCommitDelay, and more than twice as long as they
+	// have to. Default 2 ms; 0: whatever they take.
 	MoveBytesPerSecond int           `yaml:"move_bytes_per_second" help:"bytes a second that are taken in at most when vnodes move here"`
 	MoveCommitDelay    time.Duration `yaml:"move_commit_delay" help:"by how much longer commits may take before less is taken in; 0: any"`
 	// DrainTimeout bounds how long a stop waits for requests. Default 10 s.
@@ -97,7 +98,7 @@ func Defaults() Config {
 		Listen: "0.0.0.0:7400", AdminListen: "0.0.0.0:7401", GossipListen: "0.0.0.0:7402",
 		CacheBytes: 64 << 20, MemTableBytes: 32 << 20,
 		ScrubCycle: 7 * 24 * time.Hour, ScrubBytesPerSecond: 4 << 20,
-		MoveBytesPerSecond: 64 << 20, MoveCommitDelay: 10 * time.Millisecond,
+		MoveBytesPerSecond: 64 << 20, MoveCommitDelay: 2 * time.Millisecond,
 		DrainTimeout: 10 * time.Second,
 	}
 }
