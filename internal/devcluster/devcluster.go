@@ -23,6 +23,8 @@ import (
 type Options struct {
 	// BinDir is where kvnode and kvorch are found.
 	BinDir string
+	// NodeArgs are further arguments of kvnode.
+	NodeArgs []string
 	// Environ is the environment of new processes, less the settings of kvnode and
 	// kvorch. Default: this process's.
 	Environ []string

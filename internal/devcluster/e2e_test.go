@@ -70,8 +70,8 @@ func start(t *testing.T, nodes, orchestrators int) *rig {
 	return startIn(t, nodes, orchestrators, min(nodes, 3))
 }
 
-// startIn starts a cluster in so many zones.
-func startIn(t *testing.T, nodes, orchestrators, zones int) *rig {
+// startIn starts a cluster in so many zones, its nodes with further arguments.
+func startIn(t *testing.T, nodes, orchestrators, zones int, nodeArgs ...string) *rig {
 	t.Helper()
 	bin, err := binaries()
 	if err != nil {
@@ -89,7 +89,7 @@ func startIn(t *testing.T, nodes, orchestrators, zones int) *rig {
 	for tries := 0; ; tries++ {
 		r.cluster, err = devcluster.Create(context.Background(), filepath.Join(dir, strconv.Itoa(tries)), devcluster.Settings{
 			Nodes: nodes, Orchestrators: orchestrators, Zones: zones, Port: loopback.Base(t, 10*(nodes+orchestrators)) + 10*orchestrators,
-		}, devcluster.Options{BinDir: bin})
+		}, devcluster.Options{BinDir: bin, NodeArgs: nodeArgs})
 		var busy *devcluster.PortsBusyError
 		if errors.As(err, &busy) && tries < 5 {
 			continue

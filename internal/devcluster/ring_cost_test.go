@@ -22,9 +22,7 @@ func TestE2EWhatAMoveCosts(t *testing.T) {
 		{"4 MiB a second", "0s", "4194304"},
 	} {
 		t.Run(pace.name, func(t *testing.T) {
-			t.Setenv("KVNODE_MOVE_COMMIT_DELAY", pace.delay)
-			t.Setenv("KVNODE_MOVE_BYTES_PER_SECOND", pace.bytes)
-			r := startIn(t, 3, 1, 1)
+			r := startIn(t, 3, 1, 1, "--move_commit_delay", pace.delay, "--move_bytes_per_second", pace.bytes)
 			data := large{r: r, c: r.client(), keys: 60_000, size: 4 << 10}
 			data.each(data.keys, data.put)
 			names := append([]string{"node1", "node2", "node3"}, r.addNodes(1)...)

@@ -105,7 +105,11 @@ func (c *Cluster) spawn(p *process) error {
 		return err
 	}
 	defer log.Close()
-	cmd := exec.Command(binary, "--config", configPath(c.dir, p.Name))
+	args := []string{"--config", configPath(c.dir, p.Name)}
+	if p.Role != RoleOrchestrator {
+		args = append(args, c.opts.NodeArgs...)
+	}
+	cmd := exec.Command(binary, args...)
 	cmd.Dir, cmd.Stdout, cmd.Stderr = c.dir, log, log
 	cmd.Env = childEnviron(c.opts.Environ, runtime.NumCPU())
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
