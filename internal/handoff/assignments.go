@@ -247,7 +247,11 @@ func (a *Assignments) Prepare(self uint64, next *topology.Topology) error {
 	if err := a.store.Wipe(places); err != nil {
 		return err
 	}
-	if err := a.store.WipeVnodes(vnodes, metaAssignments, encodeAssignments(all)); err != nil {
+	var namespaces []uint32
+	for i := range next.Namespaces {
+		namespaces = append(namespaces, next.Namespaces[i].ID)
+	}
+	if err := a.store.WipeVnodes(namespaces, vnodes, metaAssignments, encodeAssignments(all)); err != nil {
 		return err
 	}
 	a.replace(all)

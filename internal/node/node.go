@@ -252,7 +252,13 @@ func (n *Node) firstTopology(t *topology.Topology) error {
 	first := newTopologies(n.store, n.fence, n.transport, n.id.ClusterID, n.cfg.Orchestrators, n.cfg.Logger)
 	first.adopted = func(*topology.Topology) {}
 	first.keep = func(t *topology.Topology) error { return n.assignments.Prepare(n.id.Incarnation, t) }
-	return errors.Join(first.adopt(t), first.write(n.fence.Topology()))
+	if err := first.adopt(t); err != nil {
+		return err
+	}
+	if err := first.write(n.fence.Topology()); err != nil {
+		n.cfg.Logger.Warn("cannot keep the topology on disk yet", "err", err) // it is tried again when the node serves
+	}
+	return nil
 }
 
 // serve builds the request path and starts everything that runs.

@@ -244,7 +244,7 @@ func TestWipedVnodesForgetCertificates(t *testing.T) {
 	defer closeStore(t, s)
 	put(t, s, write("k", tombstone(5)))
 	certify(t, s, 10)
-	if err := s.WipeVnodes([]uint32{7}, "wiped", []byte("x")); err != nil {
+	if err := s.WipeVnodes([]uint32{1}, []uint32{7}, "wiped", []byte("x")); err != nil {
 		t.Fatal(err)
 	}
 	if c := s.Collection(1, 7); c.Certificate != 0 || c.Promise != 10 {

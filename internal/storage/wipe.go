@@ -14,15 +14,12 @@ import (
 	"github.com/cockroachdb/pebble/v2/vfs"
 )
 
-// WipeVnodes removes all records of some vnodes, of every namespace, and stores a
+// WipeVnodes removes all records of some vnodes, of the given namespaces, and stores a
 // value under a name, as SetMeta does, as one commit. It returns when that is on disk.
-// Promises are kept; certificates, which tell of what was there, are not.
+// Promises are kept; certificates, which tell of what was there, are not. Damaged
+// records are no hindrance.
 // REQUIRES: the vnodes are not in use.
-func (s *Store) WipeVnodes(vnodes []uint32, name string, value []byte) error {
-	namespaces, err := s.namespacesOf(kindRecord)
-	if err != nil {
-		return err
-	}
+func (s *Store) WipeVnodes(namespaces, vnodes []uint32, name string, value []byte) error {
 	var places []Place
 	for _, ns := range namespaces {
 		for _, v := range vnodes {

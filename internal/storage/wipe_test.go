@@ -35,7 +35,7 @@ func TestWipeVnodes(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.WipeVnodes([]uint32{1, 2}, "note", []byte("done")); err != nil {
+	if err := s.WipeVnodes([]uint32{1, 2}, []uint32{1, 2}, "note", []byte("done")); err != nil {
 		t.Fatal(err)
 	}
 	put(t, s, Write{Namespace: 1, Vnode: 1, Key: []byte("3"), Record: value(1, "older than what was wiped")})
@@ -149,5 +149,24 @@ func TestSetAsideInterrupted(t *testing.T) {
 		}
 		closeStore(t, s)
 		closeStore(t, aside)
+	}
+}
+
+// Records that cannot be read are wiped like others: a node with some must be able to
+// take in a topology that assigns vnodes to it.
+func TestWipeOfDamagedVnodes(t *testing.T) {
+	fs := rotStore(t)
+	path, _ := largestTable(t, fs)
+	rot(t, fs, path, 100) // in the first block, which is of vnode 0
+	s := open(t, fs)
+	defer closeStore(t, s)
+	if err := s.WipeVnodes([]uint32{1, 2}, []uint32{0, 5}, "note", []byte("done")); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := s.Meta("note"); err != nil || string(b) != "done" {
+		t.Errorf("note %q, %v", b, err)
+	}
+	if got := count(t, s, 1, 5); got != 0 {
+		t.Errorf("%d records are left", got)
 	}
 }
