@@ -186,7 +186,7 @@ func (c *Checker) Invoke(op *Op) {
 		op.scan = map[Place]floors{}
 		for p, r := range c.mu.registers {
 			if p.Namespace == op.Namespace {
-				op.scan[p] = floors{strong: r.strong.raise(r.read)}
+				op.scan[p] = floors{strong: r.strong.raise(r.read), met: r.met}
 			}
 		}
 	case OpPut, OpDelete:
@@ -528,10 +528,21 @@ func (c *Checker) found(op *Op, found bool, v client.Version, value string, expi
 }
 
 // Scanned judges a scan that ended without an error, given its records. Each key is
-// as one quorum read within it.
-func (c *Checker) Scanned(op *Op, records []client.Record, strong bool, inRange func(key string) bool) {
+// as one quorum read within it: by a strong R, or one that meets default writes while no
+// replica is replaced. The latter may miss what a strong read has made sure of.
+func (c *Checker) Scanned(op *Op, records []client.Record, strength client.Strength, inRange func(key string) bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	strong := strength == client.Strong
+	least := func(f floors) (_ floor, why string) {
+		switch {
+		case strong:
+			return f.strong, "acknowledged or read before"
+		case strength == client.StrongWhileNotReplaced && c.mu.lost.IsZero() && !c.mu.replaced:
+			return f.met, "acknowledged before"
+		}
+		return floor{}, ""
+	}
 	op.Outcome, op.Returned = OK, time.Now()
 	there := map[Place]bool{}
 	for _, rec := range records {
@@ -547,19 +558,17 @@ func (c *Checker) Scanned(op *Op, records []client.Record, strong bool, inRange 
 		if w := c.mu.byValue[one.Found]; w != nil && w.Place != p {
 			c.h.violate(17, "%s gives key %s the value of %s", op, p, w)
 		}
+		f, why := least(op.scan[p])
+		c.atLeast(2, &one, f, why)
 		if strong {
 			got.by = op
-			c.atLeast(2, &one, op.scan[p].strong, "acknowledged or read before")
 			r := c.register(p)
 			r.read = r.read.raise(got)
 		}
 	}
-	if !strong {
-		return
-	}
-	for p, f := range op.scan {
-		if !there[p] && inRange(p.Key) && !f.strong.version.IsZero() && !c.mayBeMissing(op, p, f.strong) {
-			c.h.violate(2, "%s misses key %s, which had version %s: by %s", op, p, f.strong.version, f.strong.by)
+	for p, fs := range op.scan {
+		if f, _ := least(fs); !there[p] && inRange(p.Key) && !f.version.IsZero() && !c.mayBeMissing(op, p, f) {
+			c.h.violate(2, "%s misses key %s, which had version %s: by %s", op, p, f.version, f.by)
 		}
 	}
 }

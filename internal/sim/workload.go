@@ -149,7 +149,7 @@ func (u *user) run() {
 			default:
 				u.getThrough(node, place)
 			}
-			time.Sleep(5 * time.Millisecond)
+			time.Sleep(15 * time.Millisecond)
 		}
 		s := u.Spaces[u.rng.IntN(len(u.Spaces))]
 		switch n := u.rng.IntN(100); {
@@ -499,8 +499,19 @@ func (u *user) scan(s Space) {
 		}
 		records = append(records, rec)
 	}
-	// Strong as a default read is, against the least that default writes need.
-	u.Checker.Scanned(op, records, s.R > s.N/2 && s.W > s.N/2, func(key string) bool { return strings.HasPrefix(key, prefix) })
+	u.Checker.Scanned(op, records, u.scanStrength(s), func(key string) bool { return strings.HasPrefix(key, prefix) })
+}
+
+// scanStrength is what a scan is worth at least, as a default read, against the least that
+// default writes need.
+func (u *user) scanStrength(s Space) client.Strength {
+	switch {
+	case s.R+s.W <= s.N:
+		return client.Eventual
+	case s.R > s.N/2 && s.W > s.N/2 && s.Name != changingQuorums(u.Seed):
+		return client.Strong
+	}
+	return client.StrongWhileNotReplaced
 }
 
 // refused asks for something that must be refused and change nothing.
