@@ -35,6 +35,10 @@ func (s *Store) Get(namespace, vnode uint32, key []byte) ([]byte, error) {
 			return nil, err
 		}
 	}
+	// A commit that failed was taken off the register after the store had ended.
+	if failed := s.failure(); failed != nil {
+		return nil, failed
+	}
 	return value, err
 }
 
@@ -132,7 +136,7 @@ func (s *Store) waitInflight() error {
 			return err
 		}
 	}
-	return nil
+	return s.failure()
 }
 
 // cursor is a place in one vnode.
