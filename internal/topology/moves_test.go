@@ -76,6 +76,26 @@ func TestReplacingANode(t *testing.T) {
 }
 
 // A move there and back again: what a slot is written and read at, and since when.
+// A directory that is about to take the place of another one gets no second slot of a
+// vnode that has that one.
+func TestASuccessorGetsNoSecondSlot(t *testing.T) {
+	c := formed(t)
+	c.must(wiped("n1", 2)) // #4
+	start := func(vnode, slot uint32, from uint64) error {
+		_, err := c.apply(&topologyv1.Mutation{Kind: &topologyv1.Mutation_StartOperation{StartOperation: &topologyv1.StartOperation{Operation: &topologyv1.Operation{
+			Kind: "apply", Title: "test", Moves: []*topologyv1.Move{{Vnode: vnode, Slot: slot, From: from, To: 4}},
+		}}}})
+		return err
+	}
+	ring := c.state.Topology.Ring[2].Slots
+	i := slices.IndexFunc(ring, func(s topology.Slot) bool { return s.Node != 1 })
+	wantRefusal(t, start(2, uint32(i), ring[i].Node), topology.Invalid, "BAD_MOVE")
+	i = slices.IndexFunc(ring, func(s topology.Slot) bool { return s.Node == 1 })
+	if err := start(2, uint32(i), 1); err != nil {
+		t.Errorf("to take the slot itself: %v", err)
+	}
+}
+
 func TestMovingASlot(t *testing.T) {
 	c := formed(t)
 	c.must(register("n4", 0, 1, "d"))

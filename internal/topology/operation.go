@@ -229,8 +229,11 @@ func (t *Topology) checkMoves(moves []Move) (after [][]uint64, _ error) {
 			return nil, bad("it is at %s, not %s", t.NodeName(nodes[m.Slot]), t.NodeName(m.From))
 		case to == nil || to.Role != Data:
 			return nil, bad("%s is no data node", t.NodeName(m.To))
-		case slices.Contains(nodes, m.To):
-			return nil, bad("%s has a slot of the vnode already", t.NodeName(m.To))
+		}
+		for j, n := range nodes { // or is about to take the place of a directory that has
+			if n == m.To || j != m.Slot && t.NodeName(n) == t.NodeName(m.To) {
+				return nil, bad("%s has a slot of the vnode already", t.NodeName(m.To))
+			}
 		}
 		nodes[m.Slot] = m.To
 	}
