@@ -71,7 +71,7 @@ type Node struct {
 
 	// built is set once every part above is there.
 	built atomic.Bool
-	// removed is why the cluster turned this data directory away.
+	// removed is why the orchestrators turned this data directory away.
 	removed  atomic.Pointer[string]
 	stopping chan struct{} // closed when a stop begins
 	stopOnce sync.Once
@@ -332,9 +332,7 @@ func (n *Node) adopted(t *topology.Topology) {
 	n.peers.update(t)
 	n.announce()
 	if t.Epoch > 0 && t.Node(n.id.Incarnation) == nil {
-		reason := fmt.Sprintf("the cluster removed #%d in epoch %s or before; start it with an empty data directory to join again", n.id.Incarnation, topology.EpochString(t.Epoch))
-		n.removed.Store(&reason)
-		n.cfg.Logger.Error("this node is no part of the cluster any more", "reason", reason)
+		n.cfg.Logger.Error("this node is no part of the cluster any more", "reason", n.removedIn(t))
 	}
 }
 

@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"fmt"
 	"sync"
 	"time"
 
@@ -23,7 +24,11 @@ func (n *Node) state() (adminv1.NodeStatus_State, string) {
 	if reason := n.removed.Load(); reason != nil {
 		return adminv1.NodeStatus_STATE_REMOVED, *reason
 	}
-	if t := n.fence.Topology(); !t.Formed() {
+	t := n.fence.Topology()
+	if t.Epoch > 0 && t.Node(n.id.Incarnation) == nil {
+		return adminv1.NodeStatus_STATE_REMOVED, n.removedIn(t)
+	}
+	if !t.Formed() {
 		if t.Epoch == 0 {
 			return adminv1.NodeStatus_STATE_STARTING, "waits for an orchestrator"
 		}
@@ -36,6 +41,11 @@ func (n *Node) state() (adminv1.NodeStatus_State, string) {
 		return adminv1.NodeStatus_STATE_SERVING, *why
 	}
 	return adminv1.NodeStatus_STATE_SERVING, ""
+}
+
+// removedIn says that a topology has no place for this data directory.
+func (n *Node) removedIn(t *topology.Topology) string {
+	return fmt.Sprintf("the cluster removed #%d in epoch %s or before; start it with an empty data directory to join again", n.id.Incarnation, topology.EpochString(t.Epoch))
 }
 
 // uptime returns for how long the process runs, by a clock that is never set.
@@ -62,12 +72,13 @@ func (n *Node) refuseClients() *rpc.Error {
 
 // status describes the node.
 func (n *Node) status() *adminv1.NodeStatus {
+	epoch := n.topologies.taken() // before the state, which must not be of an older one
 	state, reason := n.state()
 	offset, opinions := n.clock.Offset()
 	stats := n.coordinator.Stats()
 	m := n.store.Metrics()
 	s := &adminv1.NodeStatus{
-		Incarnation: n.id.Incarnation, Name: n.cfg.Name, State: state, Reason: reason, Epoch: n.topologies.taken(),
+		Incarnation: n.id.Incarnation, Name: n.cfg.Name, State: state, Reason: reason, Epoch: epoch,
 		CpuUtilization: n.process.cpu(), MemoryBytes: memory(), DiskUsedBytes: m.DiskSpaceUsage(),
 		Get: operationStats(stats.Gets()), Put: operationStats(stats.Puts()), Scan: operationStats(stats.Scans()),
 		ClockOffsetMs: offset.Milliseconds(), ClockOpinions: uint32(opinions), ClockOk: n.clock.MayCoordinate() == nil,
