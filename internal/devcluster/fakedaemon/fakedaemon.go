@@ -6,6 +6,7 @@ package fakedaemon
 import (
 	"context"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -105,19 +106,27 @@ func run(args []string) error {
 	}
 }
 
+// held are the ports of this process: what nobody refers to is closed when garbage is
+// collected.
+var held []io.Closer
+
 // listen opens every port of a process, until it exits. unready is why it is not ready.
 func listen(c config, unready string) error {
 	for _, address := range []string{c.Listen, c.GossipListen, c.RaftListen} {
 		if address == "" {
 			continue
 		}
-		if _, err := net.Listen("tcp", address); err != nil {
+		l, err := net.Listen("tcp", address)
+		if err != nil {
 			return err
 		}
+		held = append(held, l)
 	}
-	if _, err := net.ListenPacket("udp", c.GossipListen); err != nil {
+	udp, err := net.ListenPacket("udp", c.GossipListen)
+	if err != nil {
 		return err
 	}
+	held = append(held, udp)
 	admin, err := net.Listen("tcp", c.AdminListen)
 	if err != nil {
 		return err
