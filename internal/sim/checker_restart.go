@@ -157,6 +157,9 @@ func (r *run) hintsKept(name string, ended func(name string) bool) {
 	if err != nil {
 		return
 	}
+	if resp.GetStatus().GetIncarnation() != left.incarnation {
+		return // it had left, and came back with another directory
+	}
 	have := map[uint64]uint64{}
 	for _, b := range resp.GetStatus().GetHints() {
 		have[b.GetTarget()] = b.GetCount()
