@@ -212,8 +212,8 @@ const loadKeys = 500
 func loadKey(caller, k int) []byte { return fmt.Appendf(nil, "load/%d/%d", caller, k) }
 
 // loadOn puts and gets, so many operations a second, with default quorums and a
-// deadline of 2 s (5 s in a short run, which has no machine to itself); any failure fails the test, and so does any read that misses the
-// caller's last write.
+// deadline of 2 s (5 s in a short run, which has no machine to itself). Any failure fails
+// the test, and so does any read that misses the caller's last write.
 func loadOn(t *testing.T, c *client.Client, perSecond float64) *load {
 	const callers = 64
 	l := &load{t: t, c: c, stop: make(chan struct{}), began: time.Now(), last: make([][]int, callers)}
@@ -299,9 +299,9 @@ func (l *load) end() {
 	}
 }
 
-// From three nodes to four, to eight (in full length) and back to three, under load: no operation
-// fails, nothing is lost, the ring is even after each step, and no more is moved than
-// has to be.
+// From three nodes to four, to eight (in full length) and back to three, under load: no
+// operation fails, nothing is lost, the ring is even after each step, and no more is moved
+// than has to be.
 func TestE2ETheRingGrowsAndShrinks(t *testing.T) {
 	besideOthers(t)
 	r := startIn(t, 3, 1, 1)

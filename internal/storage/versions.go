@@ -38,8 +38,8 @@ type entry struct {
 // stripe is a latch with what it guards.
 type stripe struct {
 	// generation is odd while the latch is held by a writer, and changes with every
-	// write, and where files are taken in. A read that began and ended in the same even generation happened as if
-	// under the latch.
+	// write, and where files are taken in. A read that began and ended in the same even
+	// generation happened as if under the latch.
 	generation atomic.Uint64
 	// dirty is the size of unsynced, to be read without the latch.
 	dirty atomic.Int64
