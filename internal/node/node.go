@@ -251,7 +251,8 @@ func (n *Node) introduce(ctx context.Context) error {
 func (n *Node) firstTopology(t *topology.Topology) error {
 	first := newTopologies(n.store, n.fence, n.transport, n.id.ClusterID, n.cfg.Orchestrators, n.cfg.Logger)
 	first.adopted = func(*topology.Topology) {}
-	first.keep = func(t *topology.Topology) error { return n.assignments.Prepare(n.id.Incarnation, t) }
+	first.prepare = func(t *topology.Topology) error { return n.assignments.Prepare(n.id.Incarnation, t) }
+	first.settle = func(*topology.Topology) error { return nil }
 	if err := first.adopt(t); err != nil {
 		return err
 	}
@@ -271,7 +272,7 @@ func (n *Node) serve(run context.Context) error {
 		return err
 	}
 	n.topologies = newTopologies(n.store, n.fence, n.transport, n.id.ClusterID, cfg.Orchestrators, cfg.Logger)
-	n.topologies.adopted, n.topologies.keep = n.adopted, n.keep
+	n.topologies.adopted, n.topologies.prepare, n.topologies.settle = n.adopted, n.prepare, n.settle
 	n.replica = replica.New(replica.Config{
 		Self: n.id.Incarnation, Store: n.store, Clock: n.clock, Fence: n.fence, Hints: n.hints, Logger: cfg.Logger,
 		CatchUp: func(ctx context.Context, epoch uint64, address string) error {
@@ -336,15 +337,17 @@ func (n *Node) adopted(t *topology.Topology) {
 	}
 }
 
-// keep has the disk follow a topology. Certificates come first: where the node is
+// prepare has the disk ready for a topology. Certificates come first: where the node is
 // filled there must be none.
-func (n *Node) keep(t *topology.Topology) error {
+func (n *Node) prepare(t *topology.Topology) error {
 	if err := n.replica.VoidCertificates(t); err != nil {
 		return err
 	}
-	if err := n.assignments.Prepare(n.id.Incarnation, t); err != nil {
-		return err
-	}
+	return n.assignments.Prepare(n.id.Incarnation, t)
+}
+
+// settle has the disk forget what is over under a topology that is on it.
+func (n *Node) settle(t *topology.Topology) error {
 	if err := n.assignments.Settle(n.id.Incarnation, t); err != nil {
 		return err
 	}

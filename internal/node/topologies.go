@@ -52,9 +52,10 @@ type topologies struct {
 	// seeds are the configured orchestrators.
 	seeds []string
 	// adopted is called after each new topology came into use, by one goroutine at a
-	// time; keep has the disk follow one, and is called by run.
-	adopted func(*topology.Topology)
-	keep    func(*topology.Topology) error
+	// time. When the disk follows one, prepare is called before it is written and settle
+	// after it: what settle forgets would be prepared again if an older topology came back.
+	adopted         func(*topology.Topology)
+	prepare, settle func(*topology.Topology) error
 	// kept is the epoch that the disk has followed, problem why it follows no further.
 	kept    atomic.Uint64
 	problem atomic.Pointer[string]
@@ -140,10 +141,13 @@ func (t *topologies) write(now *topology.Topology) error {
 	if err != nil {
 		return err
 	}
-	if err := t.keep(now); err != nil {
+	if err := t.prepare(now); err != nil {
 		return err
 	}
 	if err := t.store.SetMeta(metaTopology, b); err != nil {
+		return err
+	}
+	if err := t.settle(now); err != nil {
 		return err
 	}
 	t.kept.Store(now.Epoch)

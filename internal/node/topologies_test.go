@@ -30,9 +30,17 @@ func TestTopologyIsInUseBeforeItIsTaken(t *testing.T) {
 		tops.adopted = func(*topology.Topology) {}
 		disk := make(chan error) // gives every write its outcome
 		var kept []uint64
-		tops.keep = func(top *topology.Topology) error {
+		tops.prepare = func(top *topology.Topology) error {
 			kept = append(kept, top.Epoch)
 			return <-disk
+		}
+		// After a crash the topology on disk must not be one from before what was forgotten.
+		tops.settle = func(top *topology.Topology) error {
+			stored, err := loadTopology(store)
+			if err == nil && stored.Epoch != top.Epoch {
+				t.Errorf("epoch %d is settled while %d is on disk", top.Epoch, stored.Epoch)
+			}
+			return err
 		}
 		ctx, cancel := context.WithCancel(context.Background())
 		ended := make(chan struct{})
