@@ -21,7 +21,7 @@ const maxConns = 3
 // Raft is this process's server. Its methods are safe for concurrent use.
 type Raft struct {
 	raft      *raft.Raft
-	transport *raft.NetworkTransport
+	transport *transport
 	streams   *streams
 	store     *store
 	logger    *raftLogger
@@ -125,12 +125,12 @@ func start(cfg Config, s *store, sm StateMachine) (*Raft, error) {
 		stopping: make(chan struct{}),
 		closed:   make(chan struct{}),
 	}
-	r.transport = raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
+	r.transport = &transport{raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
 		Logger:  logger,
 		Stream:  r.streams,
 		MaxPool: maxConns,
 		Timeout: cfg.RPCTimeout,
-	})
+	}), 3 * cfg.RPCTimeout}
 	r.raft, err = raft.NewRaft(conf, machine{to: sm}, s, s, s, r.transport)
 	if err != nil {
 		r.transport.Close()
