@@ -143,11 +143,17 @@ func (f *faults) replaced(name string, old uint64) bool {
 
 // serves reports whether a node says that it serves as an incarnation.
 func (f *faults) serves(name string, incarnation uint64) bool {
+	return f.servesIn(name, incarnation, 0)
+}
+
+// servesIn reports whether a node says that it serves as an incarnation, and has taken in
+// an epoch. Before it has, it may not have heard of it: nodes start without orchestrators.
+func (f *faults) servesIn(name string, incarnation, epoch uint64) bool {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	resp, err := adminv1.NewStatusServiceClient(f.r.conns[name]).GetNodeStatus(ctx, &adminv1.GetNodeStatusRequest{})
 	s := resp.GetStatus()
-	return err == nil && s.GetState() == adminv1.NodeStatus_STATE_SERVING && s.GetIncarnation() == incarnation
+	return err == nil && s.GetState() == adminv1.NodeStatus_STATE_SERVING && s.GetIncarnation() == incarnation && s.GetEpoch() >= epoch
 }
 
 // incoming reports whether a node is about to take slots over.

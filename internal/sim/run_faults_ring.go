@@ -304,7 +304,8 @@ func (f *faults) decommission(rng *rand.Rand, by adminv1.ControlServiceClient, t
 	if !f.begin(ctx, by, t, op) {
 		return
 	}
-	for left := false; !left; {
+	gone := uint64(0) // an epoch without it
+	for gone == 0 {
 		time.Sleep(time.Second)
 		if time.Now().After(f.until) {
 			return
@@ -318,11 +319,11 @@ func (f *faults) decommission(rng *rand.Rand, by adminv1.ControlServiceClient, t
 			s, serr := clusterStatus(ctx, by)
 			if serr == nil && s.GetControlPlaneAvailable() {
 				f.r.topologies.see("the control plane", s.GetTopology())
-				left = !slices.ContainsFunc(s.GetTopology().GetNodes(), func(n *topologyv1.Node) bool { return n.GetIncarnation() == inc })
-				if !left {
+				if slices.ContainsFunc(s.GetTopology().GetNodes(), func(n *topologyv1.Node) bool { return n.GetIncarnation() == inc }) {
 					cancel()
 					return // it was aborted
 				}
+				gone = s.GetTopology().GetEpoch()
 			}
 		}
 		cancel()
@@ -332,8 +333,8 @@ func (f *faults) decommission(rng *rand.Rand, by adminv1.ControlServiceClient, t
 	pause(rng, 3)
 	if rng.IntN(2) == 0 {
 		if err := f.r.w.TryStart(name); err == nil {
-			if f.serves(name, inc) {
-				f.r.history.violate(7, "%s serves as incarnation %d, which has left", name, inc)
+			if f.servesIn(name, inc, gone) {
+				f.r.history.violate(7, "%s serves as incarnation %d, which has left, in epoch %d or later", name, inc, gone)
 			}
 			f.r.w.Crash(name, Kill)
 		} else {
