@@ -151,6 +151,7 @@ func (d *draft) removeNodes(m *topologyv1.RemoveNodes) error {
 		}
 		d.Topology.Nodes = slices.Delete(d.Topology.Nodes, i, i+1)
 		delete(d.boots, inc)
+		d.Health = slices.DeleteFunc(d.Health, func(h FoundHealth) bool { return h.Incarnation == inc })
 		d.changed = true
 	}
 	return nil

@@ -54,7 +54,8 @@ type Move struct {
 // is in the ring, so any leader can go on with it.
 type Operation struct {
 	ID uint64
-	// Kind is apply, drain, decommission, replace, replicas or quorums, Title what it is for, in words.
+	// Kind is apply, drain, decommission, replace, replicas or quorums, or what the leader
+	// begins by itself: recover, join, shrink or rebalance. Title is what it is for, in words.
 	Kind, Title string
 	State       OperationState
 	// Moves are begun in this order.
@@ -123,6 +124,25 @@ func (o *Operation) Step(ns *Namespace) Namespace {
 func (t *Topology) mayEnd(op *Operation) bool {
 	i := slices.IndexFunc(t.Namespaces, func(ns Namespace) bool { return ns.ID == op.Namespace })
 	return i < 0 || op.Reached(&t.Namespaces[i])
+}
+
+// kindDrain is the kind of the operations that take all slots from a node that stays.
+const kindDrain = "drain"
+
+// HeldBack reports whether people drained a node: it is given slots only when they ask.
+func (s *State) HeldBack(incarnation uint64) bool { return slices.Contains(s.heldBack, incarnation) }
+
+// holdBack notes the nodes that an operation drained.
+func (d *draft) holdBack(op *Operation) {
+	d.heldBack = slices.DeleteFunc(d.heldBack, func(inc uint64) bool { return d.Topology.Names(inc) || d.Topology.Node(inc) == nil })
+	if op.Kind != kindDrain || op.State != Done {
+		return
+	}
+	for _, m := range op.Moves {
+		if !d.Topology.Names(m.From) && !slices.Contains(d.heldBack, m.From) {
+			d.heldBack = append(d.heldBack, m.From)
+		}
+	}
 }
 
 // Left returns how many moves are not done.
@@ -258,6 +278,7 @@ func (d *draft) steerOperation(pb *topologyv1.SteerOperation, atMillis int64) er
 	d.noted = true
 	if next.Ended() {
 		op.EndedMillis = atMillis
+		d.holdBack(op)
 		d.forgetEnded()
 	}
 	return nil

@@ -191,44 +191,6 @@ func (ns *Namespace) Proto() *topologyv1.Namespace {
 	}
 }
 
-func settingsFromProto(pb *topologyv1.Settings) Settings {
-	h := pb.GetHealthChecks()
-	maxHints := int64(pb.GetMaxHints())
-	if maxHints == 0 { // made before there was such a bound
-		maxHints = defaultMaxHints
-	}
-	return Settings{
-		HealthChecks: HealthChecks{
-			Interval:           time.Duration(h.GetIntervalMs()) * time.Millisecond,
-			Timeout:            time.Duration(h.GetTimeoutMs()) * time.Millisecond,
-			HealthyThreshold:   int(h.GetHealthyThreshold()),
-			UnhealthyThreshold: int(h.GetUnhealthyThreshold()),
-		},
-		MaxValueBytes: int(pb.GetMaxValueBytes()),
-		MaxBatchBytes: int(pb.GetMaxBatchBytes()),
-		MaxHintBytes:  int64(pb.GetMaxHintBytes()),
-		MaxHints:      maxHints,
-		MaxHintAge:    time.Duration(pb.GetMaxHintAgeMs()) * time.Millisecond,
-	}
-}
-
-// Proto converts settings to their wire form.
-func (s Settings) Proto() *topologyv1.Settings {
-	return &topologyv1.Settings{
-		HealthChecks: &topologyv1.HealthChecks{
-			IntervalMs:         uint64(s.HealthChecks.Interval / time.Millisecond),
-			TimeoutMs:          uint64(s.HealthChecks.Timeout / time.Millisecond),
-			HealthyThreshold:   uint32(s.HealthChecks.HealthyThreshold),
-			UnhealthyThreshold: uint32(s.HealthChecks.UnhealthyThreshold),
-		},
-		MaxValueBytes: uint32(s.MaxValueBytes),
-		MaxBatchBytes: uint32(s.MaxBatchBytes),
-		MaxHintBytes:  uint64(s.MaxHintBytes),
-		MaxHints:      uint64(s.MaxHints),
-		MaxHintAgeMs:  uint64(s.MaxHintAge / time.Millisecond),
-	}
-}
-
 func orchestratorFromProto(pb *topologyv1.Orchestrator) Orchestrator {
 	return Orchestrator{
 		Name:          pb.GetName(),

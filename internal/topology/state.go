@@ -12,7 +12,9 @@ import (
 
 // Change is one entry of the cluster's history.
 type Change struct {
-	Epoch uint64
+	// Number is one more than that of the change before.
+	Number uint64
+	Epoch  uint64
 	// AtMillis is milliseconds since 1970 by the proposing orchestrator's clock.
 	AtMillis            int64
 	Subject, Name, What string
@@ -36,7 +38,19 @@ type State struct {
 	History []Change
 	// Operations are the one that has not ended, if any, and the newest that have,
 	// oldest first.
-	Operations      []Operation
+	Operations []Operation
+	// Provisions are those that have not ended and the newest that have, oldest first.
+	Provisions []Provision
+	// Health is what the leader last found, of the nodes it found something of.
+	Health []FoundHealth
+	// SettingsVersions are the newest settings, oldest first; the last are those in use.
+	SettingsVersions []SettingsVersion
+	// Conditions are what holds at present.
+	Conditions      []Condition
+	heldBack        []uint64
+	lastChange      uint64
+	nextProvision   uint64
+	lastNodeNumber  uint64
 	nextIncarnation uint64
 	nextNamespace   uint32
 	nextOperation   uint64
@@ -52,6 +66,8 @@ type Result struct {
 	Namespace *Namespace
 	// Operation is set where one was started or steered.
 	Operation *Operation
+	// Provision is set where one was asked for or steered.
+	Provision *Provision
 }
 
 // Apply returns the state after a command. A command that is refused changes
@@ -74,6 +90,9 @@ func (s *State) Apply(cmd *topologyv1.Command) (*State, Result, error) {
 	}
 	if !d.changed {
 		next.Topology.Epoch = s.Topology.Epoch
+	}
+	if d.settings {
+		next.keepSettings(int64(cmd.GetChange().GetAtMs()), cmd.GetChange().GetWhat())
 	}
 	if d.changed || d.noted {
 		next.note(cmd.GetChange())
@@ -107,6 +126,8 @@ func foundFrom(cmd *topologyv1.Command) (*State, Result, error) {
 		nextNamespace:   1,
 		boots:           map[uint64]boot{},
 	}
+	s.Topology.Settings.Version = 1
+	s.keepSettings(int64(cmd.GetChange().GetAtMs()), "as the cluster was founded")
 	s.note(cmd.GetChange())
 	s.Topology.index()
 	if err := s.Topology.validate(); err != nil {
@@ -130,6 +151,11 @@ func (s *State) draft() *State {
 	for i := range next.Operations {
 		next.Operations[i].Moves = slices.Clone(next.Operations[i].Moves)
 	}
+	next.Provisions = slices.Clone(s.Provisions)
+	next.Health = slices.Clone(s.Health)
+	next.SettingsVersions = slices.Clone(s.SettingsVersions)
+	next.Conditions = slices.Clone(s.Conditions)
+	next.heldBack = slices.Clone(s.heldBack)
 	next.boots = make(map[uint64]boot, len(s.boots)+1)
 	for k, v := range s.boots {
 		next.boots[k] = v
@@ -137,20 +163,41 @@ func (s *State) draft() *State {
 	return &next
 }
 
-// note appends to the history and forgets its oldest entries.
+// SubjectMove is the subject of the many small changes that a change of the ring takes.
+const SubjectMove = "move"
+
+// How many changes are kept of moves, and of all others.
+const (
+	maxMoveChanges = 300
+	maxChanges     = 1000
+)
+
+// note appends to the history and forgets the oldest of its like where there are too
+// many: moves must not crowd out what led to them.
 func (s *State) note(c *topologyv1.Change) {
 	if c == nil {
 		return
 	}
+	s.lastChange++
 	s.History = append(s.History, Change{
+		Number:   s.lastChange,
 		Epoch:    s.Topology.Epoch,
 		AtMillis: int64(c.GetAtMs()),
 		Subject:  c.GetSubject(),
 		Name:     c.GetName(),
 		What:     c.GetWhat(),
 	})
-	if extra := len(s.History) - maxHistory; extra > 0 {
-		s.History = slices.Delete(s.History, 0, extra)
+	moves, others := 0, 0
+	for i := range s.History {
+		if s.History[i].Subject == SubjectMove {
+			moves++
+		} else {
+			others++
+		}
+	}
+	if moves > maxMoveChanges || others > maxChanges {
+		oldest := slices.IndexFunc(s.History, func(c Change) bool { return (c.Subject == SubjectMove) == (moves > maxMoveChanges) })
+		s.History = slices.Delete(s.History, oldest, oldest+1)
 	}
 }
 
@@ -160,7 +207,9 @@ type draft struct {
 	// changed is set when the topology differs from the one before, noted when only
 	// what the orchestrators know does.
 	changed, noted bool
-	result         Result
+	// settings is set when the settings do.
+	settings bool
+	result   Result
 }
 
 func (d *draft) mutate(m *topologyv1.Mutation, atMillis int64) error {
@@ -189,6 +238,18 @@ func (d *draft) mutate(m *topologyv1.Mutation, atMillis int64) error {
 		return d.startOperation(m.StartOperation, atMillis)
 	case *topologyv1.Mutation_SteerOperation:
 		return d.steerOperation(m.SteerOperation, atMillis)
+	case *topologyv1.Mutation_FindHealth:
+		return d.findHealth(m.FindHealth, atMillis)
+	case *topologyv1.Mutation_AskProvision:
+		return d.askProvision(m.AskProvision, atMillis)
+	case *topologyv1.Mutation_SteerProvision:
+		return d.steerProvision(m.SteerProvision, atMillis)
+	case *topologyv1.Mutation_SetCondition:
+		d.setCondition(m.SetCondition, atMillis)
+		return nil
+	case *topologyv1.Mutation_SetSettings:
+		d.setSettings(m.SetSettings)
+		return nil
 	}
 	return refuse(Invalid, "UNKNOWN_MUTATION", "the change is of a kind this software does not know: upgrade every orchestrator first")
 }
@@ -363,6 +424,10 @@ func (s *State) Proto() *topologyv1.ControlState {
 		NextIncarnation: s.nextIncarnation,
 		NextNamespace:   s.nextNamespace,
 		NextOperation:   s.nextOperation,
+		LastChange:      s.lastChange,
+		NextProvision:   s.nextProvision,
+		LastNodeNumber:  s.lastNodeNumber,
+		HeldBack:        s.heldBack,
 	}
 	for _, n := range s.Topology.Nodes {
 		b := s.boots[n.Incarnation]
@@ -374,12 +439,24 @@ func (s *State) Proto() *topologyv1.ControlState {
 	for i := range s.Operations {
 		pb.Operations = append(pb.Operations, s.Operations[i].Proto())
 	}
+	for _, h := range s.Health {
+		pb.Health = append(pb.Health, h.Proto())
+	}
+	for _, p := range s.Provisions {
+		pb.Provisions = append(pb.Provisions, p.Proto())
+	}
+	for _, v := range s.SettingsVersions {
+		pb.SettingsVersions = append(pb.SettingsVersions, v.Proto())
+	}
+	for _, c := range s.Conditions {
+		pb.Conditions = append(pb.Conditions, c.Proto())
+	}
 	return pb
 }
 
 // Proto converts a change to its wire form.
 func (c Change) Proto() *topologyv1.Change {
-	return &topologyv1.Change{Epoch: c.Epoch, AtMs: uint64(c.AtMillis), Subject: c.Subject, Name: c.Name, What: c.What}
+	return &topologyv1.Change{Number: c.Number, Epoch: c.Epoch, AtMs: uint64(c.AtMillis), Subject: c.Subject, Name: c.Name, What: c.What}
 }
 
 // StateFromProto checks and converts the content of a snapshot.
@@ -393,6 +470,10 @@ func StateFromProto(pb *topologyv1.ControlState) (*State, error) {
 		nextIncarnation: pb.GetNextIncarnation(),
 		nextNamespace:   pb.GetNextNamespace(),
 		nextOperation:   pb.GetNextOperation(),
+		lastChange:      pb.GetLastChange(),
+		nextProvision:   pb.GetNextProvision(),
+		lastNodeNumber:  pb.GetLastNodeNumber(),
+		heldBack:        pb.GetHeldBack(),
 		boots:           map[uint64]boot{},
 	}
 	for _, n := range t.Nodes {
@@ -404,7 +485,7 @@ func StateFromProto(pb *topologyv1.ControlState) (*State, error) {
 		s.boots[b.GetIncarnation()] = boot{b.GetCount(), b.GetBootId()}
 	}
 	for _, c := range pb.GetHistory() {
-		s.History = append(s.History, Change{Epoch: c.GetEpoch(), AtMillis: int64(c.GetAtMs()), Subject: c.GetSubject(), Name: c.GetName(), What: c.GetWhat()})
+		s.History = append(s.History, Change{Number: c.GetNumber(), Epoch: c.GetEpoch(), AtMillis: int64(c.GetAtMs()), Subject: c.GetSubject(), Name: c.GetName(), What: c.GetWhat()})
 	}
 	for _, o := range pb.GetOperations() {
 		op, err := operationFromProto(o)
@@ -412,6 +493,18 @@ func StateFromProto(pb *topologyv1.ControlState) (*State, error) {
 			return nil, fmt.Errorf("control state: %w", err)
 		}
 		s.Operations = append(s.Operations, op)
+	}
+	for _, h := range pb.GetHealth() {
+		s.Health = append(s.Health, foundHealthFromProto(h))
+	}
+	for _, p := range pb.GetProvisions() {
+		s.Provisions = append(s.Provisions, provisionFromProto(p))
+	}
+	for _, v := range pb.GetSettingsVersions() {
+		s.SettingsVersions = append(s.SettingsVersions, settingsVersionFromProto(v))
+	}
+	for _, c := range pb.GetConditions() {
+		s.Conditions = append(s.Conditions, Condition{c.GetKind(), c.GetText(), int64(c.GetSinceMs())})
 	}
 	return s, nil
 }

@@ -242,76 +242,15 @@ func (ns *Namespace) LeastWrites() int {
 	return min(ns.LeastWriteAcks, ns.W.Need(ns.N))
 }
 
-// HealthChecks says how fast a node is taken for unhealthy and for healthy again.
-type HealthChecks struct {
-	Interval, Timeout                    time.Duration
-	HealthyThreshold, UnhealthyThreshold int
-}
-
-// Settings of the cluster as a whole.
-type Settings struct {
-	HealthChecks HealthChecks
-	// MaxValueBytes bounds one value, MaxBatchBytes the keys and values of a batch.
-	MaxValueBytes, MaxBatchBytes int
-	// MaxHintBytes and MaxHints bound the hints a node keeps for all targets together,
-	// MaxHintAge how long it keeps one.
-	MaxHintBytes int64
-	MaxHints     int64
-	MaxHintAge   time.Duration
-}
-
 // Limits that are not settings.
 const (
 	MaxKeyBytes      = 4 << 10
 	HardMaxValue     = 16 << 20
 	HardMaxBatch     = 32 << 20
-	maxHistory       = 1000
 	generationShift  = 48
 	maxNameBytes     = 63
 	DefaultNamespace = "default"
-	defaultMaxHints  = 1_000_000
 )
-
-// DefaultSettings returns the settings of a new cluster.
-func DefaultSettings() Settings {
-	return Settings{
-		HealthChecks: HealthChecks{
-			Interval: 30 * time.Second, Timeout: 10 * time.Second,
-			HealthyThreshold: 2, UnhealthyThreshold: 3,
-		},
-		MaxValueBytes: 1 << 20,
-		MaxBatchBytes: 8 << 20,
-		MaxHintBytes:  1 << 30,
-		MaxHints:      defaultMaxHints,
-		MaxHintAge:    3 * time.Hour,
-	}
-}
-
-// Validate returns an error that names the first impossible setting.
-func (s Settings) Validate() error {
-	h := s.HealthChecks
-	switch {
-	case h.Interval < 10*time.Millisecond:
-		return fmt.Errorf("health_checks.interval is %s: want at least 10ms", h.Interval)
-	case h.Timeout < 10*time.Millisecond:
-		return fmt.Errorf("health_checks.timeout is %s: want at least 10ms", h.Timeout)
-	case h.HealthyThreshold < 1:
-		return fmt.Errorf("health_checks.healthy_threshold is %d: want at least 1", h.HealthyThreshold)
-	case h.UnhealthyThreshold < 1:
-		return fmt.Errorf("health_checks.unhealthy_threshold is %d: want at least 1", h.UnhealthyThreshold)
-	case s.MaxValueBytes < 1 || s.MaxValueBytes > HardMaxValue:
-		return fmt.Errorf("max_value_bytes is %d: want 1 to %d", s.MaxValueBytes, HardMaxValue)
-	case s.MaxBatchBytes < s.MaxValueBytes || s.MaxBatchBytes > HardMaxBatch:
-		return fmt.Errorf("max_batch_bytes is %d: want max_value_bytes (%d) to %d", s.MaxBatchBytes, s.MaxValueBytes, HardMaxBatch)
-	case s.MaxHintBytes < 0:
-		return fmt.Errorf("max_hint_bytes is %d: want 0 or more", s.MaxHintBytes)
-	case s.MaxHints < 1:
-		return fmt.Errorf("max_hints is %d: want at least 1", s.MaxHints)
-	case s.MaxHintAge < 0:
-		return fmt.Errorf("max_hint_age is %s: want 0 or more", s.MaxHintAge)
-	}
-	return nil
-}
 
 // Orchestrator is one process of the control plane.
 type Orchestrator struct {

@@ -80,7 +80,7 @@ func (x NodeStatus_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use NodeStatus_State.Descriptor instead.
 func (NodeStatus_State) EnumDescriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{25, 0}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{31, 0}
 }
 
 type VnodeRepair_State int32
@@ -140,7 +140,7 @@ func (x VnodeRepair_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use VnodeRepair_State.Descriptor instead.
 func (VnodeRepair_State) EnumDescriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{38, 0}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{44, 0}
 }
 
 type RegisterNodeRequest struct {
@@ -757,20 +757,319 @@ func (x *DropNamespaceResponse) GetEpoch() uint64 {
 	return 0
 }
 
+// UpdateSettingsRequest changes settings of the cluster, all together or none.
+type UpdateSettingsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// By key, as kvctl config show writes them, such as "health_checks.interval": "10s".
+	Values map[string]string `protobuf:"bytes,1,rep,name=values,proto3" json:"values,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// When not 0, the change is refused unless this is the version it meets.
+	IfVersion uint64 `protobuf:"varint,2,opt,name=if_version,json=ifVersion,proto3" json:"if_version,omitempty"`
+	// When not 0, the settings of that version are set again, and values is empty.
+	RollbackTo uint64 `protobuf:"varint,3,opt,name=rollback_to,json=rollbackTo,proto3" json:"rollback_to,omitempty"`
+	// Only say what would change.
+	DryRun        bool `protobuf:"varint,4,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateSettingsRequest) Reset() {
+	*x = UpdateSettingsRequest{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateSettingsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateSettingsRequest) ProtoMessage() {}
+
+func (x *UpdateSettingsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateSettingsRequest.ProtoReflect.Descriptor instead.
+func (*UpdateSettingsRequest) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *UpdateSettingsRequest) GetValues() map[string]string {
+	if x != nil {
+		return x.Values
+	}
+	return nil
+}
+
+func (x *UpdateSettingsRequest) GetIfVersion() uint64 {
+	if x != nil {
+		return x.IfVersion
+	}
+	return 0
+}
+
+func (x *UpdateSettingsRequest) GetRollbackTo() uint64 {
+	if x != nil {
+		return x.RollbackTo
+	}
+	return 0
+}
+
+func (x *UpdateSettingsRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
+}
+
+type UpdateSettingsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Before        *v1.SettingsVersion    `protobuf:"bytes,1,opt,name=before,proto3" json:"before,omitempty"`
+	After         *v1.SettingsVersion    `protobuf:"bytes,2,opt,name=after,proto3" json:"after,omitempty"`
+	Warnings      []string               `protobuf:"bytes,3,rep,name=warnings,proto3" json:"warnings,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UpdateSettingsResponse) Reset() {
+	*x = UpdateSettingsResponse{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UpdateSettingsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UpdateSettingsResponse) ProtoMessage() {}
+
+func (x *UpdateSettingsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UpdateSettingsResponse.ProtoReflect.Descriptor instead.
+func (*UpdateSettingsResponse) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *UpdateSettingsResponse) GetBefore() *v1.SettingsVersion {
+	if x != nil {
+		return x.Before
+	}
+	return nil
+}
+
+func (x *UpdateSettingsResponse) GetAfter() *v1.SettingsVersion {
+	if x != nil {
+		return x.After
+	}
+	return nil
+}
+
+func (x *UpdateSettingsResponse) GetWarnings() []string {
+	if x != nil {
+		return x.Warnings
+	}
+	return nil
+}
+
+type ListSettingsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListSettingsRequest) Reset() {
+	*x = ListSettingsRequest{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListSettingsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListSettingsRequest) ProtoMessage() {}
+
+func (x *ListSettingsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListSettingsRequest.ProtoReflect.Descriptor instead.
+func (*ListSettingsRequest) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{11}
+}
+
+type ListSettingsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Oldest first.
+	Versions      []*v1.SettingsVersion `protobuf:"bytes,1,rep,name=versions,proto3" json:"versions,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListSettingsResponse) Reset() {
+	*x = ListSettingsResponse{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListSettingsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListSettingsResponse) ProtoMessage() {}
+
+func (x *ListSettingsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListSettingsResponse.ProtoReflect.Descriptor instead.
+func (*ListSettingsResponse) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *ListSettingsResponse) GetVersions() []*v1.SettingsVersion {
+	if x != nil {
+		return x.Versions
+	}
+	return nil
+}
+
+type ListProvisionsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListProvisionsRequest) Reset() {
+	*x = ListProvisionsRequest{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListProvisionsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListProvisionsRequest) ProtoMessage() {}
+
+func (x *ListProvisionsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListProvisionsRequest.ProtoReflect.Descriptor instead.
+func (*ListProvisionsRequest) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{13}
+}
+
+type ListProvisionsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Oldest first.
+	Provisions    []*v1.Provision `protobuf:"bytes,1,rep,name=provisions,proto3" json:"provisions,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListProvisionsResponse) Reset() {
+	*x = ListProvisionsResponse{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListProvisionsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListProvisionsResponse) ProtoMessage() {}
+
+func (x *ListProvisionsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListProvisionsResponse.ProtoReflect.Descriptor instead.
+func (*ListProvisionsResponse) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *ListProvisionsResponse) GetProvisions() []*v1.Provision {
+	if x != nil {
+		return x.Provisions
+	}
+	return nil
+}
+
 type ListChangesRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Empty, or only changes of this subject and name.
 	Subject string `protobuf:"bytes,1,opt,name=subject,proto3" json:"subject,omitempty"`
 	Name    string `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
 	// The newest so many; 0 means all that are kept.
-	Limit         uint32 `protobuf:"varint,3,opt,name=limit,proto3" json:"limit,omitempty"`
+	Limit uint32 `protobuf:"varint,3,opt,name=limit,proto3" json:"limit,omitempty"`
+	// Only changes with a greater number.
+	After uint64 `protobuf:"varint,4,opt,name=after,proto3" json:"after,omitempty"`
+	// How long to wait for one where there is none, in milliseconds; at most 30,000.
+	WaitMs        uint32 `protobuf:"varint,5,opt,name=wait_ms,json=waitMs,proto3" json:"wait_ms,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListChangesRequest) Reset() {
 	*x = ListChangesRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[9]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -782,7 +1081,7 @@ func (x *ListChangesRequest) String() string {
 func (*ListChangesRequest) ProtoMessage() {}
 
 func (x *ListChangesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[9]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -795,7 +1094,7 @@ func (x *ListChangesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChangesRequest.ProtoReflect.Descriptor instead.
 func (*ListChangesRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{9}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ListChangesRequest) GetSubject() string {
@@ -819,6 +1118,20 @@ func (x *ListChangesRequest) GetLimit() uint32 {
 	return 0
 }
 
+func (x *ListChangesRequest) GetAfter() uint64 {
+	if x != nil {
+		return x.After
+	}
+	return 0
+}
+
+func (x *ListChangesRequest) GetWaitMs() uint32 {
+	if x != nil {
+		return x.WaitMs
+	}
+	return 0
+}
+
 type ListChangesResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Oldest first.
@@ -829,7 +1142,7 @@ type ListChangesResponse struct {
 
 func (x *ListChangesResponse) Reset() {
 	*x = ListChangesResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[10]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -841,7 +1154,7 @@ func (x *ListChangesResponse) String() string {
 func (*ListChangesResponse) ProtoMessage() {}
 
 func (x *ListChangesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[10]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -854,7 +1167,7 @@ func (x *ListChangesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChangesResponse.ProtoReflect.Descriptor instead.
 func (*ListChangesResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{10}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ListChangesResponse) GetChanges() []*v1.Change {
@@ -876,7 +1189,7 @@ type StartOperationRequest struct {
 
 func (x *StartOperationRequest) Reset() {
 	*x = StartOperationRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[11]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -888,7 +1201,7 @@ func (x *StartOperationRequest) String() string {
 func (*StartOperationRequest) ProtoMessage() {}
 
 func (x *StartOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[11]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -901,7 +1214,7 @@ func (x *StartOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartOperationRequest.ProtoReflect.Descriptor instead.
 func (*StartOperationRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{11}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *StartOperationRequest) GetEpoch() uint64 {
@@ -927,7 +1240,7 @@ type StartOperationResponse struct {
 
 func (x *StartOperationResponse) Reset() {
 	*x = StartOperationResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[12]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -939,7 +1252,7 @@ func (x *StartOperationResponse) String() string {
 func (*StartOperationResponse) ProtoMessage() {}
 
 func (x *StartOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[12]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -952,7 +1265,7 @@ func (x *StartOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartOperationResponse.ProtoReflect.Descriptor instead.
 func (*StartOperationResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{12}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *StartOperationResponse) GetOperation() *v1.Operation {
@@ -973,7 +1286,7 @@ type SteerOperationRequest struct {
 
 func (x *SteerOperationRequest) Reset() {
 	*x = SteerOperationRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[13]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -985,7 +1298,7 @@ func (x *SteerOperationRequest) String() string {
 func (*SteerOperationRequest) ProtoMessage() {}
 
 func (x *SteerOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[13]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -998,7 +1311,7 @@ func (x *SteerOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SteerOperationRequest.ProtoReflect.Descriptor instead.
 func (*SteerOperationRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{13}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *SteerOperationRequest) GetId() uint64 {
@@ -1024,7 +1337,7 @@ type SteerOperationResponse struct {
 
 func (x *SteerOperationResponse) Reset() {
 	*x = SteerOperationResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[14]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1036,7 +1349,7 @@ func (x *SteerOperationResponse) String() string {
 func (*SteerOperationResponse) ProtoMessage() {}
 
 func (x *SteerOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[14]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1049,7 +1362,7 @@ func (x *SteerOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SteerOperationResponse.ProtoReflect.Descriptor instead.
 func (*SteerOperationResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{14}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *SteerOperationResponse) GetOperation() *v1.Operation {
@@ -1069,7 +1382,7 @@ type ListOperationsRequest struct {
 
 func (x *ListOperationsRequest) Reset() {
 	*x = ListOperationsRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[15]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1081,7 +1394,7 @@ func (x *ListOperationsRequest) String() string {
 func (*ListOperationsRequest) ProtoMessage() {}
 
 func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[15]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1094,7 +1407,7 @@ func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsRequest.ProtoReflect.Descriptor instead.
 func (*ListOperationsRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{15}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ListOperationsRequest) GetId() uint64 {
@@ -1114,7 +1427,7 @@ type ListOperationsResponse struct {
 
 func (x *ListOperationsResponse) Reset() {
 	*x = ListOperationsResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[16]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1126,7 +1439,7 @@ func (x *ListOperationsResponse) String() string {
 func (*ListOperationsResponse) ProtoMessage() {}
 
 func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[16]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1139,7 +1452,7 @@ func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsResponse.ProtoReflect.Descriptor instead.
 func (*ListOperationsResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{16}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ListOperationsResponse) GetOperations() []*ObservedOperation {
@@ -1160,7 +1473,7 @@ type ObservedOperation struct {
 
 func (x *ObservedOperation) Reset() {
 	*x = ObservedOperation{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[17]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1172,7 +1485,7 @@ func (x *ObservedOperation) String() string {
 func (*ObservedOperation) ProtoMessage() {}
 
 func (x *ObservedOperation) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[17]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1185,7 +1498,7 @@ func (x *ObservedOperation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObservedOperation.ProtoReflect.Descriptor instead.
 func (*ObservedOperation) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{17}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *ObservedOperation) GetOperation() *v1.Operation {
@@ -1218,7 +1531,7 @@ type MoveProgress struct {
 
 func (x *MoveProgress) Reset() {
 	*x = MoveProgress{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[18]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1230,7 +1543,7 @@ func (x *MoveProgress) String() string {
 func (*MoveProgress) ProtoMessage() {}
 
 func (x *MoveProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[18]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1243,7 +1556,7 @@ func (x *MoveProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveProgress.ProtoReflect.Descriptor instead.
 func (*MoveProgress) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{18}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *MoveProgress) GetMove() *v1.Move {
@@ -1289,7 +1602,7 @@ type GetNodeUseRequest struct {
 
 func (x *GetNodeUseRequest) Reset() {
 	*x = GetNodeUseRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1301,7 +1614,7 @@ func (x *GetNodeUseRequest) String() string {
 func (*GetNodeUseRequest) ProtoMessage() {}
 
 func (x *GetNodeUseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1314,7 +1627,7 @@ func (x *GetNodeUseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetNodeUseRequest.ProtoReflect.Descriptor instead.
 func (*GetNodeUseRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{19}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{25}
 }
 
 // GetNodeUseResponse says what a node holds of the vnodes that it is an endpoint of.
@@ -1327,7 +1640,7 @@ type GetNodeUseResponse struct {
 
 func (x *GetNodeUseResponse) Reset() {
 	*x = GetNodeUseResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[20]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1339,7 +1652,7 @@ func (x *GetNodeUseResponse) String() string {
 func (*GetNodeUseResponse) ProtoMessage() {}
 
 func (x *GetNodeUseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[20]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1352,7 +1665,7 @@ func (x *GetNodeUseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetNodeUseResponse.ProtoReflect.Descriptor instead.
 func (*GetNodeUseResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{20}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *GetNodeUseResponse) GetVnodes() []*VnodeUse {
@@ -1378,7 +1691,7 @@ type VnodeUse struct {
 
 func (x *VnodeUse) Reset() {
 	*x = VnodeUse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[21]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1390,7 +1703,7 @@ func (x *VnodeUse) String() string {
 func (*VnodeUse) ProtoMessage() {}
 
 func (x *VnodeUse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[21]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1403,7 +1716,7 @@ func (x *VnodeUse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VnodeUse.ProtoReflect.Descriptor instead.
 func (*VnodeUse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{21}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *VnodeUse) GetNamespaceId() uint32 {
@@ -1442,7 +1755,7 @@ type GetNodeStatusRequest struct {
 
 func (x *GetNodeStatusRequest) Reset() {
 	*x = GetNodeStatusRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[22]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1454,7 +1767,7 @@ func (x *GetNodeStatusRequest) String() string {
 func (*GetNodeStatusRequest) ProtoMessage() {}
 
 func (x *GetNodeStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[22]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1467,7 +1780,7 @@ func (x *GetNodeStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetNodeStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetNodeStatusRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{22}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{28}
 }
 
 type OperationStats struct {
@@ -1483,7 +1796,7 @@ type OperationStats struct {
 
 func (x *OperationStats) Reset() {
 	*x = OperationStats{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[23]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1495,7 +1808,7 @@ func (x *OperationStats) String() string {
 func (*OperationStats) ProtoMessage() {}
 
 func (x *OperationStats) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[23]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1508,7 +1821,7 @@ func (x *OperationStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OperationStats.ProtoReflect.Descriptor instead.
 func (*OperationStats) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{23}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *OperationStats) GetPerSecond() float64 {
@@ -1558,7 +1871,7 @@ type HintBacklog struct {
 
 func (x *HintBacklog) Reset() {
 	*x = HintBacklog{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[24]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1570,7 +1883,7 @@ func (x *HintBacklog) String() string {
 func (*HintBacklog) ProtoMessage() {}
 
 func (x *HintBacklog) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[24]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1583,7 +1896,7 @@ func (x *HintBacklog) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HintBacklog.ProtoReflect.Descriptor instead.
 func (*HintBacklog) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{24}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *HintBacklog) GetTarget() uint64 {
@@ -1654,14 +1967,18 @@ type NodeStatus struct {
 	Corruptions uint64 `protobuf:"varint,26,opt,name=corruptions,proto3" json:"corruptions,omitempty"`
 	// What is wrong with the node's clock, in words; empty when nothing is. clock_ok
 	// tells whether the node coordinates all the same.
-	ClockProblem  string `protobuf:"bytes,30,opt,name=clock_problem,json=clockProblem,proto3" json:"clock_problem,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	ClockProblem string `protobuf:"bytes,30,opt,name=clock_problem,json=clockProblem,proto3" json:"clock_problem,omitempty"`
+	// The hash of the cluster's settings as this node uses them, and of its own process
+	// settings.
+	SettingsHash        uint64 `protobuf:"fixed64,31,opt,name=settings_hash,json=settingsHash,proto3" json:"settings_hash,omitempty"`
+	ProcessSettingsHash uint64 `protobuf:"fixed64,32,opt,name=process_settings_hash,json=processSettingsHash,proto3" json:"process_settings_hash,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *NodeStatus) Reset() {
 	*x = NodeStatus{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[25]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1673,7 +1990,7 @@ func (x *NodeStatus) String() string {
 func (*NodeStatus) ProtoMessage() {}
 
 func (x *NodeStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[25]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1686,7 +2003,7 @@ func (x *NodeStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeStatus.ProtoReflect.Descriptor instead.
 func (*NodeStatus) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{25}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *NodeStatus) GetIncarnation() uint64 {
@@ -1878,6 +2195,20 @@ func (x *NodeStatus) GetClockProblem() string {
 	return ""
 }
 
+func (x *NodeStatus) GetSettingsHash() uint64 {
+	if x != nil {
+		return x.SettingsHash
+	}
+	return 0
+}
+
+func (x *NodeStatus) GetProcessSettingsHash() uint64 {
+	if x != nil {
+		return x.ProcessSettingsHash
+	}
+	return 0
+}
+
 // Filling is how far a vnode's records have come to the node that is to hold them.
 type Filling struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1897,7 +2228,7 @@ type Filling struct {
 
 func (x *Filling) Reset() {
 	*x = Filling{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[26]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1909,7 +2240,7 @@ func (x *Filling) String() string {
 func (*Filling) ProtoMessage() {}
 
 func (x *Filling) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[26]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1922,7 +2253,7 @@ func (x *Filling) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Filling.ProtoReflect.Descriptor instead.
 func (*Filling) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{26}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *Filling) GetVnode() uint32 {
@@ -1985,7 +2316,7 @@ type QueueDepth struct {
 
 func (x *QueueDepth) Reset() {
 	*x = QueueDepth{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[27]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1997,7 +2328,7 @@ func (x *QueueDepth) String() string {
 func (*QueueDepth) ProtoMessage() {}
 
 func (x *QueueDepth) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[27]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2010,7 +2341,7 @@ func (x *QueueDepth) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueueDepth.ProtoReflect.Descriptor instead.
 func (*QueueDepth) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{27}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *QueueDepth) GetName() string {
@@ -2043,7 +2374,7 @@ type GetNodeStatusResponse struct {
 
 func (x *GetNodeStatusResponse) Reset() {
 	*x = GetNodeStatusResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[28]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2055,7 +2386,7 @@ func (x *GetNodeStatusResponse) String() string {
 func (*GetNodeStatusResponse) ProtoMessage() {}
 
 func (x *GetNodeStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[28]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2068,7 +2399,7 @@ func (x *GetNodeStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetNodeStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetNodeStatusResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{28}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *GetNodeStatusResponse) GetStatus() *NodeStatus {
@@ -2086,7 +2417,7 @@ type GetOrchestratorStatusRequest struct {
 
 func (x *GetOrchestratorStatusRequest) Reset() {
 	*x = GetOrchestratorStatusRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[29]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2098,7 +2429,7 @@ func (x *GetOrchestratorStatusRequest) String() string {
 func (*GetOrchestratorStatusRequest) ProtoMessage() {}
 
 func (x *GetOrchestratorStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[29]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2111,7 +2442,7 @@ func (x *GetOrchestratorStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOrchestratorStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetOrchestratorStatusRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{29}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{35}
 }
 
 type OrchestratorStatus struct {
@@ -2133,7 +2464,7 @@ type OrchestratorStatus struct {
 
 func (x *OrchestratorStatus) Reset() {
 	*x = OrchestratorStatus{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[30]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2145,7 +2476,7 @@ func (x *OrchestratorStatus) String() string {
 func (*OrchestratorStatus) ProtoMessage() {}
 
 func (x *OrchestratorStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[30]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2158,7 +2489,7 @@ func (x *OrchestratorStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OrchestratorStatus.ProtoReflect.Descriptor instead.
 func (*OrchestratorStatus) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{30}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *OrchestratorStatus) GetName() string {
@@ -2233,7 +2564,7 @@ type GetOrchestratorStatusResponse struct {
 
 func (x *GetOrchestratorStatusResponse) Reset() {
 	*x = GetOrchestratorStatusResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[31]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2245,7 +2576,7 @@ func (x *GetOrchestratorStatusResponse) String() string {
 func (*GetOrchestratorStatusResponse) ProtoMessage() {}
 
 func (x *GetOrchestratorStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[31]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2258,7 +2589,7 @@ func (x *GetOrchestratorStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOrchestratorStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetOrchestratorStatusResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{31}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *GetOrchestratorStatusResponse) GetStatus() *OrchestratorStatus {
@@ -2276,7 +2607,7 @@ type GetClusterStatusRequest struct {
 
 func (x *GetClusterStatusRequest) Reset() {
 	*x = GetClusterStatusRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[32]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2288,7 +2619,7 @@ func (x *GetClusterStatusRequest) String() string {
 func (*GetClusterStatusRequest) ProtoMessage() {}
 
 func (x *GetClusterStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[32]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2301,7 +2632,7 @@ func (x *GetClusterStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetClusterStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetClusterStatusRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{32}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{38}
 }
 
 type ObservedNode struct {
@@ -2317,7 +2648,7 @@ type ObservedNode struct {
 
 func (x *ObservedNode) Reset() {
 	*x = ObservedNode{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[33]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2329,7 +2660,7 @@ func (x *ObservedNode) String() string {
 func (*ObservedNode) ProtoMessage() {}
 
 func (x *ObservedNode) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[33]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2342,7 +2673,7 @@ func (x *ObservedNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObservedNode.ProtoReflect.Descriptor instead.
 func (*ObservedNode) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{33}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ObservedNode) GetHealth() *v1.NodeHealth {
@@ -2377,7 +2708,7 @@ type ObservedOrchestrator struct {
 
 func (x *ObservedOrchestrator) Reset() {
 	*x = ObservedOrchestrator{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[34]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2389,7 +2720,7 @@ func (x *ObservedOrchestrator) String() string {
 func (*ObservedOrchestrator) ProtoMessage() {}
 
 func (x *ObservedOrchestrator) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[34]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2402,7 +2733,7 @@ func (x *ObservedOrchestrator) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObservedOrchestrator.ProtoReflect.Descriptor instead.
 func (*ObservedOrchestrator) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{34}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ObservedOrchestrator) GetName() string {
@@ -2434,13 +2765,17 @@ type GetClusterStatusResponse struct {
 	// Who answered: an orchestrator, or a node when no orchestrator could.
 	AnsweredBy            string `protobuf:"bytes,4,opt,name=answered_by,json=answeredBy,proto3" json:"answered_by,omitempty"`
 	ControlPlaneAvailable bool   `protobuf:"varint,5,opt,name=control_plane_available,json=controlPlaneAvailable,proto3" json:"control_plane_available,omitempty"`
-	unknownFields         protoimpl.UnknownFields
-	sizeCache             protoimpl.SizeCache
+	// What holds at present, such as a lack of redundancy; known to the orchestrators only.
+	Conditions []*v1.Condition `protobuf:"bytes,6,rep,name=conditions,proto3" json:"conditions,omitempty"`
+	// What was agreed on of the nodes' health.
+	Found         []*v1.FoundHealth `protobuf:"bytes,7,rep,name=found,proto3" json:"found,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *GetClusterStatusResponse) Reset() {
 	*x = GetClusterStatusResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[35]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2452,7 +2787,7 @@ func (x *GetClusterStatusResponse) String() string {
 func (*GetClusterStatusResponse) ProtoMessage() {}
 
 func (x *GetClusterStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[35]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2465,7 +2800,7 @@ func (x *GetClusterStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetClusterStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetClusterStatusResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{35}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *GetClusterStatusResponse) GetTopology() *v1.Topology {
@@ -2503,6 +2838,20 @@ func (x *GetClusterStatusResponse) GetControlPlaneAvailable() bool {
 	return false
 }
 
+func (x *GetClusterStatusResponse) GetConditions() []*v1.Condition {
+	if x != nil {
+		return x.Conditions
+	}
+	return nil
+}
+
+func (x *GetClusterStatusResponse) GetFound() []*v1.FoundHealth {
+	if x != nil {
+		return x.Found
+	}
+	return nil
+}
+
 type GetRepairStatusRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Vnodes too, not only the sums.
@@ -2513,7 +2862,7 @@ type GetRepairStatusRequest struct {
 
 func (x *GetRepairStatusRequest) Reset() {
 	*x = GetRepairStatusRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[36]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2525,7 +2874,7 @@ func (x *GetRepairStatusRequest) String() string {
 func (*GetRepairStatusRequest) ProtoMessage() {}
 
 func (x *GetRepairStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[36]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2538,7 +2887,7 @@ func (x *GetRepairStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRepairStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetRepairStatusRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{36}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *GetRepairStatusRequest) GetVnodes() bool {
@@ -2573,7 +2922,7 @@ type GetRepairStatusResponse struct {
 
 func (x *GetRepairStatusResponse) Reset() {
 	*x = GetRepairStatusResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[37]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2585,7 +2934,7 @@ func (x *GetRepairStatusResponse) String() string {
 func (*GetRepairStatusResponse) ProtoMessage() {}
 
 func (x *GetRepairStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[37]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2598,7 +2947,7 @@ func (x *GetRepairStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRepairStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetRepairStatusResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{37}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *GetRepairStatusResponse) GetPaused() bool {
@@ -2713,7 +3062,7 @@ type VnodeRepair struct {
 
 func (x *VnodeRepair) Reset() {
 	*x = VnodeRepair{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[38]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2725,7 +3074,7 @@ func (x *VnodeRepair) String() string {
 func (*VnodeRepair) ProtoMessage() {}
 
 func (x *VnodeRepair) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[38]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2738,7 +3087,7 @@ func (x *VnodeRepair) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VnodeRepair.ProtoReflect.Descriptor instead.
 func (*VnodeRepair) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{38}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *VnodeRepair) GetNamespace() string {
@@ -2835,7 +3184,7 @@ type StartRepairRequest struct {
 
 func (x *StartRepairRequest) Reset() {
 	*x = StartRepairRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[39]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2847,7 +3196,7 @@ func (x *StartRepairRequest) String() string {
 func (*StartRepairRequest) ProtoMessage() {}
 
 func (x *StartRepairRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[39]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2860,7 +3209,7 @@ func (x *StartRepairRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRepairRequest.ProtoReflect.Descriptor instead.
 func (*StartRepairRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{39}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *StartRepairRequest) GetScrub() bool {
@@ -2878,7 +3227,7 @@ type StartRepairResponse struct {
 
 func (x *StartRepairResponse) Reset() {
 	*x = StartRepairResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[40]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2890,7 +3239,7 @@ func (x *StartRepairResponse) String() string {
 func (*StartRepairResponse) ProtoMessage() {}
 
 func (x *StartRepairResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[40]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2903,7 +3252,7 @@ func (x *StartRepairResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRepairResponse.ProtoReflect.Descriptor instead.
 func (*StartRepairResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{40}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{46}
 }
 
 type PauseRepairRequest struct {
@@ -2914,7 +3263,7 @@ type PauseRepairRequest struct {
 
 func (x *PauseRepairRequest) Reset() {
 	*x = PauseRepairRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[41]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2926,7 +3275,7 @@ func (x *PauseRepairRequest) String() string {
 func (*PauseRepairRequest) ProtoMessage() {}
 
 func (x *PauseRepairRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[41]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2939,7 +3288,7 @@ func (x *PauseRepairRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseRepairRequest.ProtoReflect.Descriptor instead.
 func (*PauseRepairRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{41}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{47}
 }
 
 type PauseRepairResponse struct {
@@ -2950,7 +3299,7 @@ type PauseRepairResponse struct {
 
 func (x *PauseRepairResponse) Reset() {
 	*x = PauseRepairResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[42]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2962,7 +3311,7 @@ func (x *PauseRepairResponse) String() string {
 func (*PauseRepairResponse) ProtoMessage() {}
 
 func (x *PauseRepairResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[42]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2975,7 +3324,7 @@ func (x *PauseRepairResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseRepairResponse.ProtoReflect.Descriptor instead.
 func (*PauseRepairResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{42}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{48}
 }
 
 type ExplainCollectionRequest struct {
@@ -2992,7 +3341,7 @@ type ExplainCollectionRequest struct {
 
 func (x *ExplainCollectionRequest) Reset() {
 	*x = ExplainCollectionRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[43]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3004,7 +3353,7 @@ func (x *ExplainCollectionRequest) String() string {
 func (*ExplainCollectionRequest) ProtoMessage() {}
 
 func (x *ExplainCollectionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[43]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3017,7 +3366,7 @@ func (x *ExplainCollectionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainCollectionRequest.ProtoReflect.Descriptor instead.
 func (*ExplainCollectionRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{43}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *ExplainCollectionRequest) GetNamespace() string {
@@ -3085,7 +3434,7 @@ type ExplainCollectionResponse struct {
 
 func (x *ExplainCollectionResponse) Reset() {
 	*x = ExplainCollectionResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[44]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3097,7 +3446,7 @@ func (x *ExplainCollectionResponse) String() string {
 func (*ExplainCollectionResponse) ProtoMessage() {}
 
 func (x *ExplainCollectionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[44]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3110,7 +3459,7 @@ func (x *ExplainCollectionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainCollectionResponse.ProtoReflect.Descriptor instead.
 func (*ExplainCollectionResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{44}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ExplainCollectionResponse) GetVnode() uint32 {
@@ -3171,7 +3520,7 @@ type CollectionReplica struct {
 
 func (x *CollectionReplica) Reset() {
 	*x = CollectionReplica{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[45]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3183,7 +3532,7 @@ func (x *CollectionReplica) String() string {
 func (*CollectionReplica) ProtoMessage() {}
 
 func (x *CollectionReplica) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[45]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3196,7 +3545,7 @@ func (x *CollectionReplica) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CollectionReplica.ProtoReflect.Descriptor instead.
 func (*CollectionReplica) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{45}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *CollectionReplica) GetIncarnation() uint64 {
@@ -3265,7 +3614,7 @@ type ListHintsRequest struct {
 
 func (x *ListHintsRequest) Reset() {
 	*x = ListHintsRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[46]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3277,7 +3626,7 @@ func (x *ListHintsRequest) String() string {
 func (*ListHintsRequest) ProtoMessage() {}
 
 func (x *ListHintsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[46]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3290,7 +3639,7 @@ func (x *ListHintsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHintsRequest.ProtoReflect.Descriptor instead.
 func (*ListHintsRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{46}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ListHintsRequest) GetTarget() uint64 {
@@ -3319,7 +3668,7 @@ type ListHintsResponse struct {
 
 func (x *ListHintsResponse) Reset() {
 	*x = ListHintsResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[47]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3331,7 +3680,7 @@ func (x *ListHintsResponse) String() string {
 func (*ListHintsResponse) ProtoMessage() {}
 
 func (x *ListHintsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[47]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3344,7 +3693,7 @@ func (x *ListHintsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHintsResponse.ProtoReflect.Descriptor instead.
 func (*ListHintsResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{47}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ListHintsResponse) GetGroups() []*HintGroup {
@@ -3425,7 +3774,7 @@ type HintGroup struct {
 
 func (x *HintGroup) Reset() {
 	*x = HintGroup{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[48]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3437,7 +3786,7 @@ func (x *HintGroup) String() string {
 func (*HintGroup) ProtoMessage() {}
 
 func (x *HintGroup) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[48]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3450,7 +3799,7 @@ func (x *HintGroup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HintGroup.ProtoReflect.Descriptor instead.
 func (*HintGroup) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{48}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *HintGroup) GetTarget() uint64 {
@@ -3554,11 +3903,35 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\x14DropNamespaceRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\"-\n" +
 	"\x15DropNamespaceResponse\x12\x14\n" +
-	"\x05epoch\x18\x01 \x01(\x06R\x05epoch\"X\n" +
+	"\x05epoch\x18\x01 \x01(\x06R\x05epoch\"\xf7\x01\n" +
+	"\x15UpdateSettingsRequest\x12J\n" +
+	"\x06values\x18\x01 \x03(\v22.kvasir.admin.v1.UpdateSettingsRequest.ValuesEntryR\x06values\x12\x1d\n" +
+	"\n" +
+	"if_version\x18\x02 \x01(\x04R\tifVersion\x12\x1f\n" +
+	"\vrollback_to\x18\x03 \x01(\x04R\n" +
+	"rollbackTo\x12\x17\n" +
+	"\adry_run\x18\x04 \x01(\bR\x06dryRun\x1a9\n" +
+	"\vValuesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xac\x01\n" +
+	"\x16UpdateSettingsResponse\x12;\n" +
+	"\x06before\x18\x01 \x01(\v2#.kvasir.topology.v1.SettingsVersionR\x06before\x129\n" +
+	"\x05after\x18\x02 \x01(\v2#.kvasir.topology.v1.SettingsVersionR\x05after\x12\x1a\n" +
+	"\bwarnings\x18\x03 \x03(\tR\bwarnings\"\x15\n" +
+	"\x13ListSettingsRequest\"W\n" +
+	"\x14ListSettingsResponse\x12?\n" +
+	"\bversions\x18\x01 \x03(\v2#.kvasir.topology.v1.SettingsVersionR\bversions\"\x17\n" +
+	"\x15ListProvisionsRequest\"W\n" +
+	"\x16ListProvisionsResponse\x12=\n" +
+	"\n" +
+	"provisions\x18\x01 \x03(\v2\x1d.kvasir.topology.v1.ProvisionR\n" +
+	"provisions\"\x87\x01\n" +
 	"\x12ListChangesRequest\x12\x18\n" +
 	"\asubject\x18\x01 \x01(\tR\asubject\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
-	"\x05limit\x18\x03 \x01(\rR\x05limit\"K\n" +
+	"\x05limit\x18\x03 \x01(\rR\x05limit\x12\x14\n" +
+	"\x05after\x18\x04 \x01(\x04R\x05after\x12\x17\n" +
+	"\await_ms\x18\x05 \x01(\rR\x06waitMs\"K\n" +
 	"\x13ListChangesResponse\x124\n" +
 	"\achanges\x18\x01 \x03(\v2\x1a.kvasir.topology.v1.ChangeR\achanges\"j\n" +
 	"\x15StartOperationRequest\x12\x14\n" +
@@ -3606,7 +3979,8 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\x06target\x18\x01 \x01(\x04R\x06target\x12\x14\n" +
 	"\x05count\x18\x02 \x01(\x04R\x05count\x12\x14\n" +
 	"\x05bytes\x18\x03 \x01(\x04R\x05bytes\x12\x1b\n" +
-	"\toldest_ms\x18\x04 \x01(\x04R\boldestMs\"\xb4\t\n" +
+	"\toldest_ms\x18\x04 \x01(\x04R\boldestMs\"\x8d\n" +
+	"\n" +
 	"\n" +
 	"NodeStatus\x12 \n" +
 	"\vincarnation\x18\x01 \x01(\x04R\vincarnation\x12\x12\n" +
@@ -3636,7 +4010,9 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\x06queues\x18\x18 \x03(\v2\x1b.kvasir.admin.v1.QueueDepthR\x06queues\x124\n" +
 	"\bfillings\x18\x19 \x03(\v2\x18.kvasir.admin.v1.FillingR\bfillings\x12 \n" +
 	"\vcorruptions\x18\x1a \x01(\x04R\vcorruptions\x12#\n" +
-	"\rclock_problem\x18\x1e \x01(\tR\fclockProblem\"\x81\x01\n" +
+	"\rclock_problem\x18\x1e \x01(\tR\fclockProblem\x12#\n" +
+	"\rsettings_hash\x18\x1f \x01(\x06R\fsettingsHash\x122\n" +
+	"\x15process_settings_hash\x18  \x01(\x06R\x13processSettingsHash\"\x81\x01\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eSTATE_STARTING\x10\x01\x12\x11\n" +
@@ -3681,14 +4057,18 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\x14ObservedOrchestrator\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\treachable\x18\x02 \x01(\bR\treachable\x12;\n" +
-	"\x06status\x18\x03 \x01(\v2#.kvasir.admin.v1.OrchestratorStatusR\x06status\"\xaf\x02\n" +
+	"\x06status\x18\x03 \x01(\v2#.kvasir.admin.v1.OrchestratorStatusR\x06status\"\xa5\x03\n" +
 	"\x18GetClusterStatusResponse\x128\n" +
 	"\btopology\x18\x01 \x01(\v2\x1c.kvasir.topology.v1.TopologyR\btopology\x123\n" +
 	"\x05nodes\x18\x02 \x03(\v2\x1d.kvasir.admin.v1.ObservedNodeR\x05nodes\x12K\n" +
 	"\rorchestrators\x18\x03 \x03(\v2%.kvasir.admin.v1.ObservedOrchestratorR\rorchestrators\x12\x1f\n" +
 	"\vanswered_by\x18\x04 \x01(\tR\n" +
 	"answeredBy\x126\n" +
-	"\x17control_plane_available\x18\x05 \x01(\bR\x15controlPlaneAvailable\"0\n" +
+	"\x17control_plane_available\x18\x05 \x01(\bR\x15controlPlaneAvailable\x12=\n" +
+	"\n" +
+	"conditions\x18\x06 \x03(\v2\x1d.kvasir.topology.v1.ConditionR\n" +
+	"conditions\x125\n" +
+	"\x05found\x18\a \x03(\v2\x1f.kvasir.topology.v1.FoundHealthR\x05found\"0\n" +
 	"\x16GetRepairStatusRequest\x12\x16\n" +
 	"\x06vnodes\x18\x01 \x01(\bR\x06vnodes\"\xf4\x03\n" +
 	"\x17GetRepairStatusResponse\x12\x16\n" +
@@ -3776,7 +4156,7 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\x05vnode\x18\x03 \x01(\rR\x05vnode\x12\x14\n" +
 	"\x05count\x18\x04 \x01(\x04R\x05count\x12\x14\n" +
 	"\x05bytes\x18\x05 \x01(\x04R\x05bytes\x12\x1b\n" +
-	"\toldest_ms\x18\x06 \x01(\x04R\boldestMs2\x85\a\n" +
+	"\toldest_ms\x18\x06 \x01(\x04R\boldestMs2\xa8\t\n" +
 	"\x0eControlService\x12[\n" +
 	"\fRegisterNode\x12$.kvasir.admin.v1.RegisterNodeRequest\x1a%.kvasir.admin.v1.RegisterNodeResponse\x12d\n" +
 	"\x0fCreateNamespace\x12'.kvasir.admin.v1.CreateNamespaceRequest\x1a(.kvasir.admin.v1.CreateNamespaceResponse\x12d\n" +
@@ -3786,7 +4166,10 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\x10GetClusterStatus\x12(.kvasir.admin.v1.GetClusterStatusRequest\x1a).kvasir.admin.v1.GetClusterStatusResponse\x12a\n" +
 	"\x0eStartOperation\x12&.kvasir.admin.v1.StartOperationRequest\x1a'.kvasir.admin.v1.StartOperationResponse\x12a\n" +
 	"\x0eSteerOperation\x12&.kvasir.admin.v1.SteerOperationRequest\x1a'.kvasir.admin.v1.SteerOperationResponse\x12a\n" +
-	"\x0eListOperations\x12&.kvasir.admin.v1.ListOperationsRequest\x1a'.kvasir.admin.v1.ListOperationsResponse2\xbe\x02\n" +
+	"\x0eListOperations\x12&.kvasir.admin.v1.ListOperationsRequest\x1a'.kvasir.admin.v1.ListOperationsResponse\x12a\n" +
+	"\x0eUpdateSettings\x12&.kvasir.admin.v1.UpdateSettingsRequest\x1a'.kvasir.admin.v1.UpdateSettingsResponse\x12[\n" +
+	"\fListSettings\x12$.kvasir.admin.v1.ListSettingsRequest\x1a%.kvasir.admin.v1.ListSettingsResponse\x12a\n" +
+	"\x0eListProvisions\x12&.kvasir.admin.v1.ListProvisionsRequest\x1a'.kvasir.admin.v1.ListProvisionsResponse2\xbe\x02\n" +
 	"\rStatusService\x12^\n" +
 	"\rGetNodeStatus\x12%.kvasir.admin.v1.GetNodeStatusRequest\x1a&.kvasir.admin.v1.GetNodeStatusResponse\x12v\n" +
 	"\x15GetOrchestratorStatus\x12-.kvasir.admin.v1.GetOrchestratorStatusRequest\x1a..kvasir.admin.v1.GetOrchestratorStatusResponse\x12U\n" +
@@ -3812,7 +4195,7 @@ func file_kvasir_admin_v1_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_kvasir_admin_v1_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_kvasir_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
+var file_kvasir_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 56)
 var file_kvasir_admin_v1_admin_proto_goTypes = []any{
 	(NodeStatus_State)(0),                 // 0: kvasir.admin.v1.NodeStatus.State
 	(VnodeRepair_State)(0),                // 1: kvasir.admin.v1.VnodeRepair.State
@@ -3825,135 +4208,159 @@ var file_kvasir_admin_v1_admin_proto_goTypes = []any{
 	(*UpdateNamespaceResponse)(nil),       // 8: kvasir.admin.v1.UpdateNamespaceResponse
 	(*DropNamespaceRequest)(nil),          // 9: kvasir.admin.v1.DropNamespaceRequest
 	(*DropNamespaceResponse)(nil),         // 10: kvasir.admin.v1.DropNamespaceResponse
-	(*ListChangesRequest)(nil),            // 11: kvasir.admin.v1.ListChangesRequest
-	(*ListChangesResponse)(nil),           // 12: kvasir.admin.v1.ListChangesResponse
-	(*StartOperationRequest)(nil),         // 13: kvasir.admin.v1.StartOperationRequest
-	(*StartOperationResponse)(nil),        // 14: kvasir.admin.v1.StartOperationResponse
-	(*SteerOperationRequest)(nil),         // 15: kvasir.admin.v1.SteerOperationRequest
-	(*SteerOperationResponse)(nil),        // 16: kvasir.admin.v1.SteerOperationResponse
-	(*ListOperationsRequest)(nil),         // 17: kvasir.admin.v1.ListOperationsRequest
-	(*ListOperationsResponse)(nil),        // 18: kvasir.admin.v1.ListOperationsResponse
-	(*ObservedOperation)(nil),             // 19: kvasir.admin.v1.ObservedOperation
-	(*MoveProgress)(nil),                  // 20: kvasir.admin.v1.MoveProgress
-	(*GetNodeUseRequest)(nil),             // 21: kvasir.admin.v1.GetNodeUseRequest
-	(*GetNodeUseResponse)(nil),            // 22: kvasir.admin.v1.GetNodeUseResponse
-	(*VnodeUse)(nil),                      // 23: kvasir.admin.v1.VnodeUse
-	(*GetNodeStatusRequest)(nil),          // 24: kvasir.admin.v1.GetNodeStatusRequest
-	(*OperationStats)(nil),                // 25: kvasir.admin.v1.OperationStats
-	(*HintBacklog)(nil),                   // 26: kvasir.admin.v1.HintBacklog
-	(*NodeStatus)(nil),                    // 27: kvasir.admin.v1.NodeStatus
-	(*Filling)(nil),                       // 28: kvasir.admin.v1.Filling
-	(*QueueDepth)(nil),                    // 29: kvasir.admin.v1.QueueDepth
-	(*GetNodeStatusResponse)(nil),         // 30: kvasir.admin.v1.GetNodeStatusResponse
-	(*GetOrchestratorStatusRequest)(nil),  // 31: kvasir.admin.v1.GetOrchestratorStatusRequest
-	(*OrchestratorStatus)(nil),            // 32: kvasir.admin.v1.OrchestratorStatus
-	(*GetOrchestratorStatusResponse)(nil), // 33: kvasir.admin.v1.GetOrchestratorStatusResponse
-	(*GetClusterStatusRequest)(nil),       // 34: kvasir.admin.v1.GetClusterStatusRequest
-	(*ObservedNode)(nil),                  // 35: kvasir.admin.v1.ObservedNode
-	(*ObservedOrchestrator)(nil),          // 36: kvasir.admin.v1.ObservedOrchestrator
-	(*GetClusterStatusResponse)(nil),      // 37: kvasir.admin.v1.GetClusterStatusResponse
-	(*GetRepairStatusRequest)(nil),        // 38: kvasir.admin.v1.GetRepairStatusRequest
-	(*GetRepairStatusResponse)(nil),       // 39: kvasir.admin.v1.GetRepairStatusResponse
-	(*VnodeRepair)(nil),                   // 40: kvasir.admin.v1.VnodeRepair
-	(*StartRepairRequest)(nil),            // 41: kvasir.admin.v1.StartRepairRequest
-	(*StartRepairResponse)(nil),           // 42: kvasir.admin.v1.StartRepairResponse
-	(*PauseRepairRequest)(nil),            // 43: kvasir.admin.v1.PauseRepairRequest
-	(*PauseRepairResponse)(nil),           // 44: kvasir.admin.v1.PauseRepairResponse
-	(*ExplainCollectionRequest)(nil),      // 45: kvasir.admin.v1.ExplainCollectionRequest
-	(*ExplainCollectionResponse)(nil),     // 46: kvasir.admin.v1.ExplainCollectionResponse
-	(*CollectionReplica)(nil),             // 47: kvasir.admin.v1.CollectionReplica
-	(*ListHintsRequest)(nil),              // 48: kvasir.admin.v1.ListHintsRequest
-	(*ListHintsResponse)(nil),             // 49: kvasir.admin.v1.ListHintsResponse
-	(*HintGroup)(nil),                     // 50: kvasir.admin.v1.HintGroup
-	(v1.Role)(0),                          // 51: kvasir.topology.v1.Role
-	(*v1.Topology)(nil),                   // 52: kvasir.topology.v1.Topology
-	(v1.ReadRepairMode)(0),                // 53: kvasir.topology.v1.ReadRepairMode
-	(*v1.Namespace)(nil),                  // 54: kvasir.topology.v1.Namespace
-	(*v1.Operation)(nil),                  // 55: kvasir.topology.v1.Operation
-	(*v1.Change)(nil),                     // 56: kvasir.topology.v1.Change
-	(v1.Operation_State)(0),               // 57: kvasir.topology.v1.Operation.State
-	(*v1.Move)(nil),                       // 58: kvasir.topology.v1.Move
-	(v1.Phase)(0),                         // 59: kvasir.topology.v1.Phase
-	(*v1.NodeHealth)(nil),                 // 60: kvasir.topology.v1.NodeHealth
+	(*UpdateSettingsRequest)(nil),         // 11: kvasir.admin.v1.UpdateSettingsRequest
+	(*UpdateSettingsResponse)(nil),        // 12: kvasir.admin.v1.UpdateSettingsResponse
+	(*ListSettingsRequest)(nil),           // 13: kvasir.admin.v1.ListSettingsRequest
+	(*ListSettingsResponse)(nil),          // 14: kvasir.admin.v1.ListSettingsResponse
+	(*ListProvisionsRequest)(nil),         // 15: kvasir.admin.v1.ListProvisionsRequest
+	(*ListProvisionsResponse)(nil),        // 16: kvasir.admin.v1.ListProvisionsResponse
+	(*ListChangesRequest)(nil),            // 17: kvasir.admin.v1.ListChangesRequest
+	(*ListChangesResponse)(nil),           // 18: kvasir.admin.v1.ListChangesResponse
+	(*StartOperationRequest)(nil),         // 19: kvasir.admin.v1.StartOperationRequest
+	(*StartOperationResponse)(nil),        // 20: kvasir.admin.v1.StartOperationResponse
+	(*SteerOperationRequest)(nil),         // 21: kvasir.admin.v1.SteerOperationRequest
+	(*SteerOperationResponse)(nil),        // 22: kvasir.admin.v1.SteerOperationResponse
+	(*ListOperationsRequest)(nil),         // 23: kvasir.admin.v1.ListOperationsRequest
+	(*ListOperationsResponse)(nil),        // 24: kvasir.admin.v1.ListOperationsResponse
+	(*ObservedOperation)(nil),             // 25: kvasir.admin.v1.ObservedOperation
+	(*MoveProgress)(nil),                  // 26: kvasir.admin.v1.MoveProgress
+	(*GetNodeUseRequest)(nil),             // 27: kvasir.admin.v1.GetNodeUseRequest
+	(*GetNodeUseResponse)(nil),            // 28: kvasir.admin.v1.GetNodeUseResponse
+	(*VnodeUse)(nil),                      // 29: kvasir.admin.v1.VnodeUse
+	(*GetNodeStatusRequest)(nil),          // 30: kvasir.admin.v1.GetNodeStatusRequest
+	(*OperationStats)(nil),                // 31: kvasir.admin.v1.OperationStats
+	(*HintBacklog)(nil),                   // 32: kvasir.admin.v1.HintBacklog
+	(*NodeStatus)(nil),                    // 33: kvasir.admin.v1.NodeStatus
+	(*Filling)(nil),                       // 34: kvasir.admin.v1.Filling
+	(*QueueDepth)(nil),                    // 35: kvasir.admin.v1.QueueDepth
+	(*GetNodeStatusResponse)(nil),         // 36: kvasir.admin.v1.GetNodeStatusResponse
+	(*GetOrchestratorStatusRequest)(nil),  // 37: kvasir.admin.v1.GetOrchestratorStatusRequest
+	(*OrchestratorStatus)(nil),            // 38: kvasir.admin.v1.OrchestratorStatus
+	(*GetOrchestratorStatusResponse)(nil), // 39: kvasir.admin.v1.GetOrchestratorStatusResponse
+	(*GetClusterStatusRequest)(nil),       // 40: kvasir.admin.v1.GetClusterStatusRequest
+	(*ObservedNode)(nil),                  // 41: kvasir.admin.v1.ObservedNode
+	(*ObservedOrchestrator)(nil),          // 42: kvasir.admin.v1.ObservedOrchestrator
+	(*GetClusterStatusResponse)(nil),      // 43: kvasir.admin.v1.GetClusterStatusResponse
+	(*GetRepairStatusRequest)(nil),        // 44: kvasir.admin.v1.GetRepairStatusRequest
+	(*GetRepairStatusResponse)(nil),       // 45: kvasir.admin.v1.GetRepairStatusResponse
+	(*VnodeRepair)(nil),                   // 46: kvasir.admin.v1.VnodeRepair
+	(*StartRepairRequest)(nil),            // 47: kvasir.admin.v1.StartRepairRequest
+	(*StartRepairResponse)(nil),           // 48: kvasir.admin.v1.StartRepairResponse
+	(*PauseRepairRequest)(nil),            // 49: kvasir.admin.v1.PauseRepairRequest
+	(*PauseRepairResponse)(nil),           // 50: kvasir.admin.v1.PauseRepairResponse
+	(*ExplainCollectionRequest)(nil),      // 51: kvasir.admin.v1.ExplainCollectionRequest
+	(*ExplainCollectionResponse)(nil),     // 52: kvasir.admin.v1.ExplainCollectionResponse
+	(*CollectionReplica)(nil),             // 53: kvasir.admin.v1.CollectionReplica
+	(*ListHintsRequest)(nil),              // 54: kvasir.admin.v1.ListHintsRequest
+	(*ListHintsResponse)(nil),             // 55: kvasir.admin.v1.ListHintsResponse
+	(*HintGroup)(nil),                     // 56: kvasir.admin.v1.HintGroup
+	nil,                                   // 57: kvasir.admin.v1.UpdateSettingsRequest.ValuesEntry
+	(v1.Role)(0),                          // 58: kvasir.topology.v1.Role
+	(*v1.Topology)(nil),                   // 59: kvasir.topology.v1.Topology
+	(v1.ReadRepairMode)(0),                // 60: kvasir.topology.v1.ReadRepairMode
+	(*v1.Namespace)(nil),                  // 61: kvasir.topology.v1.Namespace
+	(*v1.Operation)(nil),                  // 62: kvasir.topology.v1.Operation
+	(*v1.SettingsVersion)(nil),            // 63: kvasir.topology.v1.SettingsVersion
+	(*v1.Provision)(nil),                  // 64: kvasir.topology.v1.Provision
+	(*v1.Change)(nil),                     // 65: kvasir.topology.v1.Change
+	(v1.Operation_State)(0),               // 66: kvasir.topology.v1.Operation.State
+	(*v1.Move)(nil),                       // 67: kvasir.topology.v1.Move
+	(v1.Phase)(0),                         // 68: kvasir.topology.v1.Phase
+	(*v1.NodeHealth)(nil),                 // 69: kvasir.topology.v1.NodeHealth
+	(*v1.Condition)(nil),                  // 70: kvasir.topology.v1.Condition
+	(*v1.FoundHealth)(nil),                // 71: kvasir.topology.v1.FoundHealth
 }
 var file_kvasir_admin_v1_admin_proto_depIdxs = []int32{
-	51, // 0: kvasir.admin.v1.RegisterNodeRequest.role:type_name -> kvasir.topology.v1.Role
-	52, // 1: kvasir.admin.v1.RegisterNodeResponse.topology:type_name -> kvasir.topology.v1.Topology
-	53, // 2: kvasir.admin.v1.NamespaceSettings.read_repair:type_name -> kvasir.topology.v1.ReadRepairMode
+	58, // 0: kvasir.admin.v1.RegisterNodeRequest.role:type_name -> kvasir.topology.v1.Role
+	59, // 1: kvasir.admin.v1.RegisterNodeResponse.topology:type_name -> kvasir.topology.v1.Topology
+	60, // 2: kvasir.admin.v1.NamespaceSettings.read_repair:type_name -> kvasir.topology.v1.ReadRepairMode
 	4,  // 3: kvasir.admin.v1.CreateNamespaceRequest.settings:type_name -> kvasir.admin.v1.NamespaceSettings
-	54, // 4: kvasir.admin.v1.CreateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
+	61, // 4: kvasir.admin.v1.CreateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
 	4,  // 5: kvasir.admin.v1.UpdateNamespaceRequest.settings:type_name -> kvasir.admin.v1.NamespaceSettings
-	54, // 6: kvasir.admin.v1.UpdateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
-	55, // 7: kvasir.admin.v1.UpdateNamespaceResponse.operation:type_name -> kvasir.topology.v1.Operation
-	56, // 8: kvasir.admin.v1.ListChangesResponse.changes:type_name -> kvasir.topology.v1.Change
-	55, // 9: kvasir.admin.v1.StartOperationRequest.operation:type_name -> kvasir.topology.v1.Operation
-	55, // 10: kvasir.admin.v1.StartOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
-	57, // 11: kvasir.admin.v1.SteerOperationRequest.state:type_name -> kvasir.topology.v1.Operation.State
-	55, // 12: kvasir.admin.v1.SteerOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
-	19, // 13: kvasir.admin.v1.ListOperationsResponse.operations:type_name -> kvasir.admin.v1.ObservedOperation
-	55, // 14: kvasir.admin.v1.ObservedOperation.operation:type_name -> kvasir.topology.v1.Operation
-	20, // 15: kvasir.admin.v1.ObservedOperation.moving:type_name -> kvasir.admin.v1.MoveProgress
-	58, // 16: kvasir.admin.v1.MoveProgress.move:type_name -> kvasir.topology.v1.Move
-	59, // 17: kvasir.admin.v1.MoveProgress.phase:type_name -> kvasir.topology.v1.Phase
-	23, // 18: kvasir.admin.v1.GetNodeUseResponse.vnodes:type_name -> kvasir.admin.v1.VnodeUse
-	0,  // 19: kvasir.admin.v1.NodeStatus.state:type_name -> kvasir.admin.v1.NodeStatus.State
-	25, // 20: kvasir.admin.v1.NodeStatus.get:type_name -> kvasir.admin.v1.OperationStats
-	25, // 21: kvasir.admin.v1.NodeStatus.put:type_name -> kvasir.admin.v1.OperationStats
-	25, // 22: kvasir.admin.v1.NodeStatus.scan:type_name -> kvasir.admin.v1.OperationStats
-	26, // 23: kvasir.admin.v1.NodeStatus.hints:type_name -> kvasir.admin.v1.HintBacklog
-	29, // 24: kvasir.admin.v1.NodeStatus.queues:type_name -> kvasir.admin.v1.QueueDepth
-	28, // 25: kvasir.admin.v1.NodeStatus.fillings:type_name -> kvasir.admin.v1.Filling
-	27, // 26: kvasir.admin.v1.GetNodeStatusResponse.status:type_name -> kvasir.admin.v1.NodeStatus
-	32, // 27: kvasir.admin.v1.GetOrchestratorStatusResponse.status:type_name -> kvasir.admin.v1.OrchestratorStatus
-	60, // 28: kvasir.admin.v1.ObservedNode.health:type_name -> kvasir.topology.v1.NodeHealth
-	27, // 29: kvasir.admin.v1.ObservedNode.status:type_name -> kvasir.admin.v1.NodeStatus
-	32, // 30: kvasir.admin.v1.ObservedOrchestrator.status:type_name -> kvasir.admin.v1.OrchestratorStatus
-	52, // 31: kvasir.admin.v1.GetClusterStatusResponse.topology:type_name -> kvasir.topology.v1.Topology
-	35, // 32: kvasir.admin.v1.GetClusterStatusResponse.nodes:type_name -> kvasir.admin.v1.ObservedNode
-	36, // 33: kvasir.admin.v1.GetClusterStatusResponse.orchestrators:type_name -> kvasir.admin.v1.ObservedOrchestrator
-	40, // 34: kvasir.admin.v1.GetRepairStatusResponse.vnodes:type_name -> kvasir.admin.v1.VnodeRepair
-	1,  // 35: kvasir.admin.v1.VnodeRepair.state:type_name -> kvasir.admin.v1.VnodeRepair.State
-	47, // 36: kvasir.admin.v1.ExplainCollectionResponse.replicas:type_name -> kvasir.admin.v1.CollectionReplica
-	50, // 37: kvasir.admin.v1.ListHintsResponse.groups:type_name -> kvasir.admin.v1.HintGroup
-	2,  // 38: kvasir.admin.v1.ControlService.RegisterNode:input_type -> kvasir.admin.v1.RegisterNodeRequest
-	5,  // 39: kvasir.admin.v1.ControlService.CreateNamespace:input_type -> kvasir.admin.v1.CreateNamespaceRequest
-	7,  // 40: kvasir.admin.v1.ControlService.UpdateNamespace:input_type -> kvasir.admin.v1.UpdateNamespaceRequest
-	9,  // 41: kvasir.admin.v1.ControlService.DropNamespace:input_type -> kvasir.admin.v1.DropNamespaceRequest
-	11, // 42: kvasir.admin.v1.ControlService.ListChanges:input_type -> kvasir.admin.v1.ListChangesRequest
-	34, // 43: kvasir.admin.v1.ControlService.GetClusterStatus:input_type -> kvasir.admin.v1.GetClusterStatusRequest
-	13, // 44: kvasir.admin.v1.ControlService.StartOperation:input_type -> kvasir.admin.v1.StartOperationRequest
-	15, // 45: kvasir.admin.v1.ControlService.SteerOperation:input_type -> kvasir.admin.v1.SteerOperationRequest
-	17, // 46: kvasir.admin.v1.ControlService.ListOperations:input_type -> kvasir.admin.v1.ListOperationsRequest
-	24, // 47: kvasir.admin.v1.StatusService.GetNodeStatus:input_type -> kvasir.admin.v1.GetNodeStatusRequest
-	31, // 48: kvasir.admin.v1.StatusService.GetOrchestratorStatus:input_type -> kvasir.admin.v1.GetOrchestratorStatusRequest
-	21, // 49: kvasir.admin.v1.StatusService.GetNodeUse:input_type -> kvasir.admin.v1.GetNodeUseRequest
-	38, // 50: kvasir.admin.v1.RepairService.GetRepairStatus:input_type -> kvasir.admin.v1.GetRepairStatusRequest
-	41, // 51: kvasir.admin.v1.RepairService.StartRepair:input_type -> kvasir.admin.v1.StartRepairRequest
-	43, // 52: kvasir.admin.v1.RepairService.PauseRepair:input_type -> kvasir.admin.v1.PauseRepairRequest
-	45, // 53: kvasir.admin.v1.RepairService.ExplainCollection:input_type -> kvasir.admin.v1.ExplainCollectionRequest
-	48, // 54: kvasir.admin.v1.RepairService.ListHints:input_type -> kvasir.admin.v1.ListHintsRequest
-	3,  // 55: kvasir.admin.v1.ControlService.RegisterNode:output_type -> kvasir.admin.v1.RegisterNodeResponse
-	6,  // 56: kvasir.admin.v1.ControlService.CreateNamespace:output_type -> kvasir.admin.v1.CreateNamespaceResponse
-	8,  // 57: kvasir.admin.v1.ControlService.UpdateNamespace:output_type -> kvasir.admin.v1.UpdateNamespaceResponse
-	10, // 58: kvasir.admin.v1.ControlService.DropNamespace:output_type -> kvasir.admin.v1.DropNamespaceResponse
-	12, // 59: kvasir.admin.v1.ControlService.ListChanges:output_type -> kvasir.admin.v1.ListChangesResponse
-	37, // 60: kvasir.admin.v1.ControlService.GetClusterStatus:output_type -> kvasir.admin.v1.GetClusterStatusResponse
-	14, // 61: kvasir.admin.v1.ControlService.StartOperation:output_type -> kvasir.admin.v1.StartOperationResponse
-	16, // 62: kvasir.admin.v1.ControlService.SteerOperation:output_type -> kvasir.admin.v1.SteerOperationResponse
-	18, // 63: kvasir.admin.v1.ControlService.ListOperations:output_type -> kvasir.admin.v1.ListOperationsResponse
-	30, // 64: kvasir.admin.v1.StatusService.GetNodeStatus:output_type -> kvasir.admin.v1.GetNodeStatusResponse
-	33, // 65: kvasir.admin.v1.StatusService.GetOrchestratorStatus:output_type -> kvasir.admin.v1.GetOrchestratorStatusResponse
-	22, // 66: kvasir.admin.v1.StatusService.GetNodeUse:output_type -> kvasir.admin.v1.GetNodeUseResponse
-	39, // 67: kvasir.admin.v1.RepairService.GetRepairStatus:output_type -> kvasir.admin.v1.GetRepairStatusResponse
-	42, // 68: kvasir.admin.v1.RepairService.StartRepair:output_type -> kvasir.admin.v1.StartRepairResponse
-	44, // 69: kvasir.admin.v1.RepairService.PauseRepair:output_type -> kvasir.admin.v1.PauseRepairResponse
-	46, // 70: kvasir.admin.v1.RepairService.ExplainCollection:output_type -> kvasir.admin.v1.ExplainCollectionResponse
-	49, // 71: kvasir.admin.v1.RepairService.ListHints:output_type -> kvasir.admin.v1.ListHintsResponse
-	55, // [55:72] is the sub-list for method output_type
-	38, // [38:55] is the sub-list for method input_type
-	38, // [38:38] is the sub-list for extension type_name
-	38, // [38:38] is the sub-list for extension extendee
-	0,  // [0:38] is the sub-list for field type_name
+	61, // 6: kvasir.admin.v1.UpdateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
+	62, // 7: kvasir.admin.v1.UpdateNamespaceResponse.operation:type_name -> kvasir.topology.v1.Operation
+	57, // 8: kvasir.admin.v1.UpdateSettingsRequest.values:type_name -> kvasir.admin.v1.UpdateSettingsRequest.ValuesEntry
+	63, // 9: kvasir.admin.v1.UpdateSettingsResponse.before:type_name -> kvasir.topology.v1.SettingsVersion
+	63, // 10: kvasir.admin.v1.UpdateSettingsResponse.after:type_name -> kvasir.topology.v1.SettingsVersion
+	63, // 11: kvasir.admin.v1.ListSettingsResponse.versions:type_name -> kvasir.topology.v1.SettingsVersion
+	64, // 12: kvasir.admin.v1.ListProvisionsResponse.provisions:type_name -> kvasir.topology.v1.Provision
+	65, // 13: kvasir.admin.v1.ListChangesResponse.changes:type_name -> kvasir.topology.v1.Change
+	62, // 14: kvasir.admin.v1.StartOperationRequest.operation:type_name -> kvasir.topology.v1.Operation
+	62, // 15: kvasir.admin.v1.StartOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
+	66, // 16: kvasir.admin.v1.SteerOperationRequest.state:type_name -> kvasir.topology.v1.Operation.State
+	62, // 17: kvasir.admin.v1.SteerOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
+	25, // 18: kvasir.admin.v1.ListOperationsResponse.operations:type_name -> kvasir.admin.v1.ObservedOperation
+	62, // 19: kvasir.admin.v1.ObservedOperation.operation:type_name -> kvasir.topology.v1.Operation
+	26, // 20: kvasir.admin.v1.ObservedOperation.moving:type_name -> kvasir.admin.v1.MoveProgress
+	67, // 21: kvasir.admin.v1.MoveProgress.move:type_name -> kvasir.topology.v1.Move
+	68, // 22: kvasir.admin.v1.MoveProgress.phase:type_name -> kvasir.topology.v1.Phase
+	29, // 23: kvasir.admin.v1.GetNodeUseResponse.vnodes:type_name -> kvasir.admin.v1.VnodeUse
+	0,  // 24: kvasir.admin.v1.NodeStatus.state:type_name -> kvasir.admin.v1.NodeStatus.State
+	31, // 25: kvasir.admin.v1.NodeStatus.get:type_name -> kvasir.admin.v1.OperationStats
+	31, // 26: kvasir.admin.v1.NodeStatus.put:type_name -> kvasir.admin.v1.OperationStats
+	31, // 27: kvasir.admin.v1.NodeStatus.scan:type_name -> kvasir.admin.v1.OperationStats
+	32, // 28: kvasir.admin.v1.NodeStatus.hints:type_name -> kvasir.admin.v1.HintBacklog
+	35, // 29: kvasir.admin.v1.NodeStatus.queues:type_name -> kvasir.admin.v1.QueueDepth
+	34, // 30: kvasir.admin.v1.NodeStatus.fillings:type_name -> kvasir.admin.v1.Filling
+	33, // 31: kvasir.admin.v1.GetNodeStatusResponse.status:type_name -> kvasir.admin.v1.NodeStatus
+	38, // 32: kvasir.admin.v1.GetOrchestratorStatusResponse.status:type_name -> kvasir.admin.v1.OrchestratorStatus
+	69, // 33: kvasir.admin.v1.ObservedNode.health:type_name -> kvasir.topology.v1.NodeHealth
+	33, // 34: kvasir.admin.v1.ObservedNode.status:type_name -> kvasir.admin.v1.NodeStatus
+	38, // 35: kvasir.admin.v1.ObservedOrchestrator.status:type_name -> kvasir.admin.v1.OrchestratorStatus
+	59, // 36: kvasir.admin.v1.GetClusterStatusResponse.topology:type_name -> kvasir.topology.v1.Topology
+	41, // 37: kvasir.admin.v1.GetClusterStatusResponse.nodes:type_name -> kvasir.admin.v1.ObservedNode
+	42, // 38: kvasir.admin.v1.GetClusterStatusResponse.orchestrators:type_name -> kvasir.admin.v1.ObservedOrchestrator
+	70, // 39: kvasir.admin.v1.GetClusterStatusResponse.conditions:type_name -> kvasir.topology.v1.Condition
+	71, // 40: kvasir.admin.v1.GetClusterStatusResponse.found:type_name -> kvasir.topology.v1.FoundHealth
+	46, // 41: kvasir.admin.v1.GetRepairStatusResponse.vnodes:type_name -> kvasir.admin.v1.VnodeRepair
+	1,  // 42: kvasir.admin.v1.VnodeRepair.state:type_name -> kvasir.admin.v1.VnodeRepair.State
+	53, // 43: kvasir.admin.v1.ExplainCollectionResponse.replicas:type_name -> kvasir.admin.v1.CollectionReplica
+	56, // 44: kvasir.admin.v1.ListHintsResponse.groups:type_name -> kvasir.admin.v1.HintGroup
+	2,  // 45: kvasir.admin.v1.ControlService.RegisterNode:input_type -> kvasir.admin.v1.RegisterNodeRequest
+	5,  // 46: kvasir.admin.v1.ControlService.CreateNamespace:input_type -> kvasir.admin.v1.CreateNamespaceRequest
+	7,  // 47: kvasir.admin.v1.ControlService.UpdateNamespace:input_type -> kvasir.admin.v1.UpdateNamespaceRequest
+	9,  // 48: kvasir.admin.v1.ControlService.DropNamespace:input_type -> kvasir.admin.v1.DropNamespaceRequest
+	17, // 49: kvasir.admin.v1.ControlService.ListChanges:input_type -> kvasir.admin.v1.ListChangesRequest
+	40, // 50: kvasir.admin.v1.ControlService.GetClusterStatus:input_type -> kvasir.admin.v1.GetClusterStatusRequest
+	19, // 51: kvasir.admin.v1.ControlService.StartOperation:input_type -> kvasir.admin.v1.StartOperationRequest
+	21, // 52: kvasir.admin.v1.ControlService.SteerOperation:input_type -> kvasir.admin.v1.SteerOperationRequest
+	23, // 53: kvasir.admin.v1.ControlService.ListOperations:input_type -> kvasir.admin.v1.ListOperationsRequest
+	11, // 54: kvasir.admin.v1.ControlService.UpdateSettings:input_type -> kvasir.admin.v1.UpdateSettingsRequest
+	13, // 55: kvasir.admin.v1.ControlService.ListSettings:input_type -> kvasir.admin.v1.ListSettingsRequest
+	15, // 56: kvasir.admin.v1.ControlService.ListProvisions:input_type -> kvasir.admin.v1.ListProvisionsRequest
+	30, // 57: kvasir.admin.v1.StatusService.GetNodeStatus:input_type -> kvasir.admin.v1.GetNodeStatusRequest
+	37, // 58: kvasir.admin.v1.StatusService.GetOrchestratorStatus:input_type -> kvasir.admin.v1.GetOrchestratorStatusRequest
+	27, // 59: kvasir.admin.v1.StatusService.GetNodeUse:input_type -> kvasir.admin.v1.GetNodeUseRequest
+	44, // 60: kvasir.admin.v1.RepairService.GetRepairStatus:input_type -> kvasir.admin.v1.GetRepairStatusRequest
+	47, // 61: kvasir.admin.v1.RepairService.StartRepair:input_type -> kvasir.admin.v1.StartRepairRequest
+	49, // 62: kvasir.admin.v1.RepairService.PauseRepair:input_type -> kvasir.admin.v1.PauseRepairRequest
+	51, // 63: kvasir.admin.v1.RepairService.ExplainCollection:input_type -> kvasir.admin.v1.ExplainCollectionRequest
+	54, // 64: kvasir.admin.v1.RepairService.ListHints:input_type -> kvasir.admin.v1.ListHintsRequest
+	3,  // 65: kvasir.admin.v1.ControlService.RegisterNode:output_type -> kvasir.admin.v1.RegisterNodeResponse
+	6,  // 66: kvasir.admin.v1.ControlService.CreateNamespace:output_type -> kvasir.admin.v1.CreateNamespaceResponse
+	8,  // 67: kvasir.admin.v1.ControlService.UpdateNamespace:output_type -> kvasir.admin.v1.UpdateNamespaceResponse
+	10, // 68: kvasir.admin.v1.ControlService.DropNamespace:output_type -> kvasir.admin.v1.DropNamespaceResponse
+	18, // 69: kvasir.admin.v1.ControlService.ListChanges:output_type -> kvasir.admin.v1.ListChangesResponse
+	43, // 70: kvasir.admin.v1.ControlService.GetClusterStatus:output_type -> kvasir.admin.v1.GetClusterStatusResponse
+	20, // 71: kvasir.admin.v1.ControlService.StartOperation:output_type -> kvasir.admin.v1.StartOperationResponse
+	22, // 72: kvasir.admin.v1.ControlService.SteerOperation:output_type -> kvasir.admin.v1.SteerOperationResponse
+	24, // 73: kvasir.admin.v1.ControlService.ListOperations:output_type -> kvasir.admin.v1.ListOperationsResponse
+	12, // 74: kvasir.admin.v1.ControlService.UpdateSettings:output_type -> kvasir.admin.v1.UpdateSettingsResponse
+	14, // 75: kvasir.admin.v1.ControlService.ListSettings:output_type -> kvasir.admin.v1.ListSettingsResponse
+	16, // 76: kvasir.admin.v1.ControlService.ListProvisions:output_type -> kvasir.admin.v1.ListProvisionsResponse
+	36, // 77: kvasir.admin.v1.StatusService.GetNodeStatus:output_type -> kvasir.admin.v1.GetNodeStatusResponse
+	39, // 78: kvasir.admin.v1.StatusService.GetOrchestratorStatus:output_type -> kvasir.admin.v1.GetOrchestratorStatusResponse
+	28, // 79: kvasir.admin.v1.StatusService.GetNodeUse:output_type -> kvasir.admin.v1.GetNodeUseResponse
+	45, // 80: kvasir.admin.v1.RepairService.GetRepairStatus:output_type -> kvasir.admin.v1.GetRepairStatusResponse
+	48, // 81: kvasir.admin.v1.RepairService.StartRepair:output_type -> kvasir.admin.v1.StartRepairResponse
+	50, // 82: kvasir.admin.v1.RepairService.PauseRepair:output_type -> kvasir.admin.v1.PauseRepairResponse
+	52, // 83: kvasir.admin.v1.RepairService.ExplainCollection:output_type -> kvasir.admin.v1.ExplainCollectionResponse
+	55, // 84: kvasir.admin.v1.RepairService.ListHints:output_type -> kvasir.admin.v1.ListHintsResponse
+	65, // [65:85] is the sub-list for method output_type
+	45, // [45:65] is the sub-list for method input_type
+	45, // [45:45] is the sub-list for extension type_name
+	45, // [45:45] is the sub-list for extension extendee
+	0,  // [0:45] is the sub-list for field type_name
 }
 
 func init() { file_kvasir_admin_v1_admin_proto_init() }
@@ -3962,7 +4369,7 @@ func file_kvasir_admin_v1_admin_proto_init() {
 		return
 	}
 	file_kvasir_admin_v1_admin_proto_msgTypes[2].OneofWrappers = []any{}
-	file_kvasir_admin_v1_admin_proto_msgTypes[43].OneofWrappers = []any{
+	file_kvasir_admin_v1_admin_proto_msgTypes[49].OneofWrappers = []any{
 		(*ExplainCollectionRequest_Key)(nil),
 		(*ExplainCollectionRequest_Vnode)(nil),
 	}
@@ -3972,7 +4379,7 @@ func file_kvasir_admin_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kvasir_admin_v1_admin_proto_rawDesc), len(file_kvasir_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   49,
+			NumMessages:   56,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -28,6 +28,9 @@ const (
 	ControlService_StartOperation_FullMethodName   = "/kvasir.admin.v1.ControlService/StartOperation"
 	ControlService_SteerOperation_FullMethodName   = "/kvasir.admin.v1.ControlService/SteerOperation"
 	ControlService_ListOperations_FullMethodName   = "/kvasir.admin.v1.ControlService/ListOperations"
+	ControlService_UpdateSettings_FullMethodName   = "/kvasir.admin.v1.ControlService/UpdateSettings"
+	ControlService_ListSettings_FullMethodName     = "/kvasir.admin.v1.ControlService/ListSettings"
+	ControlService_ListProvisions_FullMethodName   = "/kvasir.admin.v1.ControlService/ListProvisions"
 )
 
 // ControlServiceClient is the client API for ControlService service.
@@ -47,6 +50,9 @@ type ControlServiceClient interface {
 	StartOperation(ctx context.Context, in *StartOperationRequest, opts ...grpc.CallOption) (*StartOperationResponse, error)
 	SteerOperation(ctx context.Context, in *SteerOperationRequest, opts ...grpc.CallOption) (*SteerOperationResponse, error)
 	ListOperations(ctx context.Context, in *ListOperationsRequest, opts ...grpc.CallOption) (*ListOperationsResponse, error)
+	UpdateSettings(ctx context.Context, in *UpdateSettingsRequest, opts ...grpc.CallOption) (*UpdateSettingsResponse, error)
+	ListSettings(ctx context.Context, in *ListSettingsRequest, opts ...grpc.CallOption) (*ListSettingsResponse, error)
+	ListProvisions(ctx context.Context, in *ListProvisionsRequest, opts ...grpc.CallOption) (*ListProvisionsResponse, error)
 }
 
 type controlServiceClient struct {
@@ -147,6 +153,36 @@ func (c *controlServiceClient) ListOperations(ctx context.Context, in *ListOpera
 	return out, nil
 }
 
+func (c *controlServiceClient) UpdateSettings(ctx context.Context, in *UpdateSettingsRequest, opts ...grpc.CallOption) (*UpdateSettingsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(UpdateSettingsResponse)
+	err := c.cc.Invoke(ctx, ControlService_UpdateSettings_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *controlServiceClient) ListSettings(ctx context.Context, in *ListSettingsRequest, opts ...grpc.CallOption) (*ListSettingsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListSettingsResponse)
+	err := c.cc.Invoke(ctx, ControlService_ListSettings_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *controlServiceClient) ListProvisions(ctx context.Context, in *ListProvisionsRequest, opts ...grpc.CallOption) (*ListProvisionsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListProvisionsResponse)
+	err := c.cc.Invoke(ctx, ControlService_ListProvisions_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ControlServiceServer is the server API for ControlService service.
 // All implementations must embed UnimplementedControlServiceServer
 // for forward compatibility.
@@ -164,6 +200,9 @@ type ControlServiceServer interface {
 	StartOperation(context.Context, *StartOperationRequest) (*StartOperationResponse, error)
 	SteerOperation(context.Context, *SteerOperationRequest) (*SteerOperationResponse, error)
 	ListOperations(context.Context, *ListOperationsRequest) (*ListOperationsResponse, error)
+	UpdateSettings(context.Context, *UpdateSettingsRequest) (*UpdateSettingsResponse, error)
+	ListSettings(context.Context, *ListSettingsRequest) (*ListSettingsResponse, error)
+	ListProvisions(context.Context, *ListProvisionsRequest) (*ListProvisionsResponse, error)
 	mustEmbedUnimplementedControlServiceServer()
 }
 
@@ -200,6 +239,15 @@ func (UnimplementedControlServiceServer) SteerOperation(context.Context, *SteerO
 }
 func (UnimplementedControlServiceServer) ListOperations(context.Context, *ListOperationsRequest) (*ListOperationsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListOperations not implemented")
+}
+func (UnimplementedControlServiceServer) UpdateSettings(context.Context, *UpdateSettingsRequest) (*UpdateSettingsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method UpdateSettings not implemented")
+}
+func (UnimplementedControlServiceServer) ListSettings(context.Context, *ListSettingsRequest) (*ListSettingsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListSettings not implemented")
+}
+func (UnimplementedControlServiceServer) ListProvisions(context.Context, *ListProvisionsRequest) (*ListProvisionsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListProvisions not implemented")
 }
 func (UnimplementedControlServiceServer) mustEmbedUnimplementedControlServiceServer() {}
 func (UnimplementedControlServiceServer) testEmbeddedByValue()                        {}
@@ -384,6 +432,60 @@ func _ControlService_ListOperations_Handler(srv interface{}, ctx context.Context
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ControlService_UpdateSettings_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(UpdateSettingsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServiceServer).UpdateSettings(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ControlService_UpdateSettings_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServiceServer).UpdateSettings(ctx, req.(*UpdateSettingsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ControlService_ListSettings_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListSettingsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServiceServer).ListSettings(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ControlService_ListSettings_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServiceServer).ListSettings(ctx, req.(*ListSettingsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ControlService_ListProvisions_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListProvisionsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServiceServer).ListProvisions(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ControlService_ListProvisions_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServiceServer).ListProvisions(ctx, req.(*ListProvisionsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // ControlService_ServiceDesc is the grpc.ServiceDesc for ControlService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -426,6 +528,18 @@ var ControlService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListOperations",
 			Handler:    _ControlService_ListOperations_Handler,
+		},
+		{
+			MethodName: "UpdateSettings",
+			Handler:    _ControlService_UpdateSettings_Handler,
+		},
+		{
+			MethodName: "ListSettings",
+			Handler:    _ControlService_ListSettings_Handler,
+		},
+		{
+			MethodName: "ListProvisions",
+			Handler:    _ControlService_ListProvisions_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

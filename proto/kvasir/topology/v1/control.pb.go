@@ -21,6 +21,114 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type Provision_Kind int32
+
+const (
+	Provision_KIND_UNSPECIFIED Provision_Kind = 0
+	Provision_KIND_LAUNCH      Provision_Kind = 1
+	Provision_KIND_END         Provision_Kind = 2
+)
+
+// Enum value maps for Provision_Kind.
+var (
+	Provision_Kind_name = map[int32]string{
+		0: "KIND_UNSPECIFIED",
+		1: "KIND_LAUNCH",
+		2: "KIND_END",
+	}
+	Provision_Kind_value = map[string]int32{
+		"KIND_UNSPECIFIED": 0,
+		"KIND_LAUNCH":      1,
+		"KIND_END":         2,
+	}
+)
+
+func (x Provision_Kind) Enum() *Provision_Kind {
+	p := new(Provision_Kind)
+	*p = x
+	return p
+}
+
+func (x Provision_Kind) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Provision_Kind) Descriptor() protoreflect.EnumDescriptor {
+	return file_kvasir_topology_v1_control_proto_enumTypes[0].Descriptor()
+}
+
+func (Provision_Kind) Type() protoreflect.EnumType {
+	return &file_kvasir_topology_v1_control_proto_enumTypes[0]
+}
+
+func (x Provision_Kind) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Provision_Kind.Descriptor instead.
+func (Provision_Kind) EnumDescriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{4, 0}
+}
+
+type Provision_State int32
+
+const (
+	Provision_STATE_UNSPECIFIED Provision_State = 0
+	// The provisioner is asked, again and again.
+	Provision_STATE_WANTED Provision_State = 1
+	// It says that the node is launched; it has not registered yet.
+	Provision_STATE_LAUNCHED Provision_State = 2
+	// The node has registered, or has ended.
+	Provision_STATE_DONE Provision_State = 3
+	// It did not register in time.
+	Provision_STATE_FAILED Provision_State = 4
+)
+
+// Enum value maps for Provision_State.
+var (
+	Provision_State_name = map[int32]string{
+		0: "STATE_UNSPECIFIED",
+		1: "STATE_WANTED",
+		2: "STATE_LAUNCHED",
+		3: "STATE_DONE",
+		4: "STATE_FAILED",
+	}
+	Provision_State_value = map[string]int32{
+		"STATE_UNSPECIFIED": 0,
+		"STATE_WANTED":      1,
+		"STATE_LAUNCHED":    2,
+		"STATE_DONE":        3,
+		"STATE_FAILED":      4,
+	}
+)
+
+func (x Provision_State) Enum() *Provision_State {
+	p := new(Provision_State)
+	*p = x
+	return p
+}
+
+func (x Provision_State) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Provision_State) Descriptor() protoreflect.EnumDescriptor {
+	return file_kvasir_topology_v1_control_proto_enumTypes[1].Descriptor()
+}
+
+func (Provision_State) Type() protoreflect.EnumType {
+	return &file_kvasir_topology_v1_control_proto_enumTypes[1]
+}
+
+func (x Provision_State) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Provision_State.Descriptor instead.
+func (Provision_State) EnumDescriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{4, 1}
+}
+
 type Operation_State int32
 
 const (
@@ -65,11 +173,11 @@ func (x Operation_State) String() string {
 }
 
 func (Operation_State) Descriptor() protoreflect.EnumDescriptor {
-	return file_kvasir_topology_v1_control_proto_enumTypes[0].Descriptor()
+	return file_kvasir_topology_v1_control_proto_enumTypes[2].Descriptor()
 }
 
 func (Operation_State) Type() protoreflect.EnumType {
-	return &file_kvasir_topology_v1_control_proto_enumTypes[0]
+	return &file_kvasir_topology_v1_control_proto_enumTypes[2]
 }
 
 func (x Operation_State) Number() protoreflect.EnumNumber {
@@ -78,7 +186,7 @@ func (x Operation_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Operation_State.Descriptor instead.
 func (Operation_State) EnumDescriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{14, 0}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{18, 0}
 }
 
 // ControlState is what the orchestrators agree on: the topology, and what only
@@ -95,6 +203,22 @@ type ControlState struct {
 	// The operations under way and the newest of those that have ended, oldest first.
 	Operations    []*Operation `protobuf:"bytes,6,rep,name=operations,proto3" json:"operations,omitempty"`
 	NextOperation uint64       `protobuf:"varint,7,opt,name=next_operation,json=nextOperation,proto3" json:"next_operation,omitempty"`
+	// The number of the last change.
+	LastChange uint64 `protobuf:"varint,8,opt,name=last_change,json=lastChange,proto3" json:"last_change,omitempty"`
+	// What the leader last found of nodes' health.
+	Health []*FoundHealth `protobuf:"bytes,9,rep,name=health,proto3" json:"health,omitempty"`
+	// The launches and ends of nodes that are asked for, and the newest of those that came
+	// to something, oldest first.
+	Provisions    []*Provision `protobuf:"bytes,10,rep,name=provisions,proto3" json:"provisions,omitempty"`
+	NextProvision uint64       `protobuf:"varint,11,opt,name=next_provision,json=nextProvision,proto3" json:"next_provision,omitempty"`
+	// The greatest number that a launched node was named with.
+	LastNodeNumber uint64 `protobuf:"varint,12,opt,name=last_node_number,json=lastNodeNumber,proto3" json:"last_node_number,omitempty"`
+	// The newest settings, oldest first.
+	SettingsVersions []*SettingsVersion `protobuf:"bytes,13,rep,name=settings_versions,json=settingsVersions,proto3" json:"settings_versions,omitempty"`
+	// What holds at present and keeps the orchestrators, or people, busy.
+	Conditions []*Condition `protobuf:"bytes,14,rep,name=conditions,proto3" json:"conditions,omitempty"`
+	// Nodes without a slot that people drained: they are given slots only when asked for.
+	HeldBack      []uint64 `protobuf:"varint,15,rep,packed,name=held_back,json=heldBack,proto3" json:"held_back,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -178,6 +302,406 @@ func (x *ControlState) GetNextOperation() uint64 {
 	return 0
 }
 
+func (x *ControlState) GetLastChange() uint64 {
+	if x != nil {
+		return x.LastChange
+	}
+	return 0
+}
+
+func (x *ControlState) GetHealth() []*FoundHealth {
+	if x != nil {
+		return x.Health
+	}
+	return nil
+}
+
+func (x *ControlState) GetProvisions() []*Provision {
+	if x != nil {
+		return x.Provisions
+	}
+	return nil
+}
+
+func (x *ControlState) GetNextProvision() uint64 {
+	if x != nil {
+		return x.NextProvision
+	}
+	return 0
+}
+
+func (x *ControlState) GetLastNodeNumber() uint64 {
+	if x != nil {
+		return x.LastNodeNumber
+	}
+	return 0
+}
+
+func (x *ControlState) GetSettingsVersions() []*SettingsVersion {
+	if x != nil {
+		return x.SettingsVersions
+	}
+	return nil
+}
+
+func (x *ControlState) GetConditions() []*Condition {
+	if x != nil {
+		return x.Conditions
+	}
+	return nil
+}
+
+func (x *ControlState) GetHeldBack() []uint64 {
+	if x != nil {
+		return x.HeldBack
+	}
+	return nil
+}
+
+// Condition is something that holds for a while, such as that redundancy is degraded.
+type Condition struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// "frozen", "redundancy", "recovery", "capacity", "provision" or "rebalance".
+	Kind string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	// What holds, in words.
+	Text string `protobuf:"bytes,2,opt,name=text,proto3" json:"text,omitempty"`
+	// Since when, in milliseconds since 1970.
+	SinceMs       uint64 `protobuf:"varint,3,opt,name=since_ms,json=sinceMs,proto3" json:"since_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Condition) Reset() {
+	*x = Condition{}
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Condition) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Condition) ProtoMessage() {}
+
+func (x *Condition) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Condition.ProtoReflect.Descriptor instead.
+func (*Condition) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Condition) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Condition) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
+func (x *Condition) GetSinceMs() uint64 {
+	if x != nil {
+		return x.SinceMs
+	}
+	return 0
+}
+
+// FoundHealth is what the leader found of a node's health, and when.
+type FoundHealth struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Incarnation uint64                 `protobuf:"varint,1,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	State       NodeHealth_State       `protobuf:"varint,2,opt,name=state,proto3,enum=kvasir.topology.v1.NodeHealth_State" json:"state,omitempty"`
+	Reason      string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	// Since when it is so, in milliseconds since 1970.
+	SinceMs       uint64 `protobuf:"varint,4,opt,name=since_ms,json=sinceMs,proto3" json:"since_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FoundHealth) Reset() {
+	*x = FoundHealth{}
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FoundHealth) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FoundHealth) ProtoMessage() {}
+
+func (x *FoundHealth) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FoundHealth.ProtoReflect.Descriptor instead.
+func (*FoundHealth) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *FoundHealth) GetIncarnation() uint64 {
+	if x != nil {
+		return x.Incarnation
+	}
+	return 0
+}
+
+func (x *FoundHealth) GetState() NodeHealth_State {
+	if x != nil {
+		return x.State
+	}
+	return NodeHealth_STATE_UNSPECIFIED
+}
+
+func (x *FoundHealth) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *FoundHealth) GetSinceMs() uint64 {
+	if x != nil {
+		return x.SinceMs
+	}
+	return 0
+}
+
+// SettingsVersion is one state of the cluster's settings.
+type SettingsVersion struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Settings *Settings              `protobuf:"bytes,1,opt,name=settings,proto3" json:"settings,omitempty"`
+	Epoch    uint64                 `protobuf:"fixed64,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	AtMs     uint64                 `protobuf:"varint,3,opt,name=at_ms,json=atMs,proto3" json:"at_ms,omitempty"`
+	// What was changed, in words.
+	What          string `protobuf:"bytes,4,opt,name=what,proto3" json:"what,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SettingsVersion) Reset() {
+	*x = SettingsVersion{}
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SettingsVersion) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SettingsVersion) ProtoMessage() {}
+
+func (x *SettingsVersion) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SettingsVersion.ProtoReflect.Descriptor instead.
+func (*SettingsVersion) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *SettingsVersion) GetSettings() *Settings {
+	if x != nil {
+		return x.Settings
+	}
+	return nil
+}
+
+func (x *SettingsVersion) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *SettingsVersion) GetAtMs() uint64 {
+	if x != nil {
+		return x.AtMs
+	}
+	return 0
+}
+
+func (x *SettingsVersion) GetWhat() string {
+	if x != nil {
+		return x.What
+	}
+	return ""
+}
+
+// Provision is a node that is to be launched or ended by a provisioner.
+type Provision struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	Kind  Provision_Kind         `protobuf:"varint,2,opt,name=kind,proto3,enum=kvasir.topology.v1.Provision_Kind" json:"kind,omitempty"`
+	State Provision_State        `protobuf:"varint,3,opt,name=state,proto3,enum=kvasir.topology.v1.Provision_State" json:"state,omitempty"`
+	// The node's name and zone.
+	Node string `protobuf:"bytes,4,opt,name=node,proto3" json:"node,omitempty"`
+	Zone string `protobuf:"bytes,5,opt,name=zone,proto3" json:"zone,omitempty"`
+	// Of a launch the incarnation that registered, of an end the one that is to end; 0:
+	// none.
+	Incarnation uint64 `protobuf:"varint,6,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	// Of a launch: the incarnation whose place the node is to take; 0: nobody's.
+	Replaces uint64 `protobuf:"varint,7,opt,name=replaces,proto3" json:"replaces,omitempty"`
+	// What it is for, in words.
+	Why string `protobuf:"bytes,8,opt,name=why,proto3" json:"why,omitempty"`
+	// When it was asked for and when its state changed last, in milliseconds since 1970.
+	AtMs      uint64 `protobuf:"varint,9,opt,name=at_ms,json=atMs,proto3" json:"at_ms,omitempty"`
+	ChangedMs uint64 `protobuf:"varint,10,opt,name=changed_ms,json=changedMs,proto3" json:"changed_ms,omitempty"`
+	// How often the provisioner has failed, and what it said last.
+	Failures      uint32 `protobuf:"varint,11,opt,name=failures,proto3" json:"failures,omitempty"`
+	Problem       string `protobuf:"bytes,12,opt,name=problem,proto3" json:"problem,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Provision) Reset() {
+	*x = Provision{}
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Provision) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Provision) ProtoMessage() {}
+
+func (x *Provision) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Provision.ProtoReflect.Descriptor instead.
+func (*Provision) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Provision) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *Provision) GetKind() Provision_Kind {
+	if x != nil {
+		return x.Kind
+	}
+	return Provision_KIND_UNSPECIFIED
+}
+
+func (x *Provision) GetState() Provision_State {
+	if x != nil {
+		return x.State
+	}
+	return Provision_STATE_UNSPECIFIED
+}
+
+func (x *Provision) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *Provision) GetZone() string {
+	if x != nil {
+		return x.Zone
+	}
+	return ""
+}
+
+func (x *Provision) GetIncarnation() uint64 {
+	if x != nil {
+		return x.Incarnation
+	}
+	return 0
+}
+
+func (x *Provision) GetReplaces() uint64 {
+	if x != nil {
+		return x.Replaces
+	}
+	return 0
+}
+
+func (x *Provision) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+func (x *Provision) GetAtMs() uint64 {
+	if x != nil {
+		return x.AtMs
+	}
+	return 0
+}
+
+func (x *Provision) GetChangedMs() uint64 {
+	if x != nil {
+		return x.ChangedMs
+	}
+	return 0
+}
+
+func (x *Provision) GetFailures() uint32 {
+	if x != nil {
+		return x.Failures
+	}
+	return 0
+}
+
+func (x *Provision) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
 // Boot is the last start of a node that the orchestrators know of.
 type Boot struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -190,7 +714,7 @@ type Boot struct {
 
 func (x *Boot) Reset() {
 	*x = Boot{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[1]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -202,7 +726,7 @@ func (x *Boot) String() string {
 func (*Boot) ProtoMessage() {}
 
 func (x *Boot) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[1]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -215,7 +739,7 @@ func (x *Boot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Boot.ProtoReflect.Descriptor instead.
 func (*Boot) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{1}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Boot) GetIncarnation() uint64 {
@@ -245,17 +769,21 @@ type Change struct {
 	Epoch uint64                 `protobuf:"fixed64,1,opt,name=epoch,proto3" json:"epoch,omitempty"`
 	// Milliseconds since 1970, by the clock of the orchestrator that proposed it.
 	AtMs uint64 `protobuf:"varint,2,opt,name=at_ms,json=atMs,proto3" json:"at_ms,omitempty"`
-	// What was changed: "cluster", "node", "ring" or "namespace".
-	Subject       string `protobuf:"bytes,3,opt,name=subject,proto3" json:"subject,omitempty"`
-	Name          string `protobuf:"bytes,4,opt,name=name,proto3" json:"name,omitempty"`
-	What          string `protobuf:"bytes,5,opt,name=what,proto3" json:"what,omitempty"`
+	// What was changed: "cluster", "node", "ring", "move", "operation", "namespace" or
+	// "settings"; or what happened: "health", "recovery", "capacity", "provision" or
+	// "rebalance".
+	Subject string `protobuf:"bytes,3,opt,name=subject,proto3" json:"subject,omitempty"`
+	Name    string `protobuf:"bytes,4,opt,name=name,proto3" json:"name,omitempty"`
+	What    string `protobuf:"bytes,5,opt,name=what,proto3" json:"what,omitempty"`
+	// Its number: one more than that of the change before.
+	Number        uint64 `protobuf:"varint,6,opt,name=number,proto3" json:"number,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Change) Reset() {
 	*x = Change{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[2]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -267,7 +795,7 @@ func (x *Change) String() string {
 func (*Change) ProtoMessage() {}
 
 func (x *Change) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[2]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -280,7 +808,7 @@ func (x *Change) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Change.ProtoReflect.Descriptor instead.
 func (*Change) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{2}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Change) GetEpoch() uint64 {
@@ -318,6 +846,13 @@ func (x *Change) GetWhat() string {
 	return ""
 }
 
+func (x *Change) GetNumber() uint64 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
 // Command is one entry of the Raft log: mutations that happen together, in one
 // epoch, or not at all.
 type Command struct {
@@ -333,7 +868,7 @@ type Command struct {
 
 func (x *Command) Reset() {
 	*x = Command{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[3]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -345,7 +880,7 @@ func (x *Command) String() string {
 func (*Command) ProtoMessage() {}
 
 func (x *Command) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[3]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -358,7 +893,7 @@ func (x *Command) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Command.ProtoReflect.Descriptor instead.
 func (*Command) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{3}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Command) GetExpectEpoch() uint64 {
@@ -397,6 +932,11 @@ type Mutation struct {
 	//	*Mutation_RemoveNodes
 	//	*Mutation_StartOperation
 	//	*Mutation_SteerOperation
+	//	*Mutation_FindHealth
+	//	*Mutation_AskProvision
+	//	*Mutation_SteerProvision
+	//	*Mutation_SetSettings
+	//	*Mutation_SetCondition
 	Kind          isMutation_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -404,7 +944,7 @@ type Mutation struct {
 
 func (x *Mutation) Reset() {
 	*x = Mutation{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[4]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -416,7 +956,7 @@ func (x *Mutation) String() string {
 func (*Mutation) ProtoMessage() {}
 
 func (x *Mutation) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[4]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -429,7 +969,7 @@ func (x *Mutation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mutation.ProtoReflect.Descriptor instead.
 func (*Mutation) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{4}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Mutation) GetKind() isMutation_Kind {
@@ -538,6 +1078,51 @@ func (x *Mutation) GetSteerOperation() *SteerOperation {
 	return nil
 }
 
+func (x *Mutation) GetFindHealth() *FindHealth {
+	if x != nil {
+		if x, ok := x.Kind.(*Mutation_FindHealth); ok {
+			return x.FindHealth
+		}
+	}
+	return nil
+}
+
+func (x *Mutation) GetAskProvision() *AskProvision {
+	if x != nil {
+		if x, ok := x.Kind.(*Mutation_AskProvision); ok {
+			return x.AskProvision
+		}
+	}
+	return nil
+}
+
+func (x *Mutation) GetSteerProvision() *SteerProvision {
+	if x != nil {
+		if x, ok := x.Kind.(*Mutation_SteerProvision); ok {
+			return x.SteerProvision
+		}
+	}
+	return nil
+}
+
+func (x *Mutation) GetSetSettings() *SetSettings {
+	if x != nil {
+		if x, ok := x.Kind.(*Mutation_SetSettings); ok {
+			return x.SetSettings
+		}
+	}
+	return nil
+}
+
+func (x *Mutation) GetSetCondition() *SetCondition {
+	if x != nil {
+		if x, ok := x.Kind.(*Mutation_SetCondition); ok {
+			return x.SetCondition
+		}
+	}
+	return nil
+}
+
 type isMutation_Kind interface {
 	isMutation_Kind()
 }
@@ -586,6 +1171,26 @@ type Mutation_SteerOperation struct {
 	SteerOperation *SteerOperation `protobuf:"bytes,11,opt,name=steer_operation,json=steerOperation,proto3,oneof"`
 }
 
+type Mutation_FindHealth struct {
+	FindHealth *FindHealth `protobuf:"bytes,12,opt,name=find_health,json=findHealth,proto3,oneof"`
+}
+
+type Mutation_AskProvision struct {
+	AskProvision *AskProvision `protobuf:"bytes,13,opt,name=ask_provision,json=askProvision,proto3,oneof"`
+}
+
+type Mutation_SteerProvision struct {
+	SteerProvision *SteerProvision `protobuf:"bytes,14,opt,name=steer_provision,json=steerProvision,proto3,oneof"`
+}
+
+type Mutation_SetSettings struct {
+	SetSettings *SetSettings `protobuf:"bytes,15,opt,name=set_settings,json=setSettings,proto3,oneof"`
+}
+
+type Mutation_SetCondition struct {
+	SetCondition *SetCondition `protobuf:"bytes,16,opt,name=set_condition,json=setCondition,proto3,oneof"`
+}
+
 func (*Mutation_Found) isMutation_Kind() {}
 
 func (*Mutation_Register) isMutation_Kind() {}
@@ -608,6 +1213,16 @@ func (*Mutation_StartOperation) isMutation_Kind() {}
 
 func (*Mutation_SteerOperation) isMutation_Kind() {}
 
+func (*Mutation_FindHealth) isMutation_Kind() {}
+
+func (*Mutation_AskProvision) isMutation_Kind() {}
+
+func (*Mutation_SteerProvision) isMutation_Kind() {}
+
+func (*Mutation_SetSettings) isMutation_Kind() {}
+
+func (*Mutation_SetCondition) isMutation_Kind() {}
+
 // Found makes the cluster.
 type Found struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -621,7 +1236,7 @@ type Found struct {
 
 func (x *Found) Reset() {
 	*x = Found{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[5]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -633,7 +1248,7 @@ func (x *Found) String() string {
 func (*Found) ProtoMessage() {}
 
 func (x *Found) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[5]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -646,7 +1261,7 @@ func (x *Found) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Found.ProtoReflect.Descriptor instead.
 func (*Found) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{5}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Found) GetClusterId() string {
@@ -689,7 +1304,7 @@ type Register struct {
 
 func (x *Register) Reset() {
 	*x = Register{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[6]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -701,7 +1316,7 @@ func (x *Register) String() string {
 func (*Register) ProtoMessage() {}
 
 func (x *Register) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[6]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -714,7 +1329,7 @@ func (x *Register) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Register.ProtoReflect.Descriptor instead.
 func (*Register) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{6}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Register) GetNode() *Node {
@@ -748,7 +1363,7 @@ type SetRing struct {
 
 func (x *SetRing) Reset() {
 	*x = SetRing{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[7]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -760,7 +1375,7 @@ func (x *SetRing) String() string {
 func (*SetRing) ProtoMessage() {}
 
 func (x *SetRing) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[7]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -773,7 +1388,7 @@ func (x *SetRing) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetRing.ProtoReflect.Descriptor instead.
 func (*SetRing) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{7}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *SetRing) GetRing() []*Vnode {
@@ -793,7 +1408,7 @@ type SetVnodes struct {
 
 func (x *SetVnodes) Reset() {
 	*x = SetVnodes{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[8]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -805,7 +1420,7 @@ func (x *SetVnodes) String() string {
 func (*SetVnodes) ProtoMessage() {}
 
 func (x *SetVnodes) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[8]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -818,7 +1433,7 @@ func (x *SetVnodes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetVnodes.ProtoReflect.Descriptor instead.
 func (*SetVnodes) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{8}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *SetVnodes) GetVnodes() []*VnodeSlots {
@@ -841,7 +1456,7 @@ type VnodeSlots struct {
 
 func (x *VnodeSlots) Reset() {
 	*x = VnodeSlots{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[9]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -853,7 +1468,7 @@ func (x *VnodeSlots) String() string {
 func (*VnodeSlots) ProtoMessage() {}
 
 func (x *VnodeSlots) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[9]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -866,7 +1481,7 @@ func (x *VnodeSlots) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VnodeSlots.ProtoReflect.Descriptor instead.
 func (*VnodeSlots) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{9}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *VnodeSlots) GetVnode() uint32 {
@@ -907,7 +1522,7 @@ type RemoveNodes struct {
 
 func (x *RemoveNodes) Reset() {
 	*x = RemoveNodes{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[10]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -919,7 +1534,7 @@ func (x *RemoveNodes) String() string {
 func (*RemoveNodes) ProtoMessage() {}
 
 func (x *RemoveNodes) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[10]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -932,7 +1547,7 @@ func (x *RemoveNodes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodes.ProtoReflect.Descriptor instead.
 func (*RemoveNodes) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{10}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RemoveNodes) GetIncarnations() []uint64 {
@@ -953,7 +1568,7 @@ type StartOperation struct {
 
 func (x *StartOperation) Reset() {
 	*x = StartOperation{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[11]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -965,7 +1580,7 @@ func (x *StartOperation) String() string {
 func (*StartOperation) ProtoMessage() {}
 
 func (x *StartOperation) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[11]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -978,7 +1593,7 @@ func (x *StartOperation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartOperation.ProtoReflect.Descriptor instead.
 func (*StartOperation) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{11}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *StartOperation) GetOperation() *Operation {
@@ -999,7 +1614,7 @@ type SteerOperation struct {
 
 func (x *SteerOperation) Reset() {
 	*x = SteerOperation{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[12]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1011,7 +1626,7 @@ func (x *SteerOperation) String() string {
 func (*SteerOperation) ProtoMessage() {}
 
 func (x *SteerOperation) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[12]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1024,7 +1639,7 @@ func (x *SteerOperation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SteerOperation.ProtoReflect.Descriptor instead.
 func (*SteerOperation) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{12}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *SteerOperation) GetId() uint64 {
@@ -1055,7 +1670,7 @@ type Move struct {
 
 func (x *Move) Reset() {
 	*x = Move{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[13]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1067,7 +1682,7 @@ func (x *Move) String() string {
 func (*Move) ProtoMessage() {}
 
 func (x *Move) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[13]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1080,7 +1695,7 @@ func (x *Move) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Move.ProtoReflect.Descriptor instead.
 func (*Move) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{13}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *Move) GetVnode() uint32 {
@@ -1122,7 +1737,8 @@ func (x *Move) GetDone() bool {
 type Operation struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
-	// "apply", "drain", "decommission", "replace", "replicas" or "quorums".
+	// "apply", "drain", "decommission", "replace", "replicas" or "quorums"; of the
+	// orchestrators' own "recover", "join", "shrink" or "rebalance".
 	Kind string `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
 	// What it is for, in words.
 	Title string          `protobuf:"bytes,3,opt,name=title,proto3" json:"title,omitempty"`
@@ -1151,7 +1767,7 @@ type Operation struct {
 
 func (x *Operation) Reset() {
 	*x = Operation{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[14]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1163,7 +1779,7 @@ func (x *Operation) String() string {
 func (*Operation) ProtoMessage() {}
 
 func (x *Operation) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[14]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1176,7 +1792,7 @@ func (x *Operation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Operation.ProtoReflect.Descriptor instead.
 func (*Operation) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{14}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Operation) GetId() uint64 {
@@ -1298,6 +1914,272 @@ func (x *Operation) GetFromReadQuorum() string {
 	return ""
 }
 
+// FindHealth notes what the leader found of nodes' health. Times are filled in.
+type FindHealth struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Nodes         []*FoundHealth         `protobuf:"bytes,1,rep,name=nodes,proto3" json:"nodes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FindHealth) Reset() {
+	*x = FindHealth{}
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FindHealth) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FindHealth) ProtoMessage() {}
+
+func (x *FindHealth) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FindHealth.ProtoReflect.Descriptor instead.
+func (*FindHealth) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *FindHealth) GetNodes() []*FoundHealth {
+	if x != nil {
+		return x.Nodes
+	}
+	return nil
+}
+
+// AskProvision asks for a node to be launched or ended. Its identifier, state and times
+// are filled in, and the name of a node to be launched.
+type AskProvision struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Provision     *Provision             `protobuf:"bytes,1,opt,name=provision,proto3" json:"provision,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AskProvision) Reset() {
+	*x = AskProvision{}
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AskProvision) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AskProvision) ProtoMessage() {}
+
+func (x *AskProvision) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AskProvision.ProtoReflect.Descriptor instead.
+func (*AskProvision) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *AskProvision) GetProvision() *Provision {
+	if x != nil {
+		return x.Provision
+	}
+	return nil
+}
+
+// SteerProvision notes what has come of a provision.
+type SteerProvision struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            uint64                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
+	State         Provision_State        `protobuf:"varint,2,opt,name=state,proto3,enum=kvasir.topology.v1.Provision_State" json:"state,omitempty"`
+	Incarnation   uint64                 `protobuf:"varint,3,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	Failures      uint32                 `protobuf:"varint,4,opt,name=failures,proto3" json:"failures,omitempty"`
+	Problem       string                 `protobuf:"bytes,5,opt,name=problem,proto3" json:"problem,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SteerProvision) Reset() {
+	*x = SteerProvision{}
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SteerProvision) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SteerProvision) ProtoMessage() {}
+
+func (x *SteerProvision) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SteerProvision.ProtoReflect.Descriptor instead.
+func (*SteerProvision) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *SteerProvision) GetId() uint64 {
+	if x != nil {
+		return x.Id
+	}
+	return 0
+}
+
+func (x *SteerProvision) GetState() Provision_State {
+	if x != nil {
+		return x.State
+	}
+	return Provision_STATE_UNSPECIFIED
+}
+
+func (x *SteerProvision) GetIncarnation() uint64 {
+	if x != nil {
+		return x.Incarnation
+	}
+	return 0
+}
+
+func (x *SteerProvision) GetFailures() uint32 {
+	if x != nil {
+		return x.Failures
+	}
+	return 0
+}
+
+func (x *SteerProvision) GetProblem() string {
+	if x != nil {
+		return x.Problem
+	}
+	return ""
+}
+
+// SetCondition notes that something holds, or does no longer where the text is empty.
+type SetCondition struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
+	Text          string                 `protobuf:"bytes,2,opt,name=text,proto3" json:"text,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetCondition) Reset() {
+	*x = SetCondition{}
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetCondition) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetCondition) ProtoMessage() {}
+
+func (x *SetCondition) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetCondition.ProtoReflect.Descriptor instead.
+func (*SetCondition) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *SetCondition) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *SetCondition) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
+// SetSettings replaces the cluster's settings. Their version is filled in.
+type SetSettings struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Settings      *Settings              `protobuf:"bytes,1,opt,name=settings,proto3" json:"settings,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetSettings) Reset() {
+	*x = SetSettings{}
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetSettings) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetSettings) ProtoMessage() {}
+
+func (x *SetSettings) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetSettings.ProtoReflect.Descriptor instead.
+func (*SetSettings) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *SetSettings) GetSettings() *Settings {
+	if x != nil {
+		return x.Settings
+	}
+	return nil
+}
+
 type CreateNamespace struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Namespace     *Namespace             `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
@@ -1307,7 +2189,7 @@ type CreateNamespace struct {
 
 func (x *CreateNamespace) Reset() {
 	*x = CreateNamespace{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[15]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1319,7 +2201,7 @@ func (x *CreateNamespace) String() string {
 func (*CreateNamespace) ProtoMessage() {}
 
 func (x *CreateNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[15]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1332,7 +2214,7 @@ func (x *CreateNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNamespace.ProtoReflect.Descriptor instead.
 func (*CreateNamespace) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{15}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *CreateNamespace) GetNamespace() *Namespace {
@@ -1351,7 +2233,7 @@ type UpdateNamespace struct {
 
 func (x *UpdateNamespace) Reset() {
 	*x = UpdateNamespace{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[16]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1363,7 +2245,7 @@ func (x *UpdateNamespace) String() string {
 func (*UpdateNamespace) ProtoMessage() {}
 
 func (x *UpdateNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[16]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1376,7 +2258,7 @@ func (x *UpdateNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNamespace.ProtoReflect.Descriptor instead.
 func (*UpdateNamespace) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{16}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *UpdateNamespace) GetNamespace() *Namespace {
@@ -1395,7 +2277,7 @@ type DropNamespace struct {
 
 func (x *DropNamespace) Reset() {
 	*x = DropNamespace{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[17]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1407,7 +2289,7 @@ func (x *DropNamespace) String() string {
 func (*DropNamespace) ProtoMessage() {}
 
 func (x *DropNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[17]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1420,7 +2302,7 @@ func (x *DropNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DropNamespace.ProtoReflect.Descriptor instead.
 func (*DropNamespace) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{17}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *DropNamespace) GetId() uint32 {
@@ -1439,7 +2321,7 @@ type SetOrchestrators struct {
 
 func (x *SetOrchestrators) Reset() {
 	*x = SetOrchestrators{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[18]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1451,7 +2333,7 @@ func (x *SetOrchestrators) String() string {
 func (*SetOrchestrators) ProtoMessage() {}
 
 func (x *SetOrchestrators) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[18]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1464,7 +2346,7 @@ func (x *SetOrchestrators) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetOrchestrators.ProtoReflect.Descriptor instead.
 func (*SetOrchestrators) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{18}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *SetOrchestrators) GetOrchestrators() []*Orchestrator {
@@ -1478,7 +2360,7 @@ var File_kvasir_topology_v1_control_proto protoreflect.FileDescriptor
 
 const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\n" +
-	" kvasir/topology/v1/control.proto\x12\x12kvasir.topology.v1\x1a!kvasir/topology/v1/topology.proto\"\xe6\x02\n" +
+	" kvasir/topology/v1/control.proto\x12\x12kvasir.topology.v1\x1a!kvasir/topology/v1/topology.proto\"\xfe\x05\n" +
 	"\fControlState\x128\n" +
 	"\btopology\x18\x01 \x01(\v2\x1c.kvasir.topology.v1.TopologyR\btopology\x12)\n" +
 	"\x10next_incarnation\x18\x02 \x01(\x04R\x0fnextIncarnation\x12%\n" +
@@ -1488,21 +2370,76 @@ const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\n" +
 	"operations\x18\x06 \x03(\v2\x1d.kvasir.topology.v1.OperationR\n" +
 	"operations\x12%\n" +
-	"\x0enext_operation\x18\a \x01(\x04R\rnextOperation\"W\n" +
+	"\x0enext_operation\x18\a \x01(\x04R\rnextOperation\x12\x1f\n" +
+	"\vlast_change\x18\b \x01(\x04R\n" +
+	"lastChange\x127\n" +
+	"\x06health\x18\t \x03(\v2\x1f.kvasir.topology.v1.FoundHealthR\x06health\x12=\n" +
+	"\n" +
+	"provisions\x18\n" +
+	" \x03(\v2\x1d.kvasir.topology.v1.ProvisionR\n" +
+	"provisions\x12%\n" +
+	"\x0enext_provision\x18\v \x01(\x04R\rnextProvision\x12(\n" +
+	"\x10last_node_number\x18\f \x01(\x04R\x0elastNodeNumber\x12P\n" +
+	"\x11settings_versions\x18\r \x03(\v2#.kvasir.topology.v1.SettingsVersionR\x10settingsVersions\x12=\n" +
+	"\n" +
+	"conditions\x18\x0e \x03(\v2\x1d.kvasir.topology.v1.ConditionR\n" +
+	"conditions\x12\x1b\n" +
+	"\theld_back\x18\x0f \x03(\x04R\bheldBack\"N\n" +
+	"\tCondition\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
+	"\x04text\x18\x02 \x01(\tR\x04text\x12\x19\n" +
+	"\bsince_ms\x18\x03 \x01(\x04R\asinceMs\"\x9e\x01\n" +
+	"\vFoundHealth\x12 \n" +
+	"\vincarnation\x18\x01 \x01(\x04R\vincarnation\x12:\n" +
+	"\x05state\x18\x02 \x01(\x0e2$.kvasir.topology.v1.NodeHealth.StateR\x05state\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x19\n" +
+	"\bsince_ms\x18\x04 \x01(\x04R\asinceMs\"\x8a\x01\n" +
+	"\x0fSettingsVersion\x128\n" +
+	"\bsettings\x18\x01 \x01(\v2\x1c.kvasir.topology.v1.SettingsR\bsettings\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\x06R\x05epoch\x12\x13\n" +
+	"\x05at_ms\x18\x03 \x01(\x04R\x04atMs\x12\x12\n" +
+	"\x04what\x18\x04 \x01(\tR\x04what\"\x95\x04\n" +
+	"\tProvision\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x126\n" +
+	"\x04kind\x18\x02 \x01(\x0e2\".kvasir.topology.v1.Provision.KindR\x04kind\x129\n" +
+	"\x05state\x18\x03 \x01(\x0e2#.kvasir.topology.v1.Provision.StateR\x05state\x12\x12\n" +
+	"\x04node\x18\x04 \x01(\tR\x04node\x12\x12\n" +
+	"\x04zone\x18\x05 \x01(\tR\x04zone\x12 \n" +
+	"\vincarnation\x18\x06 \x01(\x04R\vincarnation\x12\x1a\n" +
+	"\breplaces\x18\a \x01(\x04R\breplaces\x12\x10\n" +
+	"\x03why\x18\b \x01(\tR\x03why\x12\x13\n" +
+	"\x05at_ms\x18\t \x01(\x04R\x04atMs\x12\x1d\n" +
+	"\n" +
+	"changed_ms\x18\n" +
+	" \x01(\x04R\tchangedMs\x12\x1a\n" +
+	"\bfailures\x18\v \x01(\rR\bfailures\x12\x18\n" +
+	"\aproblem\x18\f \x01(\tR\aproblem\";\n" +
+	"\x04Kind\x12\x14\n" +
+	"\x10KIND_UNSPECIFIED\x10\x00\x12\x0f\n" +
+	"\vKIND_LAUNCH\x10\x01\x12\f\n" +
+	"\bKIND_END\x10\x02\"f\n" +
+	"\x05State\x12\x15\n" +
+	"\x11STATE_UNSPECIFIED\x10\x00\x12\x10\n" +
+	"\fSTATE_WANTED\x10\x01\x12\x12\n" +
+	"\x0eSTATE_LAUNCHED\x10\x02\x12\x0e\n" +
+	"\n" +
+	"STATE_DONE\x10\x03\x12\x10\n" +
+	"\fSTATE_FAILED\x10\x04\"W\n" +
 	"\x04Boot\x12 \n" +
 	"\vincarnation\x18\x01 \x01(\x04R\vincarnation\x12\x14\n" +
 	"\x05count\x18\x02 \x01(\x04R\x05count\x12\x17\n" +
-	"\aboot_id\x18\x03 \x01(\tR\x06bootId\"u\n" +
+	"\aboot_id\x18\x03 \x01(\tR\x06bootId\"\x8d\x01\n" +
 	"\x06Change\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\x06R\x05epoch\x12\x13\n" +
 	"\x05at_ms\x18\x02 \x01(\x04R\x04atMs\x12\x18\n" +
 	"\asubject\x18\x03 \x01(\tR\asubject\x12\x12\n" +
 	"\x04name\x18\x04 \x01(\tR\x04name\x12\x12\n" +
-	"\x04what\x18\x05 \x01(\tR\x04what\"\x9c\x01\n" +
+	"\x04what\x18\x05 \x01(\tR\x04what\x12\x16\n" +
+	"\x06number\x18\x06 \x01(\x04R\x06number\"\x9c\x01\n" +
 	"\aCommand\x12!\n" +
 	"\fexpect_epoch\x18\x01 \x01(\x06R\vexpectEpoch\x122\n" +
 	"\x06change\x18\x02 \x01(\v2\x1a.kvasir.topology.v1.ChangeR\x06change\x12:\n" +
-	"\tmutations\x18\x03 \x03(\v2\x1c.kvasir.topology.v1.MutationR\tmutations\"\xa4\x06\n" +
+	"\tmutations\x18\x03 \x03(\v2\x1c.kvasir.topology.v1.MutationR\tmutations\"\x8e\t\n" +
 	"\bMutation\x121\n" +
 	"\x05found\x18\x01 \x01(\v2\x19.kvasir.topology.v1.FoundH\x00R\x05found\x12:\n" +
 	"\bregister\x18\x02 \x01(\v2\x1c.kvasir.topology.v1.RegisterH\x00R\bregister\x128\n" +
@@ -1516,7 +2453,13 @@ const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\fremove_nodes\x18\t \x01(\v2\x1f.kvasir.topology.v1.RemoveNodesH\x00R\vremoveNodes\x12M\n" +
 	"\x0fstart_operation\x18\n" +
 	" \x01(\v2\".kvasir.topology.v1.StartOperationH\x00R\x0estartOperation\x12M\n" +
-	"\x0fsteer_operation\x18\v \x01(\v2\".kvasir.topology.v1.SteerOperationH\x00R\x0esteerOperationB\x06\n" +
+	"\x0fsteer_operation\x18\v \x01(\v2\".kvasir.topology.v1.SteerOperationH\x00R\x0esteerOperation\x12A\n" +
+	"\vfind_health\x18\f \x01(\v2\x1e.kvasir.topology.v1.FindHealthH\x00R\n" +
+	"findHealth\x12G\n" +
+	"\rask_provision\x18\r \x01(\v2 .kvasir.topology.v1.AskProvisionH\x00R\faskProvision\x12M\n" +
+	"\x0fsteer_provision\x18\x0e \x01(\v2\".kvasir.topology.v1.SteerProvisionH\x00R\x0esteerProvision\x12D\n" +
+	"\fset_settings\x18\x0f \x01(\v2\x1f.kvasir.topology.v1.SetSettingsH\x00R\vsetSettings\x12G\n" +
+	"\rset_condition\x18\x10 \x01(\v2 .kvasir.topology.v1.SetConditionH\x00R\fsetConditionB\x06\n" +
 	"\x04kind\"\x9f\x01\n" +
 	"\x05Found\x12\x1d\n" +
 	"\n" +
@@ -1580,7 +2523,23 @@ const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\x0eSTATE_ABORTING\x10\x03\x12\x0e\n" +
 	"\n" +
 	"STATE_DONE\x10\x04\x12\x11\n" +
-	"\rSTATE_ABORTED\x10\x05\"N\n" +
+	"\rSTATE_ABORTED\x10\x05\"C\n" +
+	"\n" +
+	"FindHealth\x125\n" +
+	"\x05nodes\x18\x01 \x03(\v2\x1f.kvasir.topology.v1.FoundHealthR\x05nodes\"K\n" +
+	"\fAskProvision\x12;\n" +
+	"\tprovision\x18\x01 \x01(\v2\x1d.kvasir.topology.v1.ProvisionR\tprovision\"\xb3\x01\n" +
+	"\x0eSteerProvision\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\x04R\x02id\x129\n" +
+	"\x05state\x18\x02 \x01(\x0e2#.kvasir.topology.v1.Provision.StateR\x05state\x12 \n" +
+	"\vincarnation\x18\x03 \x01(\x04R\vincarnation\x12\x1a\n" +
+	"\bfailures\x18\x04 \x01(\rR\bfailures\x12\x18\n" +
+	"\aproblem\x18\x05 \x01(\tR\aproblem\"6\n" +
+	"\fSetCondition\x12\x12\n" +
+	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
+	"\x04text\x18\x02 \x01(\tR\x04text\"G\n" +
+	"\vSetSettings\x128\n" +
+	"\bsettings\x18\x01 \x01(\v2\x1c.kvasir.topology.v1.SettingsR\bsettings\"N\n" +
 	"\x0fCreateNamespace\x12;\n" +
 	"\tnamespace\x18\x01 \x01(\v2\x1d.kvasir.topology.v1.NamespaceR\tnamespace\"N\n" +
 	"\x0fUpdateNamespace\x12;\n" +
@@ -1602,72 +2561,101 @@ func file_kvasir_topology_v1_control_proto_rawDescGZIP() []byte {
 	return file_kvasir_topology_v1_control_proto_rawDescData
 }
 
-var file_kvasir_topology_v1_control_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_kvasir_topology_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
+var file_kvasir_topology_v1_control_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_kvasir_topology_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_kvasir_topology_v1_control_proto_goTypes = []any{
-	(Operation_State)(0),     // 0: kvasir.topology.v1.Operation.State
-	(*ControlState)(nil),     // 1: kvasir.topology.v1.ControlState
-	(*Boot)(nil),             // 2: kvasir.topology.v1.Boot
-	(*Change)(nil),           // 3: kvasir.topology.v1.Change
-	(*Command)(nil),          // 4: kvasir.topology.v1.Command
-	(*Mutation)(nil),         // 5: kvasir.topology.v1.Mutation
-	(*Found)(nil),            // 6: kvasir.topology.v1.Found
-	(*Register)(nil),         // 7: kvasir.topology.v1.Register
-	(*SetRing)(nil),          // 8: kvasir.topology.v1.SetRing
-	(*SetVnodes)(nil),        // 9: kvasir.topology.v1.SetVnodes
-	(*VnodeSlots)(nil),       // 10: kvasir.topology.v1.VnodeSlots
-	(*RemoveNodes)(nil),      // 11: kvasir.topology.v1.RemoveNodes
-	(*StartOperation)(nil),   // 12: kvasir.topology.v1.StartOperation
-	(*SteerOperation)(nil),   // 13: kvasir.topology.v1.SteerOperation
-	(*Move)(nil),             // 14: kvasir.topology.v1.Move
-	(*Operation)(nil),        // 15: kvasir.topology.v1.Operation
-	(*CreateNamespace)(nil),  // 16: kvasir.topology.v1.CreateNamespace
-	(*UpdateNamespace)(nil),  // 17: kvasir.topology.v1.UpdateNamespace
-	(*DropNamespace)(nil),    // 18: kvasir.topology.v1.DropNamespace
-	(*SetOrchestrators)(nil), // 19: kvasir.topology.v1.SetOrchestrators
-	(*Topology)(nil),         // 20: kvasir.topology.v1.Topology
-	(*Settings)(nil),         // 21: kvasir.topology.v1.Settings
-	(*Node)(nil),             // 22: kvasir.topology.v1.Node
-	(*Vnode)(nil),            // 23: kvasir.topology.v1.Vnode
-	(*Slot)(nil),             // 24: kvasir.topology.v1.Slot
-	(*Namespace)(nil),        // 25: kvasir.topology.v1.Namespace
-	(*Orchestrator)(nil),     // 26: kvasir.topology.v1.Orchestrator
+	(Provision_Kind)(0),      // 0: kvasir.topology.v1.Provision.Kind
+	(Provision_State)(0),     // 1: kvasir.topology.v1.Provision.State
+	(Operation_State)(0),     // 2: kvasir.topology.v1.Operation.State
+	(*ControlState)(nil),     // 3: kvasir.topology.v1.ControlState
+	(*Condition)(nil),        // 4: kvasir.topology.v1.Condition
+	(*FoundHealth)(nil),      // 5: kvasir.topology.v1.FoundHealth
+	(*SettingsVersion)(nil),  // 6: kvasir.topology.v1.SettingsVersion
+	(*Provision)(nil),        // 7: kvasir.topology.v1.Provision
+	(*Boot)(nil),             // 8: kvasir.topology.v1.Boot
+	(*Change)(nil),           // 9: kvasir.topology.v1.Change
+	(*Command)(nil),          // 10: kvasir.topology.v1.Command
+	(*Mutation)(nil),         // 11: kvasir.topology.v1.Mutation
+	(*Found)(nil),            // 12: kvasir.topology.v1.Found
+	(*Register)(nil),         // 13: kvasir.topology.v1.Register
+	(*SetRing)(nil),          // 14: kvasir.topology.v1.SetRing
+	(*SetVnodes)(nil),        // 15: kvasir.topology.v1.SetVnodes
+	(*VnodeSlots)(nil),       // 16: kvasir.topology.v1.VnodeSlots
+	(*RemoveNodes)(nil),      // 17: kvasir.topology.v1.RemoveNodes
+	(*StartOperation)(nil),   // 18: kvasir.topology.v1.StartOperation
+	(*SteerOperation)(nil),   // 19: kvasir.topology.v1.SteerOperation
+	(*Move)(nil),             // 20: kvasir.topology.v1.Move
+	(*Operation)(nil),        // 21: kvasir.topology.v1.Operation
+	(*FindHealth)(nil),       // 22: kvasir.topology.v1.FindHealth
+	(*AskProvision)(nil),     // 23: kvasir.topology.v1.AskProvision
+	(*SteerProvision)(nil),   // 24: kvasir.topology.v1.SteerProvision
+	(*SetCondition)(nil),     // 25: kvasir.topology.v1.SetCondition
+	(*SetSettings)(nil),      // 26: kvasir.topology.v1.SetSettings
+	(*CreateNamespace)(nil),  // 27: kvasir.topology.v1.CreateNamespace
+	(*UpdateNamespace)(nil),  // 28: kvasir.topology.v1.UpdateNamespace
+	(*DropNamespace)(nil),    // 29: kvasir.topology.v1.DropNamespace
+	(*SetOrchestrators)(nil), // 30: kvasir.topology.v1.SetOrchestrators
+	(*Topology)(nil),         // 31: kvasir.topology.v1.Topology
+	(NodeHealth_State)(0),    // 32: kvasir.topology.v1.NodeHealth.State
+	(*Settings)(nil),         // 33: kvasir.topology.v1.Settings
+	(*Node)(nil),             // 34: kvasir.topology.v1.Node
+	(*Vnode)(nil),            // 35: kvasir.topology.v1.Vnode
+	(*Slot)(nil),             // 36: kvasir.topology.v1.Slot
+	(*Namespace)(nil),        // 37: kvasir.topology.v1.Namespace
+	(*Orchestrator)(nil),     // 38: kvasir.topology.v1.Orchestrator
 }
 var file_kvasir_topology_v1_control_proto_depIdxs = []int32{
-	20, // 0: kvasir.topology.v1.ControlState.topology:type_name -> kvasir.topology.v1.Topology
-	2,  // 1: kvasir.topology.v1.ControlState.boots:type_name -> kvasir.topology.v1.Boot
-	3,  // 2: kvasir.topology.v1.ControlState.history:type_name -> kvasir.topology.v1.Change
-	15, // 3: kvasir.topology.v1.ControlState.operations:type_name -> kvasir.topology.v1.Operation
-	3,  // 4: kvasir.topology.v1.Command.change:type_name -> kvasir.topology.v1.Change
-	5,  // 5: kvasir.topology.v1.Command.mutations:type_name -> kvasir.topology.v1.Mutation
-	6,  // 6: kvasir.topology.v1.Mutation.found:type_name -> kvasir.topology.v1.Found
-	7,  // 7: kvasir.topology.v1.Mutation.register:type_name -> kvasir.topology.v1.Register
-	8,  // 8: kvasir.topology.v1.Mutation.set_ring:type_name -> kvasir.topology.v1.SetRing
-	16, // 9: kvasir.topology.v1.Mutation.create_namespace:type_name -> kvasir.topology.v1.CreateNamespace
-	17, // 10: kvasir.topology.v1.Mutation.update_namespace:type_name -> kvasir.topology.v1.UpdateNamespace
-	18, // 11: kvasir.topology.v1.Mutation.drop_namespace:type_name -> kvasir.topology.v1.DropNamespace
-	19, // 12: kvasir.topology.v1.Mutation.set_orchestrators:type_name -> kvasir.topology.v1.SetOrchestrators
-	9,  // 13: kvasir.topology.v1.Mutation.set_vnodes:type_name -> kvasir.topology.v1.SetVnodes
-	11, // 14: kvasir.topology.v1.Mutation.remove_nodes:type_name -> kvasir.topology.v1.RemoveNodes
-	12, // 15: kvasir.topology.v1.Mutation.start_operation:type_name -> kvasir.topology.v1.StartOperation
-	13, // 16: kvasir.topology.v1.Mutation.steer_operation:type_name -> kvasir.topology.v1.SteerOperation
-	21, // 17: kvasir.topology.v1.Found.settings:type_name -> kvasir.topology.v1.Settings
-	22, // 18: kvasir.topology.v1.Register.node:type_name -> kvasir.topology.v1.Node
-	23, // 19: kvasir.topology.v1.SetRing.ring:type_name -> kvasir.topology.v1.Vnode
-	10, // 20: kvasir.topology.v1.SetVnodes.vnodes:type_name -> kvasir.topology.v1.VnodeSlots
-	24, // 21: kvasir.topology.v1.VnodeSlots.slots:type_name -> kvasir.topology.v1.Slot
-	15, // 22: kvasir.topology.v1.StartOperation.operation:type_name -> kvasir.topology.v1.Operation
-	0,  // 23: kvasir.topology.v1.SteerOperation.state:type_name -> kvasir.topology.v1.Operation.State
-	0,  // 24: kvasir.topology.v1.Operation.state:type_name -> kvasir.topology.v1.Operation.State
-	14, // 25: kvasir.topology.v1.Operation.moves:type_name -> kvasir.topology.v1.Move
-	25, // 26: kvasir.topology.v1.CreateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
-	25, // 27: kvasir.topology.v1.UpdateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
-	26, // 28: kvasir.topology.v1.SetOrchestrators.orchestrators:type_name -> kvasir.topology.v1.Orchestrator
-	29, // [29:29] is the sub-list for method output_type
-	29, // [29:29] is the sub-list for method input_type
-	29, // [29:29] is the sub-list for extension type_name
-	29, // [29:29] is the sub-list for extension extendee
-	0,  // [0:29] is the sub-list for field type_name
+	31, // 0: kvasir.topology.v1.ControlState.topology:type_name -> kvasir.topology.v1.Topology
+	8,  // 1: kvasir.topology.v1.ControlState.boots:type_name -> kvasir.topology.v1.Boot
+	9,  // 2: kvasir.topology.v1.ControlState.history:type_name -> kvasir.topology.v1.Change
+	21, // 3: kvasir.topology.v1.ControlState.operations:type_name -> kvasir.topology.v1.Operation
+	5,  // 4: kvasir.topology.v1.ControlState.health:type_name -> kvasir.topology.v1.FoundHealth
+	7,  // 5: kvasir.topology.v1.ControlState.provisions:type_name -> kvasir.topology.v1.Provision
+	6,  // 6: kvasir.topology.v1.ControlState.settings_versions:type_name -> kvasir.topology.v1.SettingsVersion
+	4,  // 7: kvasir.topology.v1.ControlState.conditions:type_name -> kvasir.topology.v1.Condition
+	32, // 8: kvasir.topology.v1.FoundHealth.state:type_name -> kvasir.topology.v1.NodeHealth.State
+	33, // 9: kvasir.topology.v1.SettingsVersion.settings:type_name -> kvasir.topology.v1.Settings
+	0,  // 10: kvasir.topology.v1.Provision.kind:type_name -> kvasir.topology.v1.Provision.Kind
+	1,  // 11: kvasir.topology.v1.Provision.state:type_name -> kvasir.topology.v1.Provision.State
+	9,  // 12: kvasir.topology.v1.Command.change:type_name -> kvasir.topology.v1.Change
+	11, // 13: kvasir.topology.v1.Command.mutations:type_name -> kvasir.topology.v1.Mutation
+	12, // 14: kvasir.topology.v1.Mutation.found:type_name -> kvasir.topology.v1.Found
+	13, // 15: kvasir.topology.v1.Mutation.register:type_name -> kvasir.topology.v1.Register
+	14, // 16: kvasir.topology.v1.Mutation.set_ring:type_name -> kvasir.topology.v1.SetRing
+	27, // 17: kvasir.topology.v1.Mutation.create_namespace:type_name -> kvasir.topology.v1.CreateNamespace
+	28, // 18: kvasir.topology.v1.Mutation.update_namespace:type_name -> kvasir.topology.v1.UpdateNamespace
+	29, // 19: kvasir.topology.v1.Mutation.drop_namespace:type_name -> kvasir.topology.v1.DropNamespace
+	30, // 20: kvasir.topology.v1.Mutation.set_orchestrators:type_name -> kvasir.topology.v1.SetOrchestrators
+	15, // 21: kvasir.topology.v1.Mutation.set_vnodes:type_name -> kvasir.topology.v1.SetVnodes
+	17, // 22: kvasir.topology.v1.Mutation.remove_nodes:type_name -> kvasir.topology.v1.RemoveNodes
+	18, // 23: kvasir.topology.v1.Mutation.start_operation:type_name -> kvasir.topology.v1.StartOperation
+	19, // 24: kvasir.topology.v1.Mutation.steer_operation:type_name -> kvasir.topology.v1.SteerOperation
+	22, // 25: kvasir.topology.v1.Mutation.find_health:type_name -> kvasir.topology.v1.FindHealth
+	23, // 26: kvasir.topology.v1.Mutation.ask_provision:type_name -> kvasir.topology.v1.AskProvision
+	24, // 27: kvasir.topology.v1.Mutation.steer_provision:type_name -> kvasir.topology.v1.SteerProvision
+	26, // 28: kvasir.topology.v1.Mutation.set_settings:type_name -> kvasir.topology.v1.SetSettings
+	25, // 29: kvasir.topology.v1.Mutation.set_condition:type_name -> kvasir.topology.v1.SetCondition
+	33, // 30: kvasir.topology.v1.Found.settings:type_name -> kvasir.topology.v1.Settings
+	34, // 31: kvasir.topology.v1.Register.node:type_name -> kvasir.topology.v1.Node
+	35, // 32: kvasir.topology.v1.SetRing.ring:type_name -> kvasir.topology.v1.Vnode
+	16, // 33: kvasir.topology.v1.SetVnodes.vnodes:type_name -> kvasir.topology.v1.VnodeSlots
+	36, // 34: kvasir.topology.v1.VnodeSlots.slots:type_name -> kvasir.topology.v1.Slot
+	21, // 35: kvasir.topology.v1.StartOperation.operation:type_name -> kvasir.topology.v1.Operation
+	2,  // 36: kvasir.topology.v1.SteerOperation.state:type_name -> kvasir.topology.v1.Operation.State
+	2,  // 37: kvasir.topology.v1.Operation.state:type_name -> kvasir.topology.v1.Operation.State
+	20, // 38: kvasir.topology.v1.Operation.moves:type_name -> kvasir.topology.v1.Move
+	5,  // 39: kvasir.topology.v1.FindHealth.nodes:type_name -> kvasir.topology.v1.FoundHealth
+	7,  // 40: kvasir.topology.v1.AskProvision.provision:type_name -> kvasir.topology.v1.Provision
+	1,  // 41: kvasir.topology.v1.SteerProvision.state:type_name -> kvasir.topology.v1.Provision.State
+	33, // 42: kvasir.topology.v1.SetSettings.settings:type_name -> kvasir.topology.v1.Settings
+	37, // 43: kvasir.topology.v1.CreateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
+	37, // 44: kvasir.topology.v1.UpdateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
+	38, // 45: kvasir.topology.v1.SetOrchestrators.orchestrators:type_name -> kvasir.topology.v1.Orchestrator
+	46, // [46:46] is the sub-list for method output_type
+	46, // [46:46] is the sub-list for method input_type
+	46, // [46:46] is the sub-list for extension type_name
+	46, // [46:46] is the sub-list for extension extendee
+	0,  // [0:46] is the sub-list for field type_name
 }
 
 func init() { file_kvasir_topology_v1_control_proto_init() }
@@ -1676,7 +2664,7 @@ func file_kvasir_topology_v1_control_proto_init() {
 		return
 	}
 	file_kvasir_topology_v1_topology_proto_init()
-	file_kvasir_topology_v1_control_proto_msgTypes[4].OneofWrappers = []any{
+	file_kvasir_topology_v1_control_proto_msgTypes[8].OneofWrappers = []any{
 		(*Mutation_Found)(nil),
 		(*Mutation_Register)(nil),
 		(*Mutation_SetRing)(nil),
@@ -1688,14 +2676,19 @@ func file_kvasir_topology_v1_control_proto_init() {
 		(*Mutation_RemoveNodes)(nil),
 		(*Mutation_StartOperation)(nil),
 		(*Mutation_SteerOperation)(nil),
+		(*Mutation_FindHealth)(nil),
+		(*Mutation_AskProvision)(nil),
+		(*Mutation_SteerProvision)(nil),
+		(*Mutation_SetSettings)(nil),
+		(*Mutation_SetCondition)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kvasir_topology_v1_control_proto_rawDesc), len(file_kvasir_topology_v1_control_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   19,
+			NumEnums:      3,
+			NumMessages:   28,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -239,6 +239,107 @@ func (NChange) EnumDescriptor() ([]byte, []int) {
 	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{3}
 }
 
+// JoinPolicy says who gives slots to spares. Unspecified is auto with an
+// auto_scaling_group, and manual without.
+type JoinPolicy int32
+
+const (
+	JoinPolicy_JOIN_POLICY_UNSPECIFIED JoinPolicy = 0
+	JoinPolicy_JOIN_POLICY_MANUAL      JoinPolicy = 1
+	JoinPolicy_JOIN_POLICY_AUTO        JoinPolicy = 2
+)
+
+// Enum value maps for JoinPolicy.
+var (
+	JoinPolicy_name = map[int32]string{
+		0: "JOIN_POLICY_UNSPECIFIED",
+		1: "JOIN_POLICY_MANUAL",
+		2: "JOIN_POLICY_AUTO",
+	}
+	JoinPolicy_value = map[string]int32{
+		"JOIN_POLICY_UNSPECIFIED": 0,
+		"JOIN_POLICY_MANUAL":      1,
+		"JOIN_POLICY_AUTO":        2,
+	}
+)
+
+func (x JoinPolicy) Enum() *JoinPolicy {
+	p := new(JoinPolicy)
+	*p = x
+	return p
+}
+
+func (x JoinPolicy) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (JoinPolicy) Descriptor() protoreflect.EnumDescriptor {
+	return file_kvasir_topology_v1_topology_proto_enumTypes[4].Descriptor()
+}
+
+func (JoinPolicy) Type() protoreflect.EnumType {
+	return &file_kvasir_topology_v1_topology_proto_enumTypes[4]
+}
+
+func (x JoinPolicy) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use JoinPolicy.Descriptor instead.
+func (JoinPolicy) EnumDescriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{4}
+}
+
+type Rebalance_Policy int32
+
+const (
+	Rebalance_POLICY_UNSPECIFIED Rebalance_Policy = 0
+	// Leave things as they are.
+	Rebalance_POLICY_ACCEPT Rebalance_Policy = 1
+	Rebalance_POLICY_AUTO   Rebalance_Policy = 2
+)
+
+// Enum value maps for Rebalance_Policy.
+var (
+	Rebalance_Policy_name = map[int32]string{
+		0: "POLICY_UNSPECIFIED",
+		1: "POLICY_ACCEPT",
+		2: "POLICY_AUTO",
+	}
+	Rebalance_Policy_value = map[string]int32{
+		"POLICY_UNSPECIFIED": 0,
+		"POLICY_ACCEPT":      1,
+		"POLICY_AUTO":        2,
+	}
+)
+
+func (x Rebalance_Policy) Enum() *Rebalance_Policy {
+	p := new(Rebalance_Policy)
+	*p = x
+	return p
+}
+
+func (x Rebalance_Policy) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Rebalance_Policy) Descriptor() protoreflect.EnumDescriptor {
+	return file_kvasir_topology_v1_topology_proto_enumTypes[5].Descriptor()
+}
+
+func (Rebalance_Policy) Type() protoreflect.EnumType {
+	return &file_kvasir_topology_v1_topology_proto_enumTypes[5]
+}
+
+func (x Rebalance_Policy) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Rebalance_Policy.Descriptor instead.
+func (Rebalance_Policy) EnumDescriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{7, 0}
+}
+
 type NodeHealth_State int32
 
 const (
@@ -272,11 +373,11 @@ func (x NodeHealth_State) String() string {
 }
 
 func (NodeHealth_State) Descriptor() protoreflect.EnumDescriptor {
-	return file_kvasir_topology_v1_topology_proto_enumTypes[4].Descriptor()
+	return file_kvasir_topology_v1_topology_proto_enumTypes[6].Descriptor()
 }
 
 func (NodeHealth_State) Type() protoreflect.EnumType {
-	return &file_kvasir_topology_v1_topology_proto_enumTypes[4]
+	return &file_kvasir_topology_v1_topology_proto_enumTypes[6]
 }
 
 func (x NodeHealth_State) Number() protoreflect.EnumNumber {
@@ -285,7 +386,7 @@ func (x NodeHealth_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use NodeHealth_State.Descriptor instead.
 func (NodeHealth_State) EnumDescriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{10, 0}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{12, 0}
 }
 
 type Node struct {
@@ -759,6 +860,16 @@ type Settings struct {
 	MaxHintBytes  uint64                 `protobuf:"varint,4,opt,name=max_hint_bytes,json=maxHintBytes,proto3" json:"max_hint_bytes,omitempty"`
 	MaxHintAgeMs  uint64                 `protobuf:"varint,5,opt,name=max_hint_age_ms,json=maxHintAgeMs,proto3" json:"max_hint_age_ms,omitempty"`
 	MaxHints      uint64                 `protobuf:"varint,6,opt,name=max_hints,json=maxHints,proto3" json:"max_hints,omitempty"`
+	// 1 when the cluster is founded, and one more with every change.
+	Version uint64 `protobuf:"varint,7,opt,name=version,proto3" json:"version,omitempty"`
+	// How long a node is unhealthy before others take its place, in milliseconds; 0: for
+	// ever.
+	ReplaceAfterMs   uint64            `protobuf:"varint,8,opt,name=replace_after_ms,json=replaceAfterMs,proto3" json:"replace_after_ms,omitempty"`
+	AutoScalingGroup *AutoScalingGroup `protobuf:"bytes,9,opt,name=auto_scaling_group,json=autoScalingGroup,proto3" json:"auto_scaling_group,omitempty"`
+	Join             JoinPolicy        `protobuf:"varint,10,opt,name=join,proto3,enum=kvasir.topology.v1.JoinPolicy" json:"join,omitempty"`
+	// The strategy that nodes are given slots by: "even" or "weighted".
+	Placement     string     `protobuf:"bytes,11,opt,name=placement,proto3" json:"placement,omitempty"`
+	Rebalance     *Rebalance `protobuf:"bytes,12,opt,name=rebalance,proto3" json:"rebalance,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -835,6 +946,216 @@ func (x *Settings) GetMaxHints() uint64 {
 	return 0
 }
 
+func (x *Settings) GetVersion() uint64 {
+	if x != nil {
+		return x.Version
+	}
+	return 0
+}
+
+func (x *Settings) GetReplaceAfterMs() uint64 {
+	if x != nil {
+		return x.ReplaceAfterMs
+	}
+	return 0
+}
+
+func (x *Settings) GetAutoScalingGroup() *AutoScalingGroup {
+	if x != nil {
+		return x.AutoScalingGroup
+	}
+	return nil
+}
+
+func (x *Settings) GetJoin() JoinPolicy {
+	if x != nil {
+		return x.Join
+	}
+	return JoinPolicy_JOIN_POLICY_UNSPECIFIED
+}
+
+func (x *Settings) GetPlacement() string {
+	if x != nil {
+		return x.Placement
+	}
+	return ""
+}
+
+func (x *Settings) GetRebalance() *Rebalance {
+	if x != nil {
+		return x.Rebalance
+	}
+	return nil
+}
+
+// AutoScalingGroup says how many data nodes there are to be. Without a max_capacity
+// nobody but people changes their number.
+type AutoScalingGroup struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	MinCapacity uint32                 `protobuf:"varint,1,opt,name=min_capacity,json=minCapacity,proto3" json:"min_capacity,omitempty"`
+	MaxCapacity uint32                 `protobuf:"varint,2,opt,name=max_capacity,json=maxCapacity,proto3" json:"max_capacity,omitempty"`
+	// 0 to 1, each; 0: not looked at.
+	TargetCpuUtilization  float64 `protobuf:"fixed64,3,opt,name=target_cpu_utilization,json=targetCpuUtilization,proto3" json:"target_cpu_utilization,omitempty"`
+	TargetDiskUtilization float64 `protobuf:"fixed64,4,opt,name=target_disk_utilization,json=targetDiskUtilization,proto3" json:"target_disk_utilization,omitempty"`
+	// Operations a second of one node; 0: not looked at.
+	TargetOperations    float64 `protobuf:"fixed64,5,opt,name=target_operations,json=targetOperations,proto3" json:"target_operations,omitempty"`
+	ScaleUpCooldownMs   uint64  `protobuf:"varint,6,opt,name=scale_up_cooldown_ms,json=scaleUpCooldownMs,proto3" json:"scale_up_cooldown_ms,omitempty"`
+	ScaleDownCooldownMs uint64  `protobuf:"varint,7,opt,name=scale_down_cooldown_ms,json=scaleDownCooldownMs,proto3" json:"scale_down_cooldown_ms,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
+}
+
+func (x *AutoScalingGroup) Reset() {
+	*x = AutoScalingGroup{}
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AutoScalingGroup) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AutoScalingGroup) ProtoMessage() {}
+
+func (x *AutoScalingGroup) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AutoScalingGroup.ProtoReflect.Descriptor instead.
+func (*AutoScalingGroup) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *AutoScalingGroup) GetMinCapacity() uint32 {
+	if x != nil {
+		return x.MinCapacity
+	}
+	return 0
+}
+
+func (x *AutoScalingGroup) GetMaxCapacity() uint32 {
+	if x != nil {
+		return x.MaxCapacity
+	}
+	return 0
+}
+
+func (x *AutoScalingGroup) GetTargetCpuUtilization() float64 {
+	if x != nil {
+		return x.TargetCpuUtilization
+	}
+	return 0
+}
+
+func (x *AutoScalingGroup) GetTargetDiskUtilization() float64 {
+	if x != nil {
+		return x.TargetDiskUtilization
+	}
+	return 0
+}
+
+func (x *AutoScalingGroup) GetTargetOperations() float64 {
+	if x != nil {
+		return x.TargetOperations
+	}
+	return 0
+}
+
+func (x *AutoScalingGroup) GetScaleUpCooldownMs() uint64 {
+	if x != nil {
+		return x.ScaleUpCooldownMs
+	}
+	return 0
+}
+
+func (x *AutoScalingGroup) GetScaleDownCooldownMs() uint64 {
+	if x != nil {
+		return x.ScaleDownCooldownMs
+	}
+	return 0
+}
+
+// Rebalance says when slots are moved to spread the load better.
+type Rebalance struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Policy Rebalance_Policy       `protobuf:"varint,1,opt,name=policy,proto3,enum=kvasir.topology.v1.Rebalance_Policy" json:"policy,omitempty"`
+	// How much above the mean the node with most may have, 0.1 for 10%.
+	Threshold float64 `protobuf:"fixed64,2,opt,name=threshold,proto3" json:"threshold,omitempty"`
+	// The share of its CPU that the busiest node may use while slots are moved, 0 to 1.
+	QuietCpuUtilization float64 `protobuf:"fixed64,3,opt,name=quiet_cpu_utilization,json=quietCpuUtilization,proto3" json:"quiet_cpu_utilization,omitempty"`
+	// The least time between two of them, in milliseconds.
+	CooldownMs    uint64 `protobuf:"varint,4,opt,name=cooldown_ms,json=cooldownMs,proto3" json:"cooldown_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Rebalance) Reset() {
+	*x = Rebalance{}
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Rebalance) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Rebalance) ProtoMessage() {}
+
+func (x *Rebalance) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Rebalance.ProtoReflect.Descriptor instead.
+func (*Rebalance) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Rebalance) GetPolicy() Rebalance_Policy {
+	if x != nil {
+		return x.Policy
+	}
+	return Rebalance_POLICY_UNSPECIFIED
+}
+
+func (x *Rebalance) GetThreshold() float64 {
+	if x != nil {
+		return x.Threshold
+	}
+	return 0
+}
+
+func (x *Rebalance) GetQuietCpuUtilization() float64 {
+	if x != nil {
+		return x.QuietCpuUtilization
+	}
+	return 0
+}
+
+func (x *Rebalance) GetCooldownMs() uint64 {
+	if x != nil {
+		return x.CooldownMs
+	}
+	return 0
+}
+
 type Orchestrator struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -847,7 +1168,7 @@ type Orchestrator struct {
 
 func (x *Orchestrator) Reset() {
 	*x = Orchestrator{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[6]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -859,7 +1180,7 @@ func (x *Orchestrator) String() string {
 func (*Orchestrator) ProtoMessage() {}
 
 func (x *Orchestrator) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[6]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -872,7 +1193,7 @@ func (x *Orchestrator) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Orchestrator.ProtoReflect.Descriptor instead.
 func (*Orchestrator) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{6}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Orchestrator) GetName() string {
@@ -922,7 +1243,7 @@ type Topology struct {
 
 func (x *Topology) Reset() {
 	*x = Topology{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[7]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -934,7 +1255,7 @@ func (x *Topology) String() string {
 func (*Topology) ProtoMessage() {}
 
 func (x *Topology) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[7]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -947,7 +1268,7 @@ func (x *Topology) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Topology.ProtoReflect.Descriptor instead.
 func (*Topology) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{7}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Topology) GetClusterId() string {
@@ -1039,7 +1360,7 @@ type TopologyDelta struct {
 
 func (x *TopologyDelta) Reset() {
 	*x = TopologyDelta{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[8]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1051,7 +1372,7 @@ func (x *TopologyDelta) String() string {
 func (*TopologyDelta) ProtoMessage() {}
 
 func (x *TopologyDelta) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[8]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1064,7 +1385,7 @@ func (x *TopologyDelta) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TopologyDelta.ProtoReflect.Descriptor instead.
 func (*TopologyDelta) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{8}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *TopologyDelta) GetClusterId() string {
@@ -1154,7 +1475,7 @@ type VnodeChange struct {
 
 func (x *VnodeChange) Reset() {
 	*x = VnodeChange{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[9]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1166,7 +1487,7 @@ func (x *VnodeChange) String() string {
 func (*VnodeChange) ProtoMessage() {}
 
 func (x *VnodeChange) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[9]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1179,7 +1500,7 @@ func (x *VnodeChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VnodeChange.ProtoReflect.Descriptor instead.
 func (*VnodeChange) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{9}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *VnodeChange) GetIndex() uint32 {
@@ -1207,7 +1528,7 @@ type NodeHealth struct {
 
 func (x *NodeHealth) Reset() {
 	*x = NodeHealth{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[10]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1219,7 +1540,7 @@ func (x *NodeHealth) String() string {
 func (*NodeHealth) ProtoMessage() {}
 
 func (x *NodeHealth) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[10]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1232,7 +1553,7 @@ func (x *NodeHealth) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeHealth.ProtoReflect.Descriptor instead.
 func (*NodeHealth) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{10}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *NodeHealth) GetIncarnation() uint64 {
@@ -1268,7 +1589,7 @@ type GetTopologyRequest struct {
 
 func (x *GetTopologyRequest) Reset() {
 	*x = GetTopologyRequest{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[11]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1280,7 +1601,7 @@ func (x *GetTopologyRequest) String() string {
 func (*GetTopologyRequest) ProtoMessage() {}
 
 func (x *GetTopologyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[11]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1293,7 +1614,7 @@ func (x *GetTopologyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetTopologyRequest.ProtoReflect.Descriptor instead.
 func (*GetTopologyRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{11}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *GetTopologyRequest) GetClusterId() string {
@@ -1322,7 +1643,7 @@ type GetTopologyResponse struct {
 
 func (x *GetTopologyResponse) Reset() {
 	*x = GetTopologyResponse{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[12]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1334,7 +1655,7 @@ func (x *GetTopologyResponse) String() string {
 func (*GetTopologyResponse) ProtoMessage() {}
 
 func (x *GetTopologyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[12]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1347,7 +1668,7 @@ func (x *GetTopologyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetTopologyResponse.ProtoReflect.Descriptor instead.
 func (*GetTopologyResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{12}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *GetTopologyResponse) GetTopology() *Topology {
@@ -1376,7 +1697,7 @@ type WatchTopologyRequest struct {
 
 func (x *WatchTopologyRequest) Reset() {
 	*x = WatchTopologyRequest{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[13]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1388,7 +1709,7 @@ func (x *WatchTopologyRequest) String() string {
 func (*WatchTopologyRequest) ProtoMessage() {}
 
 func (x *WatchTopologyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[13]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1401,7 +1722,7 @@ func (x *WatchTopologyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchTopologyRequest.ProtoReflect.Descriptor instead.
 func (*WatchTopologyRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{13}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *WatchTopologyRequest) GetClusterId() string {
@@ -1433,7 +1754,7 @@ type WatchTopologyResponse struct {
 
 func (x *WatchTopologyResponse) Reset() {
 	*x = WatchTopologyResponse{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[14]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1445,7 +1766,7 @@ func (x *WatchTopologyResponse) String() string {
 func (*WatchTopologyResponse) ProtoMessage() {}
 
 func (x *WatchTopologyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[14]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1458,7 +1779,7 @@ func (x *WatchTopologyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchTopologyResponse.ProtoReflect.Descriptor instead.
 func (*WatchTopologyResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{14}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *WatchTopologyResponse) GetTopology() *Topology {
@@ -1537,14 +1858,39 @@ const file_kvasir_topology_v1_topology_proto_rawDesc = "" +
 	"\n" +
 	"timeout_ms\x18\x02 \x01(\x04R\ttimeoutMs\x12+\n" +
 	"\x11healthy_threshold\x18\x03 \x01(\rR\x10healthyThreshold\x12/\n" +
-	"\x13unhealthy_threshold\x18\x04 \x01(\rR\x12unhealthyThreshold\"\x8b\x02\n" +
+	"\x13unhealthy_threshold\x18\x04 \x01(\rR\x12unhealthyThreshold\"\xb2\x04\n" +
 	"\bSettings\x12E\n" +
 	"\rhealth_checks\x18\x01 \x01(\v2 .kvasir.topology.v1.HealthChecksR\fhealthChecks\x12&\n" +
 	"\x0fmax_value_bytes\x18\x02 \x01(\rR\rmaxValueBytes\x12&\n" +
 	"\x0fmax_batch_bytes\x18\x03 \x01(\rR\rmaxBatchBytes\x12$\n" +
 	"\x0emax_hint_bytes\x18\x04 \x01(\x04R\fmaxHintBytes\x12%\n" +
 	"\x0fmax_hint_age_ms\x18\x05 \x01(\x04R\fmaxHintAgeMs\x12\x1b\n" +
-	"\tmax_hints\x18\x06 \x01(\x04R\bmaxHints\"\x88\x01\n" +
+	"\tmax_hints\x18\x06 \x01(\x04R\bmaxHints\x12\x18\n" +
+	"\aversion\x18\a \x01(\x04R\aversion\x12(\n" +
+	"\x10replace_after_ms\x18\b \x01(\x04R\x0ereplaceAfterMs\x12R\n" +
+	"\x12auto_scaling_group\x18\t \x01(\v2$.kvasir.topology.v1.AutoScalingGroupR\x10autoScalingGroup\x122\n" +
+	"\x04join\x18\n" +
+	" \x01(\x0e2\x1e.kvasir.topology.v1.JoinPolicyR\x04join\x12\x1c\n" +
+	"\tplacement\x18\v \x01(\tR\tplacement\x12;\n" +
+	"\trebalance\x18\f \x01(\v2\x1d.kvasir.topology.v1.RebalanceR\trebalance\"\xd9\x02\n" +
+	"\x10AutoScalingGroup\x12!\n" +
+	"\fmin_capacity\x18\x01 \x01(\rR\vminCapacity\x12!\n" +
+	"\fmax_capacity\x18\x02 \x01(\rR\vmaxCapacity\x124\n" +
+	"\x16target_cpu_utilization\x18\x03 \x01(\x01R\x14targetCpuUtilization\x126\n" +
+	"\x17target_disk_utilization\x18\x04 \x01(\x01R\x15targetDiskUtilization\x12+\n" +
+	"\x11target_operations\x18\x05 \x01(\x01R\x10targetOperations\x12/\n" +
+	"\x14scale_up_cooldown_ms\x18\x06 \x01(\x04R\x11scaleUpCooldownMs\x123\n" +
+	"\x16scale_down_cooldown_ms\x18\a \x01(\x04R\x13scaleDownCooldownMs\"\x82\x02\n" +
+	"\tRebalance\x12<\n" +
+	"\x06policy\x18\x01 \x01(\x0e2$.kvasir.topology.v1.Rebalance.PolicyR\x06policy\x12\x1c\n" +
+	"\tthreshold\x18\x02 \x01(\x01R\tthreshold\x122\n" +
+	"\x15quiet_cpu_utilization\x18\x03 \x01(\x01R\x13quietCpuUtilization\x12\x1f\n" +
+	"\vcooldown_ms\x18\x04 \x01(\x04R\n" +
+	"cooldownMs\"D\n" +
+	"\x06Policy\x12\x16\n" +
+	"\x12POLICY_UNSPECIFIED\x10\x00\x12\x11\n" +
+	"\rPOLICY_ACCEPT\x10\x01\x12\x0f\n" +
+	"\vPOLICY_AUTO\x10\x02\"\x88\x01\n" +
 	"\fOrchestrator\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12#\n" +
@@ -1630,7 +1976,12 @@ const file_kvasir_topology_v1_topology_proto_rawDesc = "" +
 	"\x11N_CHANGE_WIDENING\x10\x01\x12\x16\n" +
 	"\x12N_CHANGE_NARROWING\x10\x02\x12\x16\n" +
 	"\x12N_CHANGE_REQUIRING\x10\x03\x12\x15\n" +
-	"\x11N_CHANGE_LEVELING\x10\x042\xd9\x01\n" +
+	"\x11N_CHANGE_LEVELING\x10\x04*W\n" +
+	"\n" +
+	"JoinPolicy\x12\x1b\n" +
+	"\x17JOIN_POLICY_UNSPECIFIED\x10\x00\x12\x16\n" +
+	"\x12JOIN_POLICY_MANUAL\x10\x01\x12\x14\n" +
+	"\x10JOIN_POLICY_AUTO\x10\x022\xd9\x01\n" +
 	"\x0fTopologyService\x12^\n" +
 	"\vGetTopology\x12&.kvasir.topology.v1.GetTopologyRequest\x1a'.kvasir.topology.v1.GetTopologyResponse\x12f\n" +
 	"\rWatchTopology\x12(.kvasir.topology.v1.WatchTopologyRequest\x1a).kvasir.topology.v1.WatchTopologyResponse0\x01B@Z>github.com/kvasirdb/kvasir/proto/kvasir/topology/v1;topologyv1b\x06proto3"
@@ -1647,63 +1998,71 @@ func file_kvasir_topology_v1_topology_proto_rawDescGZIP() []byte {
 	return file_kvasir_topology_v1_topology_proto_rawDescData
 }
 
-var file_kvasir_topology_v1_topology_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_kvasir_topology_v1_topology_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_kvasir_topology_v1_topology_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
+var file_kvasir_topology_v1_topology_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_kvasir_topology_v1_topology_proto_goTypes = []any{
 	(Role)(0),                     // 0: kvasir.topology.v1.Role
 	(Phase)(0),                    // 1: kvasir.topology.v1.Phase
 	(ReadRepairMode)(0),           // 2: kvasir.topology.v1.ReadRepairMode
 	(NChange)(0),                  // 3: kvasir.topology.v1.NChange
-	(NodeHealth_State)(0),         // 4: kvasir.topology.v1.NodeHealth.State
-	(*Node)(nil),                  // 5: kvasir.topology.v1.Node
-	(*Slot)(nil),                  // 6: kvasir.topology.v1.Slot
-	(*Vnode)(nil),                 // 7: kvasir.topology.v1.Vnode
-	(*Namespace)(nil),             // 8: kvasir.topology.v1.Namespace
-	(*HealthChecks)(nil),          // 9: kvasir.topology.v1.HealthChecks
-	(*Settings)(nil),              // 10: kvasir.topology.v1.Settings
-	(*Orchestrator)(nil),          // 11: kvasir.topology.v1.Orchestrator
-	(*Topology)(nil),              // 12: kvasir.topology.v1.Topology
-	(*TopologyDelta)(nil),         // 13: kvasir.topology.v1.TopologyDelta
-	(*VnodeChange)(nil),           // 14: kvasir.topology.v1.VnodeChange
-	(*NodeHealth)(nil),            // 15: kvasir.topology.v1.NodeHealth
-	(*GetTopologyRequest)(nil),    // 16: kvasir.topology.v1.GetTopologyRequest
-	(*GetTopologyResponse)(nil),   // 17: kvasir.topology.v1.GetTopologyResponse
-	(*WatchTopologyRequest)(nil),  // 18: kvasir.topology.v1.WatchTopologyRequest
-	(*WatchTopologyResponse)(nil), // 19: kvasir.topology.v1.WatchTopologyResponse
+	(JoinPolicy)(0),               // 4: kvasir.topology.v1.JoinPolicy
+	(Rebalance_Policy)(0),         // 5: kvasir.topology.v1.Rebalance.Policy
+	(NodeHealth_State)(0),         // 6: kvasir.topology.v1.NodeHealth.State
+	(*Node)(nil),                  // 7: kvasir.topology.v1.Node
+	(*Slot)(nil),                  // 8: kvasir.topology.v1.Slot
+	(*Vnode)(nil),                 // 9: kvasir.topology.v1.Vnode
+	(*Namespace)(nil),             // 10: kvasir.topology.v1.Namespace
+	(*HealthChecks)(nil),          // 11: kvasir.topology.v1.HealthChecks
+	(*Settings)(nil),              // 12: kvasir.topology.v1.Settings
+	(*AutoScalingGroup)(nil),      // 13: kvasir.topology.v1.AutoScalingGroup
+	(*Rebalance)(nil),             // 14: kvasir.topology.v1.Rebalance
+	(*Orchestrator)(nil),          // 15: kvasir.topology.v1.Orchestrator
+	(*Topology)(nil),              // 16: kvasir.topology.v1.Topology
+	(*TopologyDelta)(nil),         // 17: kvasir.topology.v1.TopologyDelta
+	(*VnodeChange)(nil),           // 18: kvasir.topology.v1.VnodeChange
+	(*NodeHealth)(nil),            // 19: kvasir.topology.v1.NodeHealth
+	(*GetTopologyRequest)(nil),    // 20: kvasir.topology.v1.GetTopologyRequest
+	(*GetTopologyResponse)(nil),   // 21: kvasir.topology.v1.GetTopologyResponse
+	(*WatchTopologyRequest)(nil),  // 22: kvasir.topology.v1.WatchTopologyRequest
+	(*WatchTopologyResponse)(nil), // 23: kvasir.topology.v1.WatchTopologyResponse
 }
 var file_kvasir_topology_v1_topology_proto_depIdxs = []int32{
 	0,  // 0: kvasir.topology.v1.Node.role:type_name -> kvasir.topology.v1.Role
 	1,  // 1: kvasir.topology.v1.Slot.phase:type_name -> kvasir.topology.v1.Phase
-	6,  // 2: kvasir.topology.v1.Vnode.slots:type_name -> kvasir.topology.v1.Slot
+	8,  // 2: kvasir.topology.v1.Vnode.slots:type_name -> kvasir.topology.v1.Slot
 	2,  // 3: kvasir.topology.v1.Namespace.read_repair:type_name -> kvasir.topology.v1.ReadRepairMode
 	3,  // 4: kvasir.topology.v1.Namespace.change:type_name -> kvasir.topology.v1.NChange
-	9,  // 5: kvasir.topology.v1.Settings.health_checks:type_name -> kvasir.topology.v1.HealthChecks
-	5,  // 6: kvasir.topology.v1.Topology.nodes:type_name -> kvasir.topology.v1.Node
-	7,  // 7: kvasir.topology.v1.Topology.ring:type_name -> kvasir.topology.v1.Vnode
-	8,  // 8: kvasir.topology.v1.Topology.namespaces:type_name -> kvasir.topology.v1.Namespace
-	10, // 9: kvasir.topology.v1.Topology.settings:type_name -> kvasir.topology.v1.Settings
-	11, // 10: kvasir.topology.v1.Topology.orchestrators:type_name -> kvasir.topology.v1.Orchestrator
-	5,  // 11: kvasir.topology.v1.TopologyDelta.nodes:type_name -> kvasir.topology.v1.Node
-	14, // 12: kvasir.topology.v1.TopologyDelta.vnodes:type_name -> kvasir.topology.v1.VnodeChange
-	8,  // 13: kvasir.topology.v1.TopologyDelta.namespaces:type_name -> kvasir.topology.v1.Namespace
-	10, // 14: kvasir.topology.v1.TopologyDelta.settings:type_name -> kvasir.topology.v1.Settings
-	11, // 15: kvasir.topology.v1.TopologyDelta.orchestrators:type_name -> kvasir.topology.v1.Orchestrator
-	7,  // 16: kvasir.topology.v1.VnodeChange.vnode:type_name -> kvasir.topology.v1.Vnode
-	4,  // 17: kvasir.topology.v1.NodeHealth.state:type_name -> kvasir.topology.v1.NodeHealth.State
-	12, // 18: kvasir.topology.v1.GetTopologyResponse.topology:type_name -> kvasir.topology.v1.Topology
-	13, // 19: kvasir.topology.v1.GetTopologyResponse.delta:type_name -> kvasir.topology.v1.TopologyDelta
-	12, // 20: kvasir.topology.v1.WatchTopologyResponse.topology:type_name -> kvasir.topology.v1.Topology
-	15, // 21: kvasir.topology.v1.WatchTopologyResponse.health:type_name -> kvasir.topology.v1.NodeHealth
-	13, // 22: kvasir.topology.v1.WatchTopologyResponse.delta:type_name -> kvasir.topology.v1.TopologyDelta
-	16, // 23: kvasir.topology.v1.TopologyService.GetTopology:input_type -> kvasir.topology.v1.GetTopologyRequest
-	18, // 24: kvasir.topology.v1.TopologyService.WatchTopology:input_type -> kvasir.topology.v1.WatchTopologyRequest
-	17, // 25: kvasir.topology.v1.TopologyService.GetTopology:output_type -> kvasir.topology.v1.GetTopologyResponse
-	19, // 26: kvasir.topology.v1.TopologyService.WatchTopology:output_type -> kvasir.topology.v1.WatchTopologyResponse
-	25, // [25:27] is the sub-list for method output_type
-	23, // [23:25] is the sub-list for method input_type
-	23, // [23:23] is the sub-list for extension type_name
-	23, // [23:23] is the sub-list for extension extendee
-	0,  // [0:23] is the sub-list for field type_name
+	11, // 5: kvasir.topology.v1.Settings.health_checks:type_name -> kvasir.topology.v1.HealthChecks
+	13, // 6: kvasir.topology.v1.Settings.auto_scaling_group:type_name -> kvasir.topology.v1.AutoScalingGroup
+	4,  // 7: kvasir.topology.v1.Settings.join:type_name -> kvasir.topology.v1.JoinPolicy
+	14, // 8: kvasir.topology.v1.Settings.rebalance:type_name -> kvasir.topology.v1.Rebalance
+	5,  // 9: kvasir.topology.v1.Rebalance.policy:type_name -> kvasir.topology.v1.Rebalance.Policy
+	7,  // 10: kvasir.topology.v1.Topology.nodes:type_name -> kvasir.topology.v1.Node
+	9,  // 11: kvasir.topology.v1.Topology.ring:type_name -> kvasir.topology.v1.Vnode
+	10, // 12: kvasir.topology.v1.Topology.namespaces:type_name -> kvasir.topology.v1.Namespace
+	12, // 13: kvasir.topology.v1.Topology.settings:type_name -> kvasir.topology.v1.Settings
+	15, // 14: kvasir.topology.v1.Topology.orchestrators:type_name -> kvasir.topology.v1.Orchestrator
+	7,  // 15: kvasir.topology.v1.TopologyDelta.nodes:type_name -> kvasir.topology.v1.Node
+	18, // 16: kvasir.topology.v1.TopologyDelta.vnodes:type_name -> kvasir.topology.v1.VnodeChange
+	10, // 17: kvasir.topology.v1.TopologyDelta.namespaces:type_name -> kvasir.topology.v1.Namespace
+	12, // 18: kvasir.topology.v1.TopologyDelta.settings:type_name -> kvasir.topology.v1.Settings
+	15, // 19: kvasir.topology.v1.TopologyDelta.orchestrators:type_name -> kvasir.topology.v1.Orchestrator
+	9,  // 20: kvasir.topology.v1.VnodeChange.vnode:type_name -> kvasir.topology.v1.Vnode
+	6,  // 21: kvasir.topology.v1.NodeHealth.state:type_name -> kvasir.topology.v1.NodeHealth.State
+	16, // 22: kvasir.topology.v1.GetTopologyResponse.topology:type_name -> kvasir.topology.v1.Topology
+	17, // 23: kvasir.topology.v1.GetTopologyResponse.delta:type_name -> kvasir.topology.v1.TopologyDelta
+	16, // 24: kvasir.topology.v1.WatchTopologyResponse.topology:type_name -> kvasir.topology.v1.Topology
+	19, // 25: kvasir.topology.v1.WatchTopologyResponse.health:type_name -> kvasir.topology.v1.NodeHealth
+	17, // 26: kvasir.topology.v1.WatchTopologyResponse.delta:type_name -> kvasir.topology.v1.TopologyDelta
+	20, // 27: kvasir.topology.v1.TopologyService.GetTopology:input_type -> kvasir.topology.v1.GetTopologyRequest
+	22, // 28: kvasir.topology.v1.TopologyService.WatchTopology:input_type -> kvasir.topology.v1.WatchTopologyRequest
+	21, // 29: kvasir.topology.v1.TopologyService.GetTopology:output_type -> kvasir.topology.v1.GetTopologyResponse
+	23, // 30: kvasir.topology.v1.TopologyService.WatchTopology:output_type -> kvasir.topology.v1.WatchTopologyResponse
+	29, // [29:31] is the sub-list for method output_type
+	27, // [27:29] is the sub-list for method input_type
+	27, // [27:27] is the sub-list for extension type_name
+	27, // [27:27] is the sub-list for extension extendee
+	0,  // [0:27] is the sub-list for field type_name
 }
 
 func init() { file_kvasir_topology_v1_topology_proto_init() }
@@ -1716,8 +2075,8 @@ func file_kvasir_topology_v1_topology_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kvasir_topology_v1_topology_proto_rawDesc), len(file_kvasir_topology_v1_topology_proto_rawDesc)),
-			NumEnums:      5,
-			NumMessages:   15,
+			NumEnums:      7,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
