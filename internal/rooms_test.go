@@ -20,19 +20,21 @@ var levels = [][]string{
 	{"hlc", "record", "ring", "topology", "placement", "quorum", "mutant"},
 	{"storage", "rpc", "gossip", "consensus"},
 	{"replica", "coordinator", "handoff", "antientropy"},
-	{"node", "orchestrator"},
+	{"node", "orchestrator", "provision"},
 	{"cli", "devcluster", "bench"},
 }
 
 // siblings are the imports allowed within a level.
 var siblings = map[string][]string{
-	"topology":    {"quorum", "ring", "mutant"},
-	"record":      {"hlc", "mutant"},
-	"quorum":      {"mutant"},
-	"coordinator": {"replica"},
-	"handoff":     {"replica"},
-	"antientropy": {"replica"},
-	"cli":         {"devcluster", "bench"},
+	"topology":     {"quorum", "ring", "mutant"},
+	"placement":    {"topology"},
+	"record":       {"hlc", "mutant"},
+	"quorum":       {"mutant"},
+	"coordinator":  {"replica"},
+	"orchestrator": {"provision"},
+	"handoff":      {"replica"},
+	"antientropy":  {"replica"},
+	"cli":          {"devcluster", "bench"},
 }
 
 // unreachable are packages that a room must not reach, however indirectly.

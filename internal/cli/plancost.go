@@ -218,7 +218,7 @@ func needlesslySharing(t *topology.Topology, n int) int {
 	if len(zones) < n {
 		return 0
 	}
-	return sharing(assignmentOf(t), n, zoneOf)
+	return sharing(placement.Of(t), n, zoneOf)
 }
 
 // writeZones writes what becomes of the zones, where there are several.

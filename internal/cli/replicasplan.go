@@ -38,7 +38,7 @@ func planReplicas(t *topology.Topology, asked string, holds ringUse) (*replicasD
 	case n == ns.N:
 		return nil, usagef("--replicas %s: namespace %s has N=%d already", asked, name, n)
 	}
-	current := assignmentOf(t)
+	current := placement.Of(t)
 	next, err := widened(t, current, ns, n)
 	if errors.Is(err, placement.ErrTooFewNodes) {
 		return nil, usagef("N=%d needs %d nodes with slots, there are %d: start some, and give them slots with kvctl ring apply --add", n, n, len(slotted(t, current)))

@@ -229,7 +229,7 @@ func planRing(t *topology.Topology, r planRequest, holds ringUse) (*planDoc, err
 			return nil, err
 		}
 		place = func(p *placing) (placement.Assignment, error) {
-			return substitute(p.current, old.Incarnation, spare.Incarnation), nil
+			return placement.Substitute(p.current, old.Incarnation, spare.Incarnation), nil
 		}
 		r.strategy = "replace"
 	}
@@ -241,10 +241,7 @@ func planRing(t *topology.Topology, r planRequest, holds ringUse) (*planDoc, err
 		// Spares leave: the others keep what they have.
 		place = func(p *placing) (placement.Assignment, error) { return p.current, nil }
 	}
-	in := &placing{topology: t, current: assignmentOf(t), holds: holds}
-	for i := range t.Namespaces {
-		in.uses = append(in.uses, t.Namespaces[i].N)
-	}
+	in := &placing{topology: t, current: placement.Of(t), uses: placement.Uses(t), holds: holds}
 	refs := map[uint64]nodeRef{}
 	for _, n := range nodes {
 		refs[n.ID] = nodeRef{Node: n.name}
@@ -276,20 +273,18 @@ func planRing(t *topology.Topology, r planRequest, holds ringUse) (*planDoc, err
 	current := in.current
 	before, after := map[uint64]int{}, map[uint64]int{}
 	data := newDataShares(t, holds)
-	var order []topology.Move
+	order := placement.Moves(current, next)
 	for v := range next {
-		moves := len(d.Moves)
 		for s, n := range next[v] {
 			d.Slots++
 			before[current[v][s]]++
 			after[n]++
 			data.add(v, s, current[v][s], n)
 		}
-		for _, s := range placement.Turns(current[v], next[v]) {
-			order = append(order, topology.Move{Vnode: uint32(v), Slot: s, From: current[v][s], To: next[v][s]})
-			d.Moves = append(d.Moves, slotMoveDoc{v, s, &nodeRef{t.NodeName(current[v][s]), current[v][s]}, refs[next[v][s]]})
-		}
-		if len(d.Moves) > moves {
+	}
+	for i, m := range order {
+		d.Moves = append(d.Moves, slotMoveDoc{int(m.Vnode), m.Slot, &nodeRef{t.NodeName(m.From), m.From}, refs[m.To]})
+		if i == 0 || m.Vnode != order[i-1].Vnode {
 			d.Vnodes++
 		}
 	}
@@ -330,19 +325,6 @@ func forced(nodes []placement.Node, vnodes int, uses []int) []string {
 		}
 	}
 	return append([]string{}, slices.SortedFunc(maps.Keys(zones), compareNames)...)
-}
-
-// assignmentOf returns the nodes of all slots when the moves under way are done.
-func assignmentOf(t *topology.Topology) placement.Assignment {
-	var out placement.Assignment
-	for i := range t.Ring {
-		var slots []uint64
-		for _, s := range t.Ring[i].Slots {
-			slots = append(slots, cmp.Or(s.Incoming, s.Node))
-		}
-		out = append(out, slots)
-	}
-	return out
 }
 
 func sortPlanned(nodes []plannedDoc) {
@@ -443,20 +425,6 @@ func (r planRequest) replaced(t *topology.Topology) (old, spare *topology.Node, 
 		return nil, nil, usagef("%s has no slots: there is nothing to replace", old.Name)
 	}
 	return old, spare, nil
-}
-
-// substitute returns an assignment in which one node has the slots of another.
-func substitute(current placement.Assignment, old, next uint64) placement.Assignment {
-	out := make(placement.Assignment, len(current))
-	for v := range current {
-		out[v] = slices.Clone(current[v])
-		for s, n := range out[v] {
-			if n == old {
-				out[v][s] = next
-			}
-		}
-	}
-	return out
 }
 
 // title says what a plan is for.

@@ -121,7 +121,7 @@ func TestPlanRingScales(t *testing.T) {
 		}
 	}
 	began := time.Now()
-	if _, err := widened(top, assignmentOf(top), &top.Namespaces[0], 5); err != nil {
+	if _, err := widened(top, placement.Of(top), &top.Namespaces[0], 5); err != nil {
 		t.Fatal(err)
 	}
 	t.Logf("N from 3 to 5: planned in %s", time.Since(began))
