@@ -50,7 +50,7 @@ func (f *fake) decide(name, what string, s *adminv1.NamespaceSettings, rule func
 }
 
 func (f *fake) note(name, what string) {
-	f.mu.history = append(f.mu.history, &topologyv1.Change{Epoch: f.mu.topology.GetEpoch(), AtMs: 1772366400000, Subject: "namespace", Name: name, What: what})
+	f.mu.history = append(f.mu.history, &topologyv1.Change{Number: uint64(len(f.mu.history) + 1), Epoch: f.mu.topology.GetEpoch(), AtMs: 1772366400000, Subject: "namespace", Name: name, What: what})
 }
 
 func settingsOf(s *adminv1.NamespaceSettings) (out topology.NamespaceSettings) {
@@ -133,7 +133,7 @@ func (n *fakeNode) ListChanges(_ context.Context, r *adminv1.ListChangesRequest)
 	}
 	resp := &adminv1.ListChangesResponse{}
 	for _, c := range n.f.mu.history {
-		if c.GetName() == r.GetName() && c.GetSubject() == r.GetSubject() {
+		if c.GetNumber() > r.GetAfter() && (r.GetName() == "" || c.GetName() == r.GetName()) && (r.GetSubject() == "" || c.GetSubject() == r.GetSubject()) {
 			resp.Changes = append(resp.Changes, c)
 		}
 	}

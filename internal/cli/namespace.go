@@ -236,7 +236,7 @@ func (a *App) namespaceShow() *cobra.Command {
 			if ns == nil {
 				return topologyRefusal(topology.ErrNamespaceNotFound(args[0]))
 			}
-			changes, err := a.changes(cmd.Context(), "namespace", args[0])
+			changes, err := a.changes(cmd.Context(), &adminv1.ListChangesRequest{Subject: "namespace", Name: args[0]})
 			if err != nil {
 				// The settings are known to every node, the history only to orchestrators.
 				a.warn("the history is not available: %s", err)
@@ -246,11 +246,11 @@ func (a *App) namespaceShow() *cobra.Command {
 	}
 }
 
-// changes returns the history of one thing, oldest first.
-func (a *App) changes(ctx context.Context, subject, name string) ([]*topologyv1.Change, error) {
+// changes returns the changes that are asked for, oldest first.
+func (a *App) changes(ctx context.Context, r *adminv1.ListChangesRequest) ([]*topologyv1.Change, error) {
 	var resp *adminv1.ListChangesResponse
 	err := a.control(ctx, question{ask: func(ctx context.Context, cc *grpc.ClientConn) (err error) {
-		resp, err = adminv1.NewControlServiceClient(cc).ListChanges(ctx, &adminv1.ListChangesRequest{Subject: subject, Name: name})
+		resp, err = adminv1.NewControlServiceClient(cc).ListChanges(ctx, r)
 		return err
 	}})
 	return resp.GetChanges(), err

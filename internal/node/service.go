@@ -270,6 +270,10 @@ func (s controlService) ListOperations(ctx context.Context, r *adminv1.ListOpera
 	return forward(ctx, s.node, idempotent, r, adminv1.ControlServiceClient.ListOperations)
 }
 
+func (s controlService) ListProvisions(ctx context.Context, r *adminv1.ListProvisionsRequest) (*adminv1.ListProvisionsResponse, error) {
+	return forward(ctx, s.node, idempotent, r, adminv1.ControlServiceClient.ListProvisions)
+}
+
 // statusService describes this process.
 type statusService struct {
 	adminv1.UnimplementedStatusServiceServer

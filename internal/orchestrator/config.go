@@ -36,6 +36,9 @@ type Bootstrap struct {
 	Vnodes int `yaml:"vnodes" help:"number of vnodes, a power of two; fixed for the life of the cluster"`
 	// HealthChecks is how fast nodes are taken for unhealthy and healthy again.
 	HealthChecks HealthChecks `yaml:"health_checks"`
+	// ReplaceAfter is how long a node is unhealthy before others take its place. Default
+	// 10 minutes; 0 is for ever.
+	ReplaceAfter time.Duration `yaml:"replace_after" help:"how long a node is unhealthy before others take its place; 0s is for ever"`
 	// MaxValueBytes and MaxBatchBytes bound what clients write, MaxHintBytes, MaxHints
 	// and MaxHintAge what a node keeps for others.
 	MaxValueBytes int           `yaml:"max_value_bytes" help:"largest value, in bytes"`
@@ -82,6 +85,11 @@ type Config struct {
 	// Logger is required. Software names the version of the software.
 	Logger   *slog.Logger `yaml:"-"`
 	Software string       `yaml:"-"`
+	// Provisioner launches and ends nodes; nil only advises. A call to it may take
+	// ProvisionTimeout, and what it launches LaunchTimeout to register. Defaults 1 and 5
+	// minutes.
+	Provisioner                     Provisioner   `yaml:"-"`
+	ProvisionTimeout, LaunchTimeout time.Duration `yaml:"-"`
 	// Fatal is called when the disk fails. It must not return in production.
 	Fatal func(error) `yaml:"-"`
 	// Seams hold what simulations replace. The zero value is production.
@@ -106,13 +114,14 @@ func Defaults() Config {
 	d := topology.DefaultSettings()
 	return Config{
 		Listen: "0.0.0.0:7390", AdminListen: "0.0.0.0:7391", GossipListen: "0.0.0.0:7392", RaftListen: "0.0.0.0:7393",
-		ElectionTimeout: time.Second,
+		ElectionTimeout: time.Second, ProvisionTimeout: time.Minute, LaunchTimeout: 5 * time.Minute,
 		Bootstrap: Bootstrap{
 			FoundingNodes: 3, Vnodes: ring.DefaultVnodes,
 			HealthChecks: HealthChecks{
 				Interval: d.HealthChecks.Interval, Timeout: d.HealthChecks.Timeout,
 				HealthyThreshold: d.HealthChecks.HealthyThreshold, UnhealthyThreshold: d.HealthChecks.UnhealthyThreshold,
 			},
+			ReplaceAfter:  d.ReplaceAfter,
 			MaxValueBytes: d.MaxValueBytes, MaxBatchBytes: d.MaxBatchBytes,
 			MaxHintBytes: d.MaxHintBytes, MaxHints: d.MaxHints, MaxHintAge: d.MaxHintAge,
 		},
@@ -121,14 +130,15 @@ func Defaults() Config {
 
 // settings returns the cluster's settings that a bootstrap asks for.
 func (b Bootstrap) settings() topology.Settings {
-	return topology.Settings{
-		HealthChecks: topology.HealthChecks{
-			Interval: b.HealthChecks.Interval, Timeout: b.HealthChecks.Timeout,
-			HealthyThreshold: b.HealthChecks.HealthyThreshold, UnhealthyThreshold: b.HealthChecks.UnhealthyThreshold,
-		},
-		MaxValueBytes: b.MaxValueBytes, MaxBatchBytes: b.MaxBatchBytes,
-		MaxHintBytes: b.MaxHintBytes, MaxHints: b.MaxHints, MaxHintAge: b.MaxHintAge,
+	s := topology.DefaultSettings()
+	s.HealthChecks = topology.HealthChecks{
+		Interval: b.HealthChecks.Interval, Timeout: b.HealthChecks.Timeout,
+		HealthyThreshold: b.HealthChecks.HealthyThreshold, UnhealthyThreshold: b.HealthChecks.UnhealthyThreshold,
 	}
+	s.MaxValueBytes, s.MaxBatchBytes = b.MaxValueBytes, b.MaxBatchBytes
+	s.MaxHintBytes, s.MaxHints, s.MaxHintAge = b.MaxHintBytes, b.MaxHints, b.MaxHintAge
+	s.ReplaceAfter = b.ReplaceAfter
+	return s
 }
 
 // self returns this orchestrator's entry in Peers.

@@ -309,20 +309,54 @@ func (s controlService) ListChanges(ctx context.Context, r *adminv1.ListChangesR
 	return onLeader(ctx, s.o, idempotent, r, s.listChanges, adminv1.ControlServiceClient.ListChanges)
 }
 
-func (s controlService) listChanges(_ context.Context, r *adminv1.ListChangesRequest) (*adminv1.ListChangesResponse, error) {
+// maxChangesWait bounds how long a question for changes waits for one.
+const maxChangesWait = 30 * time.Second
+
+func (s controlService) listChanges(ctx context.Context, r *adminv1.ListChangesRequest) (*adminv1.ListChangesResponse, error) {
+	wait := time.NewTimer(min(time.Duration(r.GetWaitMs())*time.Millisecond, maxChangesWait))
+	defer wait.Stop()
+	for {
+		changed := s.o.machine.changed()
+		state := s.o.machine.state.Load()
+		if state == nil {
+			return nil, noLeader()
+		}
+		resp := &adminv1.ListChangesResponse{}
+		for _, c := range state.History {
+			if c.Number > r.GetAfter() && (r.GetSubject() == "" || c.Subject == r.GetSubject()) && (r.GetName() == "" || c.Name == r.GetName()) {
+				resp.Changes = append(resp.Changes, c.Proto())
+			}
+		}
+		if n := int(r.GetLimit()); n > 0 && len(resp.Changes) > n {
+			resp.Changes = resp.Changes[len(resp.Changes)-n:]
+		}
+		if len(resp.Changes) > 0 {
+			return resp, nil
+		}
+		select {
+		case <-changed:
+		case <-wait.C:
+			return resp, nil
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-s.o.stopping:
+			return resp, nil
+		}
+	}
+}
+
+func (s controlService) ListProvisions(ctx context.Context, r *adminv1.ListProvisionsRequest) (*adminv1.ListProvisionsResponse, error) {
+	return onLeader(ctx, s.o, idempotent, r, s.listProvisions, adminv1.ControlServiceClient.ListProvisions)
+}
+
+func (s controlService) listProvisions(context.Context, *adminv1.ListProvisionsRequest) (*adminv1.ListProvisionsResponse, error) {
 	state := s.o.machine.state.Load()
 	if state == nil {
 		return nil, noLeader()
 	}
-	resp := &adminv1.ListChangesResponse{}
-	for _, c := range state.History {
-		if r.GetSubject() != "" && c.Subject != r.GetSubject() || r.GetName() != "" && c.Name != r.GetName() {
-			continue
-		}
-		resp.Changes = append(resp.Changes, c.Proto())
-	}
-	if n := int(r.GetLimit()); n > 0 && len(resp.Changes) > n {
-		resp.Changes = resp.Changes[len(resp.Changes)-n:]
+	resp := &adminv1.ListProvisionsResponse{}
+	for _, p := range state.Provisions {
+		resp.Provisions = append(resp.Provisions, p.Proto())
 	}
 	return resp, nil
 }
@@ -335,11 +369,18 @@ func (s controlService) GetClusterStatus(ctx context.Context, r *adminv1.GetClus
 const statusTimeout = 500 * time.Millisecond
 
 func (s controlService) clusterStatus(ctx context.Context, _ *adminv1.GetClusterStatusRequest) (*adminv1.GetClusterStatusResponse, error) {
-	t := s.o.machine.topology()
-	if t == nil {
+	state := s.o.machine.state.Load()
+	if state == nil {
 		return nil, noLeader()
 	}
+	t := state.Topology
 	resp := &adminv1.GetClusterStatusResponse{Topology: t.Proto(), AnsweredBy: s.o.cfg.Name, ControlPlaneAvailable: true}
+	for _, c := range state.Conditions {
+		resp.Conditions = append(resp.Conditions, c.Proto())
+	}
+	for _, h := range state.Health {
+		resp.Found = append(resp.Found, h.Proto())
+	}
 	for _, n := range t.Nodes {
 		obs := s.o.health.of(n.Incarnation)
 		on := &adminv1.ObservedNode{Health: obs.proto(n.Incarnation), Status: obs.status}

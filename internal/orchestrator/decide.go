@@ -27,7 +27,14 @@ func decide(s *topology.State, cfg *Config, v view, newID string) (*topologyv1.C
 		}
 		return nil, nil
 	}
-	return changeRing(s, v), nil
+	for _, loop := range []func(*topology.State, view) *topologyv1.Command{
+		noteHealth, noteConditions, noteProvisions, changeRing, recoverNodes, joinSpares,
+	} {
+		if cmd := loop(s, v); cmd != nil {
+			return cmd, nil
+		}
+	}
+	return nil, nil
 }
 
 func found(cfg *Config, id string) *topologyv1.Command {

@@ -270,15 +270,20 @@ func (h *probes) healthy(incarnation uint64) bool {
 	return h.state(incarnation) == topologyv1.NodeHealth_STATE_HEALTHY
 }
 
-// patience is how long an unhealthy node is waited for that a slot is being moved from:
-// a restart takes less, and what the newcomer has taken in from it stays of use.
-const patience = 20 * time.Second
-
 // view returns what is known of the nodes now.
 func (h *probes) view() view {
-	return view{state: h.state, status: h.status, lost: func(incarnation uint64) bool {
-		return time.Since(h.of(incarnation).changed) > patience
-	}}
+	return view{
+		state: h.state, status: h.status,
+		reason: func(incarnation uint64) string { return h.of(incarnation).verdict.reason },
+		down: func(incarnation uint64) time.Duration {
+			if obs := h.of(incarnation); obs.verdict.state == topologyv1.NodeHealth_STATE_UNHEALTHY {
+				return time.Since(obs.changed)
+			}
+			return 0
+		},
+		nowMillis:  h.o.cfg.Seams.WallClock(),
+		provisions: h.o.cfg.Provisioner != nil, launchTimeout: h.o.cfg.LaunchTimeout,
+	}
 }
 
 func (obs observation) proto(incarnation uint64) *topologyv1.NodeHealth {

@@ -256,7 +256,7 @@ func firstPhase(op *topology.Operation, t *topology.Topology, m topology.Move, v
 		return next, t.NodeName(next.Incoming) + " is not healthy"
 	case hasSlot(vnode, next.Incoming):
 		return next, t.NodeName(next.Incoming) + " has a slot of the vnode"
-	case v.gone(t, next.Node), v.unhealthy(next.Node) && op.Kind == kindReplace:
+	case v.gone(t, next.Node), v.unhealthy(next.Node) && (op.Kind == kindReplace || op.Kind == kindRecover):
 		next.Phase = topology.WriteNewReadNone
 	case !v.healthy(next.Node):
 		return next, t.NodeName(next.Node) + " is not healthy"
@@ -269,7 +269,7 @@ func firstPhase(op *topology.Operation, t *topology.Topology, m topology.Move, v
 const kindReplace = "replace"
 
 // endOperation ends the operation whose moves are all done, or taken back.
-func endOperation(s *topology.State, _ view) *topologyv1.Command {
+func endOperation(s *topology.State, v view) *topologyv1.Command {
 	op := s.Active()
 	if op == nil {
 		return nil
@@ -298,6 +298,9 @@ func endOperation(s *topology.State, _ view) *topologyv1.Command {
 		}
 		if len(remove.Incarnations) > 0 {
 			mutations = append(mutations, &topologyv1.Mutation{Kind: &topologyv1.Mutation_RemoveNodes{RemoveNodes: remove}})
+			if v.provisions {
+				mutations = append(mutations, endRemoved(s, op, remove.Incarnations)...)
+			}
 		}
 	case op.State == topology.Aborting && !slices.ContainsFunc(op.Moves, func(m topology.Move) bool {
 		return !m.Done && s.Topology.Ring[m.Vnode].Slots[m.Slot].Phase != topology.Stable

@@ -131,6 +131,9 @@ func (o *Orchestrator) open(run context.Context) error {
 	})
 	o.workers.Go(func() { o.lead(run) })
 	o.workers.Go(func() { o.joinMembers(run) })
+	if o.cfg.Provisioner != nil {
+		o.workers.Go(func() { newProvisioning(o).run(run) })
+	}
 	o.startServer()
 	return nil
 }

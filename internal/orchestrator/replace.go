@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/kvasirdb/kvasir/internal/topology"
 	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
@@ -17,15 +18,26 @@ type view struct {
 	// status is what a node last said of itself, nil if nothing. Epochs and complete
 	// fillings only grow within an incarnation, so an old status errs to the safe side.
 	status func(incarnation uint64) *adminv1.NodeStatus
-	// lost reports whether a node has been unhealthy for so long that it is not waited
-	// for.
-	lost func(incarnation uint64) bool
+	// reason says why, in words, or what is odd about a healthy one.
+	reason func(incarnation uint64) string
+	// down is how long a node has been unhealthy.
+	down func(incarnation uint64) time.Duration
+	// nowMillis is milliseconds since 1970.
+	nowMillis int64
+	// provisions tells that there is a provisioner; what it launches has launchTimeout to
+	// register.
+	provisions    bool
+	launchTimeout time.Duration
 }
+
+// patience is how long an unhealthy node is waited for that a slot is being moved from:
+// a restart takes less, and what the newcomer has taken in from it stays of use.
+const patience = 20 * time.Second
 
 // gone reports whether a node is not waited for: it was removed, another data directory
 // has its name, or it has been unhealthy for long.
 func (v view) gone(t *topology.Topology, incarnation uint64) bool {
-	return t.Node(incarnation) == nil || successor(t, incarnation, v) != nil || v.unhealthy(incarnation) && v.lost(incarnation)
+	return t.Node(incarnation) == nil || successor(t, incarnation, v) != nil || v.unhealthy(incarnation) && v.down(incarnation) > patience
 }
 
 func (v view) healthy(incarnation uint64) bool {
@@ -154,7 +166,7 @@ func (b *batch) command(format string) *topologyv1.Command {
 	}
 	return &topologyv1.Command{
 		ExpectEpoch: b.t.Epoch,
-		Change:      &topologyv1.Change{Subject: "node", Name: b.name, What: fmt.Sprintf(format, strings.Join(b.what, ", "), len(b.m.GetVnodes()))},
+		Change:      &topologyv1.Change{Subject: topology.SubjectMove, Name: b.name, What: fmt.Sprintf(format, strings.Join(b.what, ", "), len(b.m.GetVnodes()))},
 		Mutations:   []*topologyv1.Mutation{{Kind: &topologyv1.Mutation_SetVnodes{SetVnodes: &b.m}}},
 	}
 }

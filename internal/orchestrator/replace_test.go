@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/kvasirdb/kvasir/internal/topology"
 	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
@@ -13,9 +14,14 @@ import (
 
 // observed is what a test says of the nodes.
 type observed struct {
-	dead, unknown, lost []uint64
-	epochs              map[uint64]uint64
-	fillings            map[uint64][]*adminv1.Filling
+	dead, unknown []uint64
+	// lost are those of the dead that have been so for longer than anybody waits.
+	lost []uint64
+	now  time.Duration // since 1970
+	// provisions says that there is a provisioner.
+	provisions bool
+	epochs     map[uint64]uint64
+	fillings   map[uint64][]*adminv1.Filling
 }
 
 func (o observed) view() view {
@@ -32,7 +38,22 @@ func (o observed) view() view {
 		status: func(inc uint64) *adminv1.NodeStatus {
 			return &adminv1.NodeStatus{Incarnation: inc, Epoch: o.epochs[inc], Fillings: o.fillings[inc]}
 		},
-		lost: func(inc uint64) bool { return slices.Contains(o.lost, inc) },
+		reason: func(inc uint64) string {
+			if slices.Contains(o.dead, inc) {
+				return "it does not answer"
+			}
+			return ""
+		},
+		down: func(inc uint64) time.Duration {
+			switch {
+			case slices.Contains(o.lost, inc):
+				return time.Hour
+			case slices.Contains(o.dead, inc):
+				return time.Second
+			}
+			return 0
+		},
+		nowMillis: o.now.Milliseconds(), provisions: o.provisions, launchTimeout: time.Minute,
 	}
 }
 
@@ -86,20 +107,28 @@ func ringOfVnodes(t *testing.T, nodes, vnodes int) (*topology.State, *Config) {
 	return s, &cfg
 }
 
+// next applies what is decided next, and before that all that is only noted.
 func next(t *testing.T, s *topology.State, cfg *Config, v view) (*topology.State, string) {
 	t.Helper()
-	cmd, err := decide(s, cfg, v, "x")
-	if err != nil {
-		t.Fatal(err)
+	for {
+		cmd, err := decide(s, cfg, v, "x")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if cmd == nil {
+			return s, ""
+		}
+		if cmd.Change != nil {
+			cmd.Change.AtMs = uint64(v.nowMillis)
+		}
+		if s, _, err = s.Apply(cmd); err != nil {
+			t.Fatal(err)
+		}
+		m := cmd.GetMutations()[0]
+		if m.GetFindHealth() == nil && m.GetSetCondition() == nil {
+			return s, cmd.GetChange().GetWhat()
+		}
 	}
-	if cmd == nil {
-		return s, ""
-	}
-	s, _, err = s.Apply(cmd)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return s, cmd.GetChange().GetWhat()
 }
 
 func TestReplacementFromBeginningToEnd(t *testing.T) {

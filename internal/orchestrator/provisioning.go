@@ -1,0 +1,274 @@
+package orchestrator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/kvasirdb/kvasir/internal/provision"
+	"github.com/kvasirdb/kvasir/internal/topology"
+	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
+)
+
+// Provisioner launches and ends nodes. Package provision tells the laws that it keeps.
+type Provisioner interface {
+	Launch(ctx context.Context, n provision.Node) error
+	End(ctx context.Context, n provision.Node) error
+}
+
+// launchFor asks the provisioner for a node in a dead one's place, or says that one is
+// on its way. Where launches have failed lately, neither.
+func launchFor(s *topology.State, d *topology.Node, v view) (_ *topologyv1.Command, wait bool) {
+	failed := false
+	for _, p := range s.Provisions {
+		if p.Kind != topology.Launch || p.Replaces != d.Incarnation {
+			continue
+		}
+		if !p.State.Ended() {
+			return nil, true
+		}
+		failed = failed || p.State == topology.Failed
+	}
+	if failed && !mayLaunch(s, v) {
+		return nil, false
+	}
+	return askLaunch(s, topology.Provision{Zone: d.Zone, Replaces: d.Incarnation, Why: fmt.Sprintf("in the place of %s, which is dead", d.Name)}, "recovery"), false
+}
+
+// askLaunch returns the command that asks for a node to be launched.
+func askLaunch(s *topology.State, p topology.Provision, subject string) *topologyv1.Command {
+	p.Kind = topology.Launch
+	return noted(subject, "", fmt.Sprintf("a node is to be launched in zone %s: %s", p.Zone, p.Why), s, askProvision(p))
+}
+
+func askProvision(p topology.Provision) *topologyv1.Mutation {
+	return &topologyv1.Mutation{Kind: &topologyv1.Mutation_AskProvision{AskProvision: &topologyv1.AskProvision{Provision: p.Proto()}}}
+}
+
+// The time before another launch after some have failed in a row: it doubles each time.
+const (
+	firstBackoff = time.Minute
+	lastBackoff  = 30 * time.Minute
+)
+
+// mayLaunch reports whether the last launches that failed are long enough ago for another
+// one.
+func mayLaunch(s *topology.State, v view) bool {
+	wait, last := time.Duration(0), int64(0)
+	for _, p := range s.Provisions {
+		switch {
+		case p.Kind != topology.Launch:
+		case p.State == topology.Failed:
+			wait, last = min(max(2*wait, firstBackoff), lastBackoff), p.ChangedMillis
+		case p.State == topology.Provided:
+			wait = 0
+		}
+	}
+	return v.nowMillis-last >= wait.Milliseconds()
+}
+
+// noteProvisions notes which launched nodes have registered and which have not in time.
+// What a launch in vain left is ended.
+func noteProvisions(s *topology.State, v view) *topologyv1.Command {
+	for i := range s.Provisions {
+		p := &s.Provisions[i]
+		if p.Kind != topology.Launch || p.State.Ended() {
+			continue
+		}
+		if n := s.Topology.Resolve(p.Node); n != nil {
+			return steered(s, p, topology.Provided, n.Incarnation, fmt.Sprintf("%s has registered, %s after it was asked for", p.Node, v.age(p)))
+		}
+		if v.provisions && v.nowMillis-p.AtMillis > v.launchTimeout.Milliseconds() {
+			cmd := steered(s, p, topology.Failed, 0, fmt.Sprintf("%s did not register within %s, and what there may be of it is ended; %s", p.Node, v.launchTimeout, said(p)))
+			cmd.Mutations = append(cmd.Mutations, askProvision(topology.Provision{Kind: topology.End, Node: p.Node, Zone: p.Zone, Why: "it did not register"}))
+			return cmd
+		}
+	}
+	return nil
+}
+
+// age is how long ago a provision was asked for.
+func (v view) age(p *topology.Provision) time.Duration {
+	return (time.Duration(v.nowMillis-p.AtMillis) * time.Millisecond).Round(100 * time.Millisecond)
+}
+
+// said is what a provisioner said of a launch, in words.
+func said(p *topology.Provision) string {
+	switch {
+	case p.Problem != "":
+		return "the provisioner said: " + p.Problem
+	case p.State == topology.Launched:
+		return "the provisioner launched it: see its log"
+	}
+	return "the provisioner has not answered"
+}
+
+// steered returns the command that notes what has come of a provision.
+func steered(s *topology.State, p *topology.Provision, state topology.ProvisionState, incarnation uint64, what string) *topologyv1.Command {
+	return noted("provision", p.Node, what, s, &topologyv1.Mutation{Kind: &topologyv1.Mutation_SteerProvision{SteerProvision: &topologyv1.SteerProvision{
+		Id: p.ID, State: topologyv1.Provision_State(state), Incarnation: incarnation, Failures: uint32(p.Failures), Problem: p.Problem,
+	}}})
+}
+
+// endRemoved returns the mutations that have a provisioner end the nodes that an operation
+// of the leader's own removes.
+func endRemoved(s *topology.State, op *topology.Operation, removed []uint64) (ms []*topologyv1.Mutation) {
+	if op.Kind != kindRecover && op.Kind != kindShrink {
+		return nil
+	}
+	for _, inc := range removed {
+		n := s.Topology.Node(inc)
+		ms = append(ms, askProvision(topology.Provision{Kind: topology.End, Node: n.Name, Zone: n.Zone, Incarnation: inc, Why: op.Title}))
+	}
+	return ms
+}
+
+// kindShrink is the kind of the operations that take the slots of nodes that are not
+// needed any more.
+const kindShrink = "shrink"
+
+// Bounds of the calls to a provisioner.
+const (
+	maxProvisionCalls  = 4
+	firstProvisionWait = time.Second
+	lastProvisionWait  = time.Minute
+)
+
+// provisioning asks the provisioner for what was agreed on, on the leader. A call that
+// fails is made again, later each time; one that is cut off by a change of leader is made
+// again by the next.
+type provisioning struct {
+	o  *Orchestrator
+	mu struct {
+		sync.Mutex
+		calls map[uint64]context.CancelFunc // under way, by provision
+		again map[uint64]time.Time          // when a failed one may be made again
+	}
+}
+
+func newProvisioning(o *Orchestrator) *provisioning {
+	p := &provisioning{o: o}
+	p.mu.calls = map[uint64]context.CancelFunc{}
+	p.mu.again = map[uint64]time.Time{}
+	return p
+}
+
+// run makes the calls until ctx ends.
+func (p *provisioning) run(ctx context.Context) {
+	var calls sync.WaitGroup
+	defer calls.Wait()
+	tick := time.NewTicker(leadInterval)
+	defer tick.Stop()
+	for {
+		changed := p.o.machine.changed()
+		if p.o.leads() {
+			for _, id := range p.due() {
+				p.start(ctx, &calls, id)
+			}
+		} else {
+			p.cancel()
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-changed:
+		case <-p.o.raft.LeaderChanges():
+		case <-tick.C:
+		}
+	}
+}
+
+// due returns the provisions that the provisioner is to be asked for now.
+func (p *provisioning) due() (ids []uint64) {
+	s := p.o.machine.state.Load()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for i := range s.Provisions {
+		id := s.Provisions[i].ID
+		if s.Provisions[i].State == topology.Wanted && p.mu.calls[id] == nil && !time.Now().Before(p.mu.again[id]) && len(p.mu.calls)+len(ids) < maxProvisionCalls {
+			ids = append(ids, id)
+		}
+	}
+	return ids
+}
+
+// cancel ends the calls under way: another orchestrator leads.
+func (p *provisioning) cancel() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for _, cancel := range p.mu.calls {
+		cancel()
+	}
+	clear(p.mu.again)
+}
+
+func (p *provisioning) start(ctx context.Context, calls *sync.WaitGroup, id uint64) {
+	ctx, cancel := context.WithCancel(ctx)
+	p.mu.Lock()
+	p.mu.calls[id] = cancel
+	p.mu.Unlock()
+	calls.Go(func() {
+		defer cancel()
+		p.call(ctx, id)
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		delete(p.mu.calls, id)
+	})
+}
+
+// call makes one call and notes what came of it.
+func (p *provisioning) call(ctx context.Context, id uint64) {
+	was := *p.o.machine.state.Load().Provision(id)
+	node := provision.Node{Name: was.Node, Zone: was.Zone, Incarnation: was.Incarnation}
+	call, done := p.o.cfg.Provisioner.Launch, topology.Launched
+	if was.Kind == topology.End {
+		call, done = p.o.cfg.Provisioner.End, topology.Provided
+	}
+	bounded, cancel := context.WithTimeout(ctx, p.o.cfg.ProvisionTimeout)
+	defer cancel()
+	err := call(bounded, node)
+	if ctx.Err() != nil {
+		return // whoever leads next calls again
+	}
+	if err == nil {
+		p.note(ctx, id, func(now *topology.Provision) (topology.ProvisionState, string) {
+			now.Problem = ""
+			if now.Kind == topology.End {
+				return done, fmt.Sprintf("%s has ended", now.Node)
+			}
+			return done, fmt.Sprintf("%s is launched", now.Node)
+		})
+		return
+	}
+	wait := min(firstProvisionWait<<min(was.Failures, 10), lastProvisionWait)
+	p.mu.Lock()
+	p.mu.again[id] = time.Now().Add(wait)
+	p.mu.Unlock()
+	p.note(ctx, id, func(now *topology.Provision) (topology.ProvisionState, string) {
+		now.Failures++
+		now.Problem = err.Error()
+		return topology.Wanted, fmt.Sprintf("the provisioner failed to %s %s, and is asked again in %s: %v", now.Kind, now.Node, wait, err)
+	})
+}
+
+// note has it agreed on what came of a call, unless the provision has ended meanwhile.
+func (p *provisioning) note(ctx context.Context, id uint64, outcome func(*topology.Provision) (topology.ProvisionState, string)) {
+	ctx, cancel := context.WithTimeout(ctx, proposeTimeout)
+	defer cancel()
+	_, err := p.o.change(ctx, func(s *topology.State) (*topologyv1.Command, error) {
+		now := s.Provision(id)
+		if now == nil || now.State.Ended() {
+			return nil, errEnded
+		}
+		copied := *now
+		state, what := outcome(&copied)
+		return steered(s, &copied, state, now.Incarnation, what), nil
+	})
+	if err != nil && !errors.Is(err, errEnded) && ctx.Err() == nil {
+		p.o.cfg.Logger.Warn("could not note what the provisioner did", "provision", id, "err", err)
+	}
+}
+
+var errEnded = errors.New("the provision has ended")
