@@ -21,11 +21,8 @@ const kindRecover = "recover"
 // data is left alone until all its vnodes are whole without it.
 func recoverNodes(s *topology.State, v view) *topologyv1.Command {
 	t := s.Topology
-	if frozen(t, v) != "" {
+	if s.Active() != nil || frozen(t, v) != "" {
 		return nil
-	}
-	if op := s.Active(); op != nil {
-		return unblock(s, op, v)
 	}
 	dead := deadNodes(t, v)
 	if len(dead) == 0 {
@@ -49,12 +46,17 @@ func recoverNodes(s *topology.State, v view) *topologyv1.Command {
 		fmt.Sprintf("%s is dead, and there is no node to take its place: add one (it is used as soon as it registers), or start %s again", d.Name, d.Name), "")
 }
 
-// deadNodes returns the nodes with slots that have been unhealthy for longer than
-// replace_after, longest first. Those that a new data directory of the same name takes
-// the place of need nothing.
+// dead reports whether a node has been unhealthy for longer than replace_after. One that a
+// new data directory of the same name takes the place of needs nothing.
+func (v view) dead(t *topology.Topology, incarnation uint64) bool {
+	after := t.Settings.ReplaceAfter
+	return after > 0 && v.unhealthy(incarnation) && v.down(incarnation) > after && successor(t, incarnation, v) == nil
+}
+
+// deadNodes returns the nodes with slots that are dead, longest first.
 func deadNodes(t *topology.Topology, v view) (dead []*topology.Node) {
 	for _, n := range t.Members() {
-		if after := t.Settings.ReplaceAfter; after > 0 && v.unhealthy(n.Incarnation) && v.down(n.Incarnation) > after && successor(t, n.Incarnation, v) == nil {
+		if v.dead(t, n.Incarnation) {
 			dead = append(dead, n)
 		}
 	}
@@ -64,8 +66,9 @@ func deadNodes(t *topology.Topology, v view) (dead []*topology.Node) {
 
 // unblock aborts an operation that cannot end as things are, or need not: one that moves
 // slots to a dead node, and a recovery from the death of a node that has come back.
-func unblock(s *topology.State, op *topology.Operation, v view) *topologyv1.Command {
-	if op.State != topology.Running && op.State != topology.Paused {
+func unblock(s *topology.State, v view) *topologyv1.Command {
+	op := s.Active()
+	if op == nil || op.State != topology.Running && op.State != topology.Paused {
 		return nil
 	}
 	t := s.Topology
@@ -73,10 +76,8 @@ func unblock(s *topology.State, op *topology.Operation, v view) *topologyv1.Comm
 	if op.Kind == kindRecover && op.Left() > 0 && slices.ContainsFunc(op.Remove, v.healthy) {
 		why = "the node that was taken for dead is back"
 	}
-	for _, d := range deadNodes(t, v) {
-		if slices.ContainsFunc(op.Moves, func(m topology.Move) bool { return !m.Done && m.To == d.Incarnation }) {
-			why = fmt.Sprintf("%s is dead, and slots were to move to it", d.Name)
-		}
+	if i := slices.IndexFunc(op.Moves, func(m topology.Move) bool { return !m.Done && v.dead(t, m.To) }); i >= 0 {
+		why = fmt.Sprintf("%s is dead, and slots were to move to it", t.NodeName(op.Moves[i].To))
 	}
 	if why == "" {
 		return nil
