@@ -219,6 +219,59 @@ func TestLeaderChanges(t *testing.T) {
 	})
 }
 
+// A leader that hands over is followed at once by one that has every command, and takes
+// no more of them itself.
+func TestHandOver(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, 7, Config{})
+		defer c.stop()
+		ctx := context.Background()
+		for round := range 20 {
+			c.mustPropose(2*round+1, 2*round+1)
+			old := c.leader()
+			began := time.Now()
+			if err := c.members[old].r.HandOver(ctx); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := c.members[old].r.Propose(ctx, []byte("x")); err != ErrNotLeader {
+				t.Errorf("Propose after a hand-over: %v", err)
+			}
+			c.mustPropose(2*round+2, 2*round+2)
+			if took := time.Since(began); took > 100*time.Millisecond || c.leader() == old {
+				t.Errorf("a command succeeded %v after %s handed over to %s", took, old, c.leader())
+			}
+			if err := c.members[old].r.HandOver(ctx); err != ErrNotLeader {
+				t.Errorf("a follower handed over: %v", err)
+			}
+		}
+		if got := c.waitEqual(); !slices.Equal(got, numbers(1, 40)) {
+			t.Errorf("commands %v", got)
+		}
+	})
+}
+
+// A leader that nobody can follow goes on.
+func TestHandOverToNobody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCluster(t, 8, Config{LeaderLease: 500 * time.Millisecond})
+		defer c.stop()
+		c.mustPropose(1, 1)
+		old := c.leader()
+		for name := range c.members {
+			if name != old {
+				c.net.setCut(c.address(name), true)
+			}
+		}
+		if err := c.members[old].r.HandOver(context.Background()); err == nil {
+			t.Error("it was handed over to a server that is cut off")
+		}
+		for name := range c.members {
+			c.net.setCut(c.address(name), false)
+		}
+		c.mustPropose(2, 2)
+	})
+}
+
 func TestCallsEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := newCluster(t, 7, Config{LeaderLease: 400 * time.Millisecond})

@@ -167,6 +167,14 @@ func (r *Raft) VerifyLeader(ctx context.Context) error {
 	return err
 }
 
+// HandOver has the server lead that is most up to date, and returns once this one no
+// longer leads. Until it does it proposes nothing: calls get ErrNotLeader. It must run
+// on the leader, and fails when no other server can lead; then this one goes on.
+func (r *Raft) HandOver(ctx context.Context) error {
+	_, err := r.call(ctx, func() (any, error) { return nil, r.raft.LeadershipTransfer().Error() })
+	return err
+}
+
 // call runs f, which waits for the library without regard to a context. It returns
 // when ctx ends, and leaves f to end by itself: at the latest when this server loses
 // its leadership.
@@ -218,7 +226,7 @@ func translate(err error) error {
 	switch {
 	case err == nil:
 		return nil
-	case errors.Is(err, raft.ErrNotLeader):
+	case errors.Is(err, raft.ErrNotLeader), errors.Is(err, raft.ErrLeadershipTransferInProgress):
 		return ErrNotLeader
 	case errors.Is(err, raft.ErrLeadershipLost):
 		return ErrLeadershipLost
@@ -274,7 +282,7 @@ func state(s raft.RaftState) string {
 }
 
 // Close stops the server and waits for its goroutines. It does not hand leadership
-// over. The others find out as they would after a crash.
+// over, as HandOver does. The others find out as they would after a crash.
 func (r *Raft) Close() error {
 	if !r.closing.CompareAndSwap(false, true) {
 		<-r.closed
