@@ -4,7 +4,6 @@ package main
 
 import (
 	"context"
-	"log/slog"
 	"os"
 
 	"github.com/kvasirdb/kvasir/cmd/internal/process"
@@ -32,8 +31,8 @@ func main() {
 		},
 		Log:         func(c *config) process.Log { return c.Log },
 		AdminListen: func(c *config) string { return c.AdminListen },
-		Run: func(ctx context.Context, c config, logger *slog.Logger, software string, fatal func(error)) error {
-			c.Logger, c.Software, c.Fatal = logger, software, fatal
+		Run: func(ctx context.Context, c config, h process.Host) error {
+			c.Logger, c.Software, c.Fatal, c.Restart = h.Logger, h.Software, h.Fatal, h.Restart
 			return node.Run(ctx, c.Config)
 		},
 	}.Main())

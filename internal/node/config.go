@@ -1,6 +1,7 @@
 package node
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -71,6 +72,9 @@ type Config struct {
 	Software string       `yaml:"-"`
 	// Fatal is called when the disk fails. It must not return in production.
 	Fatal func(error) `yaml:"-"`
+	// Restart begins a restart of the process: it ends the context of Run. It returns an
+	// error when the process could not start again. Nil where it cannot be restarted.
+	Restart func(context.Context) error `yaml:"-"`
 	// Seams hold what simulations replace. The zero value is production.
 	Seams Seams `yaml:"-"`
 }

@@ -452,6 +452,9 @@ func (n *Node) startServer() {
 	adminv1.RegisterControlServiceServer(n.server, controlService{node: n})
 	adminv1.RegisterStatusServiceServer(n.server, statusService{node: n})
 	adminv1.RegisterRepairServiceServer(n.server, repairService{node: n})
+	adminv1.RegisterProcessServiceServer(n.server, rpc.Process{
+		Name: n.cfg.Name, Software: n.cfg.Software, RunID: n.registrar.bootID, Started: n.started, Ready: n.ready, Again: n.cfg.Restart,
+	})
 	n.updateHealth()
 	n.workers.Go(func() {
 		if err := n.server.Serve(n.listener); err != nil && !errors.Is(err, grpc.ErrServerStopped) {

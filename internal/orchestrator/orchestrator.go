@@ -215,6 +215,9 @@ func (o *Orchestrator) startServer() {
 	healthv1.RegisterHealthServer(o.server, o.healthServer)
 	adminv1.RegisterControlServiceServer(o.server, controlService{o: o})
 	adminv1.RegisterStatusServiceServer(o.server, statusService{o: o})
+	adminv1.RegisterProcessServiceServer(o.server, rpc.Process{
+		Name: o.cfg.Name, Software: o.cfg.Software, RunID: rand.Text(), Started: o.started, Ready: o.ready, Again: o.cfg.Restart,
+	})
 	topologyv1.RegisterTopologyServiceServer(o.server, topologyService{o: o})
 	o.workers.Go(func() {
 		if err := o.server.Serve(o.listener); err != nil && !errors.Is(err, grpc.ErrServerStopped) {
@@ -428,6 +431,19 @@ func (o *Orchestrator) describeRing(reg prometheus.Registerer) {
 	})
 }
 
+// handOver has another orchestrator lead, if this one does: the others need not find
+// out that it is gone.
+func (o *Orchestrator) handOver() {
+	if !o.raft.IsLeader() || len(o.cfg.Peers) == 1 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), o.cfg.ElectionTimeout)
+	defer cancel()
+	if err := o.raft.HandOver(ctx); err != nil {
+		o.cfg.Logger.Warn("handing over leadership: the others elect a leader", "err", err)
+	}
+}
+
 // Stop stops the orchestrator and returns when everything has ended.
 func (o *Orchestrator) Stop() {
 	o.stopOnce.Do(func() {
@@ -462,6 +478,7 @@ func Run(ctx context.Context, cfg Config) error {
 	}
 	<-ctx.Done()
 	cfg.Logger.Info("stopping")
+	o.handOver()
 	o.Stop()
 	cfg.Logger.Info("stopped")
 	return nil

@@ -64,6 +64,10 @@ const (
 	ReasonDeadline = "DEADLINE"
 	// ReasonNoLeader: the orchestrators have no leader, or none can be reached.
 	ReasonNoLeader = "NO_LEADER"
+	// ReasonOtherRun: the process is not the run that was meant.
+	ReasonOtherRun = "OTHER_RUN"
+	// ReasonCannotRestart: the process could not start again, and goes on.
+	ReasonCannotRestart = "CANNOT_RESTART"
 	// ReasonBadRequest: a field is out of its limits; details name it.
 	ReasonBadRequest = "BAD_REQUEST"
 	// ReasonInternal: a defect.

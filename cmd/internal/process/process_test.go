@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -60,7 +59,7 @@ func program(got *testConfig) Program[testConfig] {
 		},
 		Log:         func(c *testConfig) Log { return c.Log },
 		AdminListen: func(c *testConfig) string { return c.Admin },
-		Run: func(_ context.Context, c testConfig, _ *slog.Logger, _ string, _ func(error)) error {
+		Run: func(_ context.Context, c testConfig, _ Host) error {
 			*got = c
 			return nil
 		},

@@ -32,8 +32,21 @@ type Program[C any] struct {
 	// Log and AdminListen pick two of its settings.
 	Log         func(*C) Log
 	AdminListen func(*C) string
-	// Run runs the server until ctx ends. fatal ends the process.
-	Run func(ctx context.Context, cfg C, logger *slog.Logger, software string, fatal func(error)) error
+	// Run runs the server until ctx ends.
+	Run func(ctx context.Context, cfg C, host Host) error
+}
+
+// Host is what a server is given by the process it runs in.
+type Host struct {
+	Logger   *slog.Logger
+	Software string
+	// Fatal ends the process.
+	Fatal func(error)
+	// Restart checks that the program could start again, and then, a moment later, ends
+	// the context of Run. When Run returns nil the process runs the program anew: the
+	// newer one, where its file was replaced. Under a supervisor it is the same process
+	// all the while.
+	Restart func(context.Context) error
 }
 
 // Main runs a program with the process's arguments and returns its exit code: 0, 1
@@ -117,10 +130,36 @@ func (p Program[C]) serve(ctx context.Context, cfg C, stderr io.Writer) error {
 	if os.Getenv("GOMAXPROCS") == "" {
 		runtime.GOMAXPROCS(max(runtime.GOMAXPROCS(0), 4))
 	}
-	return p.Run(ctx, cfg, logger, Software(), func(err error) {
-		logger.Error("cannot go on", "err", err)
-		os.Exit(1)
+	path, err := self()
+	if err != nil {
+		return err
+	}
+	run, end := context.WithCancelCause(ctx)
+	defer end(nil)
+	err = p.Run(run, cfg, Host{
+		Logger: logger, Software: Software(),
+		Fatal: func(err error) {
+			logger.Error("cannot go on", "err", err)
+			os.Exit(1)
+		},
+		Restart: func(ctx context.Context) error {
+			if err := checkAgain(ctx, path, os.Args[1:]); err != nil {
+				return err
+			}
+			time.AfterFunc(answerFirst, func() { end(errAgain) })
+			return nil
+		},
 	})
+	if err != nil || context.Cause(run) != errAgain {
+		return err
+	}
+	// From here on a signal ends the process at once. One that came before counts.
+	signal.Reset(os.Interrupt, syscall.SIGTERM)
+	if ctx.Err() != nil {
+		return nil
+	}
+	logger.Info("running anew", "program", path)
+	return again(path)
 }
 
 func (p Program[C]) configCommands(read func() (C, error)) *cobra.Command {
