@@ -87,3 +87,12 @@ func askAll[T any](ctx context.Context, a *App, nodes []answered[T], timeout tim
 	wg.Wait()
 	return nil
 }
+
+// askOne asks one process itself.
+func askOne[T any](ctx context.Context, a *App, at *topology.Node, timeout time.Duration, ask func(context.Context, *grpc.ClientConn) (T, error)) (T, error) {
+	one := []answered[T]{{Node: at}}
+	if err := askAll(ctx, a, one, timeout, ask); err != nil {
+		return one[0].answer, err
+	}
+	return one[0].answer, one[0].err
+}

@@ -20,7 +20,7 @@ const watchEvery = 2 * time.Second
 
 func (a *App) clusterCommand() *cobra.Command {
 	cmd := &cobra.Command{
-		Use: "cluster", Short: "Show the cluster as a whole", Example: "  kvctl cluster status --watch",
+		Use: "cluster", Short: "Show the cluster as a whole, or restart it", Example: "  kvctl cluster status --watch\n  kvctl cluster roll --dry-run",
 	}
 	var watch bool
 	status := &cobra.Command{
@@ -46,7 +46,7 @@ a node then tells what it knows.`,
 		},
 	}
 	status.Flags().BoolVar(&watch, "watch", false, "look again every "+durationText(watchEvery)+" until interrupted")
-	cmd.AddCommand(status)
+	cmd.AddCommand(status, a.rollCommand())
 	return cmd
 }
 

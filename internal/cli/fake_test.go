@@ -60,6 +60,7 @@ type fake struct {
 		slow time.Duration
 		// starting: nodes have no topology yet.
 		starting bool
+		rolling  fakeRoll
 	}
 }
 
@@ -69,7 +70,9 @@ type fakeNode struct {
 	adminv1.UnimplementedControlServiceServer
 	adminv1.UnimplementedStatusServiceServer
 	adminv1.UnimplementedRepairServiceServer
+	adminv1.UnimplementedProcessServiceServer
 	f           *fake
+	name        string
 	incarnation uint64
 	address     string
 	server      *grpc.Server
@@ -111,7 +114,7 @@ func newFakeWith(t *testing.T, n int, files rpc.TLSFiles) *fake {
 		}},
 	}
 	for i := range n {
-		node := &fakeNode{f: f, incarnation: uint64(i + 1)}
+		node := &fakeNode{f: f, name: fmt.Sprintf("node%d", i+1), incarnation: uint64(i + 1)}
 		node.start(rpc.Transport{TLS: tls})
 		f.nodes = append(f.nodes, node)
 		top.Nodes = append(top.Nodes, &topologyv1.Node{
@@ -144,6 +147,7 @@ func (n *fakeNode) start(transport rpc.Transport) {
 	adminv1.RegisterControlServiceServer(n.server, n)
 	adminv1.RegisterStatusServiceServer(n.server, n)
 	adminv1.RegisterRepairServiceServer(n.server, n)
+	adminv1.RegisterProcessServiceServer(n.server, n)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -177,7 +181,12 @@ func (f *fake) run(args ...string) ran {
 
 func (f *fake) runWith(change func(*App), args ...string) ran {
 	f.t.Helper()
-	return runKvctl(f.t, func(a *App) {
+	return f.runIn(context.Background(), change, args...)
+}
+
+func (f *fake) runIn(ctx context.Context, change func(*App), args ...string) ran {
+	f.t.Helper()
+	return runKvctlIn(ctx, f.t, func(a *App) {
 		a.Getenv = func(name string) string {
 			if name == "KVCTL_ENDPOINTS" {
 				return f.endpoints()
@@ -191,7 +200,13 @@ func (f *fake) runWith(change func(*App), args ...string) ran {
 // runKvctl runs kvctl without any surroundings but those that change gives.
 func runKvctl(t *testing.T, change func(*App), args ...string) ran {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	return runKvctlIn(context.Background(), t, change, args...)
+}
+
+// runKvctlIn is runKvctl under a context.
+func runKvctlIn(ctx context.Context, t *testing.T, change func(*App), args ...string) ran {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	var stdout, stderr bytes.Buffer
 	a := &App{
@@ -431,5 +446,7 @@ func (n *fakeNode) WatchTopology(_ *topologyv1.WatchTopologyRequest, s grpc.Serv
 func (n *fakeNode) GetNodeStatus(context.Context, *adminv1.GetNodeStatusRequest) (*adminv1.GetNodeStatusResponse, error) {
 	n.f.mu.Lock()
 	defer n.f.mu.Unlock()
-	return &adminv1.GetNodeStatusResponse{Status: proto.CloneOf(n.f.mu.status[n.incarnation])}, nil
+	status := proto.CloneOf(n.f.mu.status[n.incarnation])
+	n.f.deliver(n.incarnation)
+	return &adminv1.GetNodeStatusResponse{Status: status}, nil
 }

@@ -238,6 +238,10 @@ func (n *fakeNode) GetClusterStatus(context.Context, *adminv1.GetClusterStatusRe
 			Health: proto.CloneOf(f.mu.health[node.GetIncarnation()]), Status: proto.CloneOf(f.mu.status[node.GetIncarnation()]), AgeMs: f.mu.ages[node.GetIncarnation()],
 		})
 	}
+	if f.mu.rolling.leader != "" {
+		resp.Orchestrators = f.observedOrchestrators()
+		return resp, nil
+	}
 	orch := &adminv1.ObservedOrchestrator{Name: "orch1"}
 	if f.mu.controlled {
 		resp.AnsweredBy, orch.Reachable = "orch1", true

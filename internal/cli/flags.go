@@ -83,6 +83,17 @@ func parseDuration(s string) (time.Duration, error) {
 	return d, nil
 }
 
+// timeFlag is a moment.
+func timeFlag(target *time.Time) pflag.Value {
+	return &value[time.Time]{target, "time", "", func(s string) (time.Time, error) {
+		t, err := time.Parse(time.RFC3339, s)
+		if err != nil {
+			return t, errors.New("want a time such as 2026-11-20T09:30:00Z")
+		}
+		return t, nil
+	}}
+}
+
 // onOffFlag is on or off.
 func onOffFlag(target *bool) pflag.Value {
 	return &value[bool]{target, "on|off", "", func(s string) (bool, error) {

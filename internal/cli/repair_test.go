@@ -16,7 +16,7 @@ func (n *fakeNode) GetRepairStatus(_ context.Context, r *adminv1.GetRepairStatus
 	n.f.mu.Lock()
 	defer n.f.mu.Unlock()
 	resp := &adminv1.GetRepairStatusResponse{Paused: n.f.mu.repairPaused[n.incarnation]}
-	if n.incarnation != 1 {
+	if n.incarnation != 1 || n.f.mu.rolling.leader != "" {
 		return resp, nil
 	}
 	resp.Rounds, resp.LastRoundAgeMs, resp.LastRoundTookMs = 12, 8_000, 61_000
