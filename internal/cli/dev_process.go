@@ -50,7 +50,7 @@ orchestrators and becomes a spare: it coordinates requests and holds no data.`,
 	add.Flags().StringVar(&zone, "zone", "", "zone of the node (default: round robin over the cluster's zones)")
 	out := []*cobra.Command{status, stop, add}
 	for _, v := range devVerbs {
-		out = append(out, &cobra.Command{
+		cmd := &cobra.Command{
 			Use: v.name + " NAME...", Short: v.short, Long: v.long, Example: v.example,
 			Args: func(cmd *cobra.Command, args []string) error {
 				if len(args) == 0 {
@@ -59,9 +59,20 @@ orchestrators and becomes a spare: it coordinates requests and holds no data.`,
 				return nil
 			},
 			RunE: func(cmd *cobra.Command, names []string) error {
-				return onCluster(cmd, func(ctx context.Context, c *devcluster.Cluster) error { return v.do(a, ctx, c, names) })
+				return onCluster(cmd, func(ctx context.Context, c *devcluster.Cluster) error {
+					if wipe, err := cmd.Flags().GetBool("wipe"); err == nil && wipe {
+						if err := c.Wipe(ctx, names...); err != nil {
+							return err
+						}
+					}
+					return v.do(a, ctx, c, names)
+				})
 			},
-		})
+		}
+		if v.name == "start" {
+			cmd.Flags().Bool("wipe", false, "with an empty data directory, as a new node; stops it first")
+		}
+		out = append(out, cmd)
 	}
 	return out
 }
@@ -100,8 +111,11 @@ overloaded, or behind a broken network. Let them go on with kvctl dev resume.`,
 	{
 		name: "start", short: "Start stopped processes",
 		long: `Starts processes that were killed, or never started, in the background with the data they
-have, and waits until they are ready. A process that is not ready in time stays running.`,
+have, and waits until they are ready. A process that is not ready in time stays running. A node
+that was removed from the cluster, as one that was dead for longer than replace_after, joins
+again only with --wipe.`,
 		example: `  kvctl dev start node2
+  kvctl dev start node2 --wipe
   kvctl dev start orch1 orch2 orch3`,
 		do: (*App).devStart,
 	},

@@ -78,7 +78,7 @@ func (c *Cluster) WaitReady(ctx context.Context, names ...string) error {
 		waiting = slices.DeleteFunc(waiting, func(p *process) bool {
 			removed := strings.HasPrefix(reasons[p.Name], removedPrefix)
 			if removed {
-				c.noticef("%s was removed from the cluster and serves no more", p.Name)
+				c.noticef("%s was removed from the cluster and serves no more; let it join again, empty, with: kvctl dev start %s --wipe", p.Name, p.Name)
 			}
 			return removed || reasons[p.Name] == ""
 		})
