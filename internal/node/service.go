@@ -270,6 +270,10 @@ func (s controlService) ListOperations(ctx context.Context, r *adminv1.ListOpera
 	return forward(ctx, s.node, idempotent, r, adminv1.ControlServiceClient.ListOperations)
 }
 
+func (s controlService) GetCapacity(ctx context.Context, r *adminv1.GetCapacityRequest) (*adminv1.GetCapacityResponse, error) {
+	return forward(ctx, s.node, idempotent, r, adminv1.ControlServiceClient.GetCapacity)
+}
+
 func (s controlService) ListProvisions(ctx context.Context, r *adminv1.ListProvisionsRequest) (*adminv1.ListProvisionsResponse, error) {
 	return forward(ctx, s.node, idempotent, r, adminv1.ControlServiceClient.ListProvisions)
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/hashicorp/memberlist"
 	"github.com/hashicorp/raft"
 
+	"github.com/kvasirdb/kvasir/internal/provision"
 	"github.com/kvasirdb/kvasir/internal/ring"
 	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/topology"
@@ -76,6 +77,9 @@ type Config struct {
 	// ElectionTimeout is how long an orchestrator waits for its leader before it
 	// stands for election, at least. Default 1 s.
 	ElectionTimeout time.Duration `yaml:"election_timeout" help:"least time without a leader before an election"`
+	// Provision says who launches and ends nodes. Default nobody: what they would do is only
+	// said.
+	Provision provision.Config `yaml:"provisioner"`
 	// TLS names PEM files: all three or none. It covers gRPC and Raft; gossip has a key.
 	TLS rpc.TLSFiles `yaml:"tls"`
 	// GossipKey, 16, 24 or 32 bytes in base64, encrypts gossip. The same everywhere.
@@ -86,11 +90,8 @@ type Config struct {
 	// Logger is required. Software names the version of the software.
 	Logger   *slog.Logger `yaml:"-"`
 	Software string       `yaml:"-"`
-	// Provisioner launches and ends nodes; nil only advises. A call to it may take
-	// ProvisionTimeout, and what it launches LaunchTimeout to register. Defaults 1 and 5
-	// minutes.
-	Provisioner                     Provisioner   `yaml:"-"`
-	ProvisionTimeout, LaunchTimeout time.Duration `yaml:"-"`
+	// Provisioner launches and ends nodes; nil only advises.
+	Provisioner Provisioner `yaml:"-"`
 	// Fatal is called when the disk fails. It must not return in production.
 	Fatal func(error) `yaml:"-"`
 	// Restart begins a restart of the process: it ends the context of Run. It returns an
@@ -118,7 +119,7 @@ func Defaults() Config {
 	d := topology.DefaultSettings()
 	return Config{
 		Listen: "0.0.0.0:7390", AdminListen: "0.0.0.0:7391", GossipListen: "0.0.0.0:7392", RaftListen: "0.0.0.0:7393",
-		ElectionTimeout: time.Second, ProvisionTimeout: time.Minute, LaunchTimeout: 5 * time.Minute,
+		ElectionTimeout: time.Second, Provision: provision.Defaults(),
 		Bootstrap: Bootstrap{
 			FoundingNodes: 3, Vnodes: ring.DefaultVnodes,
 			HealthChecks: HealthChecks{
@@ -143,6 +144,14 @@ func (b Bootstrap) settings() topology.Settings {
 	s.MaxHintBytes, s.MaxHints, s.MaxHintAge = b.MaxHintBytes, b.MaxHints, b.MaxHintAge
 	s.ReplaceAfter = b.ReplaceAfter
 	return s
+}
+
+// Addresses are where nodes reach the orchestrators.
+func (c *Config) Addresses() (out []string) {
+	for _, p := range c.Peers {
+		out = append(out, p.Address)
+	}
+	return out
 }
 
 // self returns this orchestrator's entry in Peers.
@@ -203,6 +212,9 @@ func (c *Config) Validate() error {
 	}
 	if c.ElectionTimeout < 50*time.Millisecond || c.ElectionTimeout > time.Minute {
 		bad("election_timeout", fmt.Errorf("%s: want 50ms to 1m", c.ElectionTimeout))
+	}
+	if err := c.Provision.Validate(); err != nil {
+		errs = append(errs, err)
 	}
 	bad("tls", c.TLS.Check())
 	_, err := rpc.DecodeKey(c.GossipKey)

@@ -28,7 +28,7 @@ func decide(s *topology.State, cfg *Config, v view, newID string) (*topologyv1.C
 		return nil, nil
 	}
 	for _, loop := range []func(*topology.State, view) *topologyv1.Command{
-		noteHealth, noteConditions, noteProvisions, unblock, changeRing, recoverNodes, joinSpares,
+		noteHealth, noteConditions, noteProvisions, unblock, changeRing, recoverNodes, joinSpares, rebalance,
 	} {
 		if cmd := loop(s, v); cmd != nil {
 			return cmd, nil

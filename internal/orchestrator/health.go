@@ -272,6 +272,11 @@ func (h *probes) healthy(incarnation uint64) bool {
 
 // view returns what is known of the nodes now.
 func (h *probes) view() view {
+	var stale time.Duration
+	if t := h.o.machine.topology(); t != nil {
+		c := t.Settings.HealthChecks
+		stale = 2*c.Interval + c.Timeout
+	}
 	return view{
 		state: h.state, status: h.status,
 		reason: func(incarnation uint64) string { return h.of(incarnation).verdict.reason },
@@ -281,8 +286,13 @@ func (h *probes) view() view {
 			}
 			return 0
 		},
+		fresh: func(incarnation uint64) bool {
+			obs := h.of(incarnation)
+			return obs.status != nil && time.Since(obs.at) <= stale
+		},
+		held:       func() holdings { return nil },
 		nowMillis:  h.o.cfg.Seams.WallClock(),
-		provisions: h.o.cfg.Provisioner != nil, launchTimeout: h.o.cfg.LaunchTimeout,
+		provisions: h.o.cfg.Provisioner != nil, launchTimeout: h.o.cfg.Provision.LaunchTimeout,
 	}
 }
 

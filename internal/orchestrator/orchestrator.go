@@ -39,6 +39,8 @@ type Orchestrator struct {
 	machine   *machine
 	raft      *consensus.Raft
 	health    *probes
+	scaling   scaling
+	measuring measuring
 	gossip    *gossip.Gossip
 
 	listener, adminListener net.Listener
@@ -77,6 +79,7 @@ func Start(cfg Config) (*Orchestrator, error) {
 		machine: newMachine(), stopping: make(chan struct{}), registry: rpc.NewRegistry(),
 	}
 	o.health = newProbes(o)
+	o.measuring.o = o
 	run, cancel := context.WithCancel(context.Background())
 	o.cancel = cancel
 	if err := o.open(run); err != nil {
@@ -340,10 +343,15 @@ func (o *Orchestrator) step(run context.Context) {
 		o.hurried = time.Now()
 		o.health.hurryAll()
 	}
-	cmd, err := decide(o.machine.state.Load(), &o.cfg, o.health.view(), rand.Text())
+	state, view := o.machine.state.Load(), o.health.view()
+	view.held = func() holdings { return o.measuring.held(run, state.Topology) }
+	cmd, err := decide(state, &o.cfg, view, rand.Text())
 	if err != nil {
 		o.cfg.Logger.Error("cannot decide", "err", err)
 		return
+	}
+	if cmd == nil && state != nil {
+		cmd = o.scaling.next(state, view)
 	}
 	if cmd == nil {
 		return

@@ -226,7 +226,7 @@ func (p *provisioning) call(ctx context.Context, id uint64) {
 	if was.Kind == topology.End {
 		call, done = p.o.cfg.Provisioner.End, topology.Provided
 	}
-	bounded, cancel := context.WithTimeout(ctx, p.o.cfg.ProvisionTimeout)
+	bounded, cancel := context.WithTimeout(ctx, p.o.cfg.Provision.Timeout)
 	defer cancel()
 	err := call(bounded, node)
 	if ctx.Err() != nil {

@@ -205,10 +205,7 @@ func joinSpares(s *topology.State, v view) *topologyv1.Command {
 	}) {
 		return nil
 	}
-	var nodes []placement.Node
-	for _, n := range t.Members() {
-		nodes = append(nodes, placement.Node{ID: n.Incarnation, Zone: n.Zone})
-	}
+	nodes := members(t)
 	var names []string
 	for _, n := range spares(t, v) {
 		if !s.HeldBack(n.Incarnation) {
@@ -219,7 +216,13 @@ func joinSpares(s *topology.State, v view) *topologyv1.Command {
 	if len(names) == 0 {
 		return nil
 	}
-	next, err := placement.Even(placement.Of(t), nodes, placement.Uses(t))
+	held := holdings(nil)
+	if t.Settings.Placement == topology.PlaceWeighted {
+		if held = v.held(); held == nil && degraded(t, v) == "" {
+			return nil // nodes are being asked; where one cannot answer, numbers do
+		}
+	}
+	next, err := place(t, nodes, held)
 	if err != nil {
 		return nil // there were enough before
 	}

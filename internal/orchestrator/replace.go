@@ -22,6 +22,10 @@ type view struct {
 	reason func(incarnation uint64) string
 	// down is how long a node has been unhealthy.
 	down func(incarnation uint64) time.Duration
+	// fresh reports whether what a node last said of itself is of now.
+	fresh func(incarnation uint64) bool
+	// held returns what vnodes hold, or nil while that is not known.
+	held func() holdings
 	// nowMillis is milliseconds since 1970.
 	nowMillis int64
 	// provisions tells that there is a provisioner; what it launches has launchTimeout to

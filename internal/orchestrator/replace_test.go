@@ -20,6 +20,8 @@ type observed struct {
 	now  time.Duration // since 1970
 	// provisions says that there is a provisioner.
 	provisions bool
+	held       holdings
+	cpu        float64 // of every node
 	epochs     map[uint64]uint64
 	fillings   map[uint64][]*adminv1.Filling
 }
@@ -36,7 +38,7 @@ func (o observed) view() view {
 			return topologyv1.NodeHealth_STATE_HEALTHY
 		},
 		status: func(inc uint64) *adminv1.NodeStatus {
-			return &adminv1.NodeStatus{Incarnation: inc, Epoch: o.epochs[inc], Fillings: o.fillings[inc]}
+			return &adminv1.NodeStatus{Incarnation: inc, Epoch: o.epochs[inc], Fillings: o.fillings[inc], CpuUtilization: o.cpu}
 		},
 		reason: func(inc uint64) string {
 			if slices.Contains(o.dead, inc) {
@@ -53,6 +55,8 @@ func (o observed) view() view {
 			}
 			return 0
 		},
+		fresh:     func(inc uint64) bool { return !slices.Contains(o.dead, inc) },
+		held:      func() holdings { return o.held },
 		nowMillis: o.now.Milliseconds(), provisions: o.provisions, launchTimeout: time.Minute,
 	}
 }

@@ -14,6 +14,8 @@ const (
 	ConditionRedundancy = "redundancy"
 	// ConditionRecovery: a dead node cannot be replaced.
 	ConditionRecovery = "recovery"
+	// ConditionCapacity: another number of nodes is recommended, and nobody launches them.
+	ConditionCapacity = "capacity"
 )
 
 // Condition is something that holds for a while, in words.

@@ -190,6 +190,16 @@ func (d *draft) forgetProvided() {
 	d.result.Provision = d.Provision(keep)
 }
 
+// noteScaling notes that more nodes were decided on, or fewer.
+func (d *draft) noteScaling(up bool, atMillis int64) {
+	if up {
+		d.ScaledUpMillis = atMillis
+	} else {
+		d.ScaledDownMillis = atMillis
+	}
+	d.noted = true
+}
+
 // Proto converts a provision to its wire form.
 func (p Provision) Proto() *topologyv1.Provision {
 	return &topologyv1.Provision{

@@ -46,15 +46,18 @@ type State struct {
 	// SettingsVersions are the newest settings, oldest first; the last are those in use.
 	SettingsVersions []SettingsVersion
 	// Conditions are what holds at present.
-	Conditions      []Condition
-	heldBack        []uint64
-	lastChange      uint64
-	nextProvision   uint64
-	lastNodeNumber  uint64
-	nextIncarnation uint64
-	nextNamespace   uint32
-	nextOperation   uint64
-	boots           map[uint64]boot
+	Conditions []Condition
+	// ScaledUpMillis and ScaledDownMillis are when the number of nodes was last decided to be
+	// more, and fewer, in milliseconds since 1970.
+	ScaledUpMillis, ScaledDownMillis int64
+	heldBack                         []uint64
+	lastChange                       uint64
+	nextProvision                    uint64
+	lastNodeNumber                   uint64
+	nextIncarnation                  uint64
+	nextNamespace                    uint32
+	nextOperation                    uint64
+	boots                            map[uint64]boot
 }
 
 // Result tells the proposer of a command what came of it.
@@ -244,6 +247,9 @@ func (d *draft) mutate(m *topologyv1.Mutation, atMillis int64) error {
 		return d.askProvision(m.AskProvision, atMillis)
 	case *topologyv1.Mutation_SteerProvision:
 		return d.steerProvision(m.SteerProvision, atMillis)
+	case *topologyv1.Mutation_NoteScaling:
+		d.noteScaling(m.NoteScaling.GetUp(), atMillis)
+		return nil
 	case *topologyv1.Mutation_SetCondition:
 		d.setCondition(m.SetCondition, atMillis)
 		return nil
@@ -428,6 +434,8 @@ func (s *State) Proto() *topologyv1.ControlState {
 		NextProvision:   s.nextProvision,
 		LastNodeNumber:  s.lastNodeNumber,
 		HeldBack:        s.heldBack,
+		ScaledUpMs:      uint64(s.ScaledUpMillis),
+		ScaledDownMs:    uint64(s.ScaledDownMillis),
 	}
 	for _, n := range s.Topology.Nodes {
 		b := s.boots[n.Incarnation]
@@ -474,7 +482,9 @@ func StateFromProto(pb *topologyv1.ControlState) (*State, error) {
 		nextProvision:   pb.GetNextProvision(),
 		lastNodeNumber:  pb.GetLastNodeNumber(),
 		heldBack:        pb.GetHeldBack(),
-		boots:           map[uint64]boot{},
+
+		ScaledUpMillis: int64(pb.GetScaledUpMs()), ScaledDownMillis: int64(pb.GetScaledDownMs()),
+		boots: map[uint64]boot{},
 	}
 	for _, n := range t.Nodes {
 		if n.Incarnation >= s.nextIncarnation {

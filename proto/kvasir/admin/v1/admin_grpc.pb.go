@@ -30,6 +30,7 @@ const (
 	ControlService_ListOperations_FullMethodName   = "/kvasir.admin.v1.ControlService/ListOperations"
 	ControlService_UpdateSettings_FullMethodName   = "/kvasir.admin.v1.ControlService/UpdateSettings"
 	ControlService_ListSettings_FullMethodName     = "/kvasir.admin.v1.ControlService/ListSettings"
+	ControlService_GetCapacity_FullMethodName      = "/kvasir.admin.v1.ControlService/GetCapacity"
 	ControlService_ListProvisions_FullMethodName   = "/kvasir.admin.v1.ControlService/ListProvisions"
 )
 
@@ -52,6 +53,7 @@ type ControlServiceClient interface {
 	ListOperations(ctx context.Context, in *ListOperationsRequest, opts ...grpc.CallOption) (*ListOperationsResponse, error)
 	UpdateSettings(ctx context.Context, in *UpdateSettingsRequest, opts ...grpc.CallOption) (*UpdateSettingsResponse, error)
 	ListSettings(ctx context.Context, in *ListSettingsRequest, opts ...grpc.CallOption) (*ListSettingsResponse, error)
+	GetCapacity(ctx context.Context, in *GetCapacityRequest, opts ...grpc.CallOption) (*GetCapacityResponse, error)
 	ListProvisions(ctx context.Context, in *ListProvisionsRequest, opts ...grpc.CallOption) (*ListProvisionsResponse, error)
 }
 
@@ -173,6 +175,16 @@ func (c *controlServiceClient) ListSettings(ctx context.Context, in *ListSetting
 	return out, nil
 }
 
+func (c *controlServiceClient) GetCapacity(ctx context.Context, in *GetCapacityRequest, opts ...grpc.CallOption) (*GetCapacityResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GetCapacityResponse)
+	err := c.cc.Invoke(ctx, ControlService_GetCapacity_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *controlServiceClient) ListProvisions(ctx context.Context, in *ListProvisionsRequest, opts ...grpc.CallOption) (*ListProvisionsResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ListProvisionsResponse)
@@ -202,6 +214,7 @@ type ControlServiceServer interface {
 	ListOperations(context.Context, *ListOperationsRequest) (*ListOperationsResponse, error)
 	UpdateSettings(context.Context, *UpdateSettingsRequest) (*UpdateSettingsResponse, error)
 	ListSettings(context.Context, *ListSettingsRequest) (*ListSettingsResponse, error)
+	GetCapacity(context.Context, *GetCapacityRequest) (*GetCapacityResponse, error)
 	ListProvisions(context.Context, *ListProvisionsRequest) (*ListProvisionsResponse, error)
 	mustEmbedUnimplementedControlServiceServer()
 }
@@ -245,6 +258,9 @@ func (UnimplementedControlServiceServer) UpdateSettings(context.Context, *Update
 }
 func (UnimplementedControlServiceServer) ListSettings(context.Context, *ListSettingsRequest) (*ListSettingsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListSettings not implemented")
+}
+func (UnimplementedControlServiceServer) GetCapacity(context.Context, *GetCapacityRequest) (*GetCapacityResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetCapacity not implemented")
 }
 func (UnimplementedControlServiceServer) ListProvisions(context.Context, *ListProvisionsRequest) (*ListProvisionsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListProvisions not implemented")
@@ -468,6 +484,24 @@ func _ControlService_ListSettings_Handler(srv interface{}, ctx context.Context, 
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ControlService_GetCapacity_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetCapacityRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServiceServer).GetCapacity(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ControlService_GetCapacity_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServiceServer).GetCapacity(ctx, req.(*GetCapacityRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _ControlService_ListProvisions_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ListProvisionsRequest)
 	if err := dec(in); err != nil {
@@ -536,6 +570,10 @@ var ControlService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListSettings",
 			Handler:    _ControlService_ListSettings_Handler,
+		},
+		{
+			MethodName: "GetCapacity",
+			Handler:    _ControlService_GetCapacity_Handler,
 		},
 		{
 			MethodName: "ListProvisions",

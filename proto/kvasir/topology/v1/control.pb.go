@@ -218,7 +218,11 @@ type ControlState struct {
 	// What holds at present and keeps the orchestrators, or people, busy.
 	Conditions []*Condition `protobuf:"bytes,14,rep,name=conditions,proto3" json:"conditions,omitempty"`
 	// Nodes without a slot that people drained: they are given slots only when asked for.
-	HeldBack      []uint64 `protobuf:"varint,15,rep,packed,name=held_back,json=heldBack,proto3" json:"held_back,omitempty"`
+	HeldBack []uint64 `protobuf:"varint,15,rep,packed,name=held_back,json=heldBack,proto3" json:"held_back,omitempty"`
+	// When the number of nodes was last decided to be more, and fewer, in milliseconds
+	// since 1970.
+	ScaledUpMs    uint64 `protobuf:"varint,16,opt,name=scaled_up_ms,json=scaledUpMs,proto3" json:"scaled_up_ms,omitempty"`
+	ScaledDownMs  uint64 `protobuf:"varint,17,opt,name=scaled_down_ms,json=scaledDownMs,proto3" json:"scaled_down_ms,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -356,6 +360,20 @@ func (x *ControlState) GetHeldBack() []uint64 {
 		return x.HeldBack
 	}
 	return nil
+}
+
+func (x *ControlState) GetScaledUpMs() uint64 {
+	if x != nil {
+		return x.ScaledUpMs
+	}
+	return 0
+}
+
+func (x *ControlState) GetScaledDownMs() uint64 {
+	if x != nil {
+		return x.ScaledDownMs
+	}
+	return 0
 }
 
 // Condition is something that holds for a while, such as that redundancy is degraded.
@@ -937,6 +955,7 @@ type Mutation struct {
 	//	*Mutation_SteerProvision
 	//	*Mutation_SetSettings
 	//	*Mutation_SetCondition
+	//	*Mutation_NoteScaling
 	Kind          isMutation_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1123,6 +1142,15 @@ func (x *Mutation) GetSetCondition() *SetCondition {
 	return nil
 }
 
+func (x *Mutation) GetNoteScaling() *NoteScaling {
+	if x != nil {
+		if x, ok := x.Kind.(*Mutation_NoteScaling); ok {
+			return x.NoteScaling
+		}
+	}
+	return nil
+}
+
 type isMutation_Kind interface {
 	isMutation_Kind()
 }
@@ -1191,6 +1219,10 @@ type Mutation_SetCondition struct {
 	SetCondition *SetCondition `protobuf:"bytes,16,opt,name=set_condition,json=setCondition,proto3,oneof"`
 }
 
+type Mutation_NoteScaling struct {
+	NoteScaling *NoteScaling `protobuf:"bytes,17,opt,name=note_scaling,json=noteScaling,proto3,oneof"`
+}
+
 func (*Mutation_Found) isMutation_Kind() {}
 
 func (*Mutation_Register) isMutation_Kind() {}
@@ -1222,6 +1254,8 @@ func (*Mutation_SteerProvision) isMutation_Kind() {}
 func (*Mutation_SetSettings) isMutation_Kind() {}
 
 func (*Mutation_SetCondition) isMutation_Kind() {}
+
+func (*Mutation_NoteScaling) isMutation_Kind() {}
 
 // Found makes the cluster.
 type Found struct {
@@ -2082,6 +2116,51 @@ func (x *SteerProvision) GetProblem() string {
 	return ""
 }
 
+// NoteScaling notes that more nodes were decided on, or fewer. The time is filled in.
+type NoteScaling struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Up            bool                   `protobuf:"varint,1,opt,name=up,proto3" json:"up,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *NoteScaling) Reset() {
+	*x = NoteScaling{}
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *NoteScaling) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*NoteScaling) ProtoMessage() {}
+
+func (x *NoteScaling) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use NoteScaling.ProtoReflect.Descriptor instead.
+func (*NoteScaling) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *NoteScaling) GetUp() bool {
+	if x != nil {
+		return x.Up
+	}
+	return false
+}
+
 // SetCondition notes that something holds, or does no longer where the text is empty.
 type SetCondition struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2093,7 +2172,7 @@ type SetCondition struct {
 
 func (x *SetCondition) Reset() {
 	*x = SetCondition{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[22]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2105,7 +2184,7 @@ func (x *SetCondition) String() string {
 func (*SetCondition) ProtoMessage() {}
 
 func (x *SetCondition) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[22]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2118,7 +2197,7 @@ func (x *SetCondition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetCondition.ProtoReflect.Descriptor instead.
 func (*SetCondition) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{22}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *SetCondition) GetKind() string {
@@ -2145,7 +2224,7 @@ type SetSettings struct {
 
 func (x *SetSettings) Reset() {
 	*x = SetSettings{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[23]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2157,7 +2236,7 @@ func (x *SetSettings) String() string {
 func (*SetSettings) ProtoMessage() {}
 
 func (x *SetSettings) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[23]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2170,7 +2249,7 @@ func (x *SetSettings) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetSettings.ProtoReflect.Descriptor instead.
 func (*SetSettings) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{23}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SetSettings) GetSettings() *Settings {
@@ -2189,7 +2268,7 @@ type CreateNamespace struct {
 
 func (x *CreateNamespace) Reset() {
 	*x = CreateNamespace{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[24]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2201,7 +2280,7 @@ func (x *CreateNamespace) String() string {
 func (*CreateNamespace) ProtoMessage() {}
 
 func (x *CreateNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[24]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2214,7 +2293,7 @@ func (x *CreateNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNamespace.ProtoReflect.Descriptor instead.
 func (*CreateNamespace) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{24}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *CreateNamespace) GetNamespace() *Namespace {
@@ -2233,7 +2312,7 @@ type UpdateNamespace struct {
 
 func (x *UpdateNamespace) Reset() {
 	*x = UpdateNamespace{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[25]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2245,7 +2324,7 @@ func (x *UpdateNamespace) String() string {
 func (*UpdateNamespace) ProtoMessage() {}
 
 func (x *UpdateNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[25]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2258,7 +2337,7 @@ func (x *UpdateNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNamespace.ProtoReflect.Descriptor instead.
 func (*UpdateNamespace) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{25}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *UpdateNamespace) GetNamespace() *Namespace {
@@ -2277,7 +2356,7 @@ type DropNamespace struct {
 
 func (x *DropNamespace) Reset() {
 	*x = DropNamespace{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[26]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2289,7 +2368,7 @@ func (x *DropNamespace) String() string {
 func (*DropNamespace) ProtoMessage() {}
 
 func (x *DropNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[26]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2302,7 +2381,7 @@ func (x *DropNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DropNamespace.ProtoReflect.Descriptor instead.
 func (*DropNamespace) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{26}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *DropNamespace) GetId() uint32 {
@@ -2321,7 +2400,7 @@ type SetOrchestrators struct {
 
 func (x *SetOrchestrators) Reset() {
 	*x = SetOrchestrators{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[27]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2333,7 +2412,7 @@ func (x *SetOrchestrators) String() string {
 func (*SetOrchestrators) ProtoMessage() {}
 
 func (x *SetOrchestrators) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[27]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2346,7 +2425,7 @@ func (x *SetOrchestrators) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetOrchestrators.ProtoReflect.Descriptor instead.
 func (*SetOrchestrators) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{27}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *SetOrchestrators) GetOrchestrators() []*Orchestrator {
@@ -2360,7 +2439,7 @@ var File_kvasir_topology_v1_control_proto protoreflect.FileDescriptor
 
 const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\n" +
-	" kvasir/topology/v1/control.proto\x12\x12kvasir.topology.v1\x1a!kvasir/topology/v1/topology.proto\"\xfe\x05\n" +
+	" kvasir/topology/v1/control.proto\x12\x12kvasir.topology.v1\x1a!kvasir/topology/v1/topology.proto\"\xc6\x06\n" +
 	"\fControlState\x128\n" +
 	"\btopology\x18\x01 \x01(\v2\x1c.kvasir.topology.v1.TopologyR\btopology\x12)\n" +
 	"\x10next_incarnation\x18\x02 \x01(\x04R\x0fnextIncarnation\x12%\n" +
@@ -2384,7 +2463,10 @@ const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\n" +
 	"conditions\x18\x0e \x03(\v2\x1d.kvasir.topology.v1.ConditionR\n" +
 	"conditions\x12\x1b\n" +
-	"\theld_back\x18\x0f \x03(\x04R\bheldBack\"N\n" +
+	"\theld_back\x18\x0f \x03(\x04R\bheldBack\x12 \n" +
+	"\fscaled_up_ms\x18\x10 \x01(\x04R\n" +
+	"scaledUpMs\x12$\n" +
+	"\x0escaled_down_ms\x18\x11 \x01(\x04R\fscaledDownMs\"N\n" +
 	"\tCondition\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
 	"\x04text\x18\x02 \x01(\tR\x04text\x12\x19\n" +
@@ -2439,7 +2521,7 @@ const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\aCommand\x12!\n" +
 	"\fexpect_epoch\x18\x01 \x01(\x06R\vexpectEpoch\x122\n" +
 	"\x06change\x18\x02 \x01(\v2\x1a.kvasir.topology.v1.ChangeR\x06change\x12:\n" +
-	"\tmutations\x18\x03 \x03(\v2\x1c.kvasir.topology.v1.MutationR\tmutations\"\x8e\t\n" +
+	"\tmutations\x18\x03 \x03(\v2\x1c.kvasir.topology.v1.MutationR\tmutations\"\xd4\t\n" +
 	"\bMutation\x121\n" +
 	"\x05found\x18\x01 \x01(\v2\x19.kvasir.topology.v1.FoundH\x00R\x05found\x12:\n" +
 	"\bregister\x18\x02 \x01(\v2\x1c.kvasir.topology.v1.RegisterH\x00R\bregister\x128\n" +
@@ -2459,7 +2541,8 @@ const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\rask_provision\x18\r \x01(\v2 .kvasir.topology.v1.AskProvisionH\x00R\faskProvision\x12M\n" +
 	"\x0fsteer_provision\x18\x0e \x01(\v2\".kvasir.topology.v1.SteerProvisionH\x00R\x0esteerProvision\x12D\n" +
 	"\fset_settings\x18\x0f \x01(\v2\x1f.kvasir.topology.v1.SetSettingsH\x00R\vsetSettings\x12G\n" +
-	"\rset_condition\x18\x10 \x01(\v2 .kvasir.topology.v1.SetConditionH\x00R\fsetConditionB\x06\n" +
+	"\rset_condition\x18\x10 \x01(\v2 .kvasir.topology.v1.SetConditionH\x00R\fsetCondition\x12D\n" +
+	"\fnote_scaling\x18\x11 \x01(\v2\x1f.kvasir.topology.v1.NoteScalingH\x00R\vnoteScalingB\x06\n" +
 	"\x04kind\"\x9f\x01\n" +
 	"\x05Found\x12\x1d\n" +
 	"\n" +
@@ -2534,7 +2617,9 @@ const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\x05state\x18\x02 \x01(\x0e2#.kvasir.topology.v1.Provision.StateR\x05state\x12 \n" +
 	"\vincarnation\x18\x03 \x01(\x04R\vincarnation\x12\x1a\n" +
 	"\bfailures\x18\x04 \x01(\rR\bfailures\x12\x18\n" +
-	"\aproblem\x18\x05 \x01(\tR\aproblem\"6\n" +
+	"\aproblem\x18\x05 \x01(\tR\aproblem\"\x1d\n" +
+	"\vNoteScaling\x12\x0e\n" +
+	"\x02up\x18\x01 \x01(\bR\x02up\"6\n" +
 	"\fSetCondition\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
 	"\x04text\x18\x02 \x01(\tR\x04text\"G\n" +
@@ -2562,7 +2647,7 @@ func file_kvasir_topology_v1_control_proto_rawDescGZIP() []byte {
 }
 
 var file_kvasir_topology_v1_control_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_kvasir_topology_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
+var file_kvasir_topology_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
 var file_kvasir_topology_v1_control_proto_goTypes = []any{
 	(Provision_Kind)(0),      // 0: kvasir.topology.v1.Provision.Kind
 	(Provision_State)(0),     // 1: kvasir.topology.v1.Provision.State
@@ -2589,23 +2674,24 @@ var file_kvasir_topology_v1_control_proto_goTypes = []any{
 	(*FindHealth)(nil),       // 22: kvasir.topology.v1.FindHealth
 	(*AskProvision)(nil),     // 23: kvasir.topology.v1.AskProvision
 	(*SteerProvision)(nil),   // 24: kvasir.topology.v1.SteerProvision
-	(*SetCondition)(nil),     // 25: kvasir.topology.v1.SetCondition
-	(*SetSettings)(nil),      // 26: kvasir.topology.v1.SetSettings
-	(*CreateNamespace)(nil),  // 27: kvasir.topology.v1.CreateNamespace
-	(*UpdateNamespace)(nil),  // 28: kvasir.topology.v1.UpdateNamespace
-	(*DropNamespace)(nil),    // 29: kvasir.topology.v1.DropNamespace
-	(*SetOrchestrators)(nil), // 30: kvasir.topology.v1.SetOrchestrators
-	(*Topology)(nil),         // 31: kvasir.topology.v1.Topology
-	(NodeHealth_State)(0),    // 32: kvasir.topology.v1.NodeHealth.State
-	(*Settings)(nil),         // 33: kvasir.topology.v1.Settings
-	(*Node)(nil),             // 34: kvasir.topology.v1.Node
-	(*Vnode)(nil),            // 35: kvasir.topology.v1.Vnode
-	(*Slot)(nil),             // 36: kvasir.topology.v1.Slot
-	(*Namespace)(nil),        // 37: kvasir.topology.v1.Namespace
-	(*Orchestrator)(nil),     // 38: kvasir.topology.v1.Orchestrator
+	(*NoteScaling)(nil),      // 25: kvasir.topology.v1.NoteScaling
+	(*SetCondition)(nil),     // 26: kvasir.topology.v1.SetCondition
+	(*SetSettings)(nil),      // 27: kvasir.topology.v1.SetSettings
+	(*CreateNamespace)(nil),  // 28: kvasir.topology.v1.CreateNamespace
+	(*UpdateNamespace)(nil),  // 29: kvasir.topology.v1.UpdateNamespace
+	(*DropNamespace)(nil),    // 30: kvasir.topology.v1.DropNamespace
+	(*SetOrchestrators)(nil), // 31: kvasir.topology.v1.SetOrchestrators
+	(*Topology)(nil),         // 32: kvasir.topology.v1.Topology
+	(NodeHealth_State)(0),    // 33: kvasir.topology.v1.NodeHealth.State
+	(*Settings)(nil),         // 34: kvasir.topology.v1.Settings
+	(*Node)(nil),             // 35: kvasir.topology.v1.Node
+	(*Vnode)(nil),            // 36: kvasir.topology.v1.Vnode
+	(*Slot)(nil),             // 37: kvasir.topology.v1.Slot
+	(*Namespace)(nil),        // 38: kvasir.topology.v1.Namespace
+	(*Orchestrator)(nil),     // 39: kvasir.topology.v1.Orchestrator
 }
 var file_kvasir_topology_v1_control_proto_depIdxs = []int32{
-	31, // 0: kvasir.topology.v1.ControlState.topology:type_name -> kvasir.topology.v1.Topology
+	32, // 0: kvasir.topology.v1.ControlState.topology:type_name -> kvasir.topology.v1.Topology
 	8,  // 1: kvasir.topology.v1.ControlState.boots:type_name -> kvasir.topology.v1.Boot
 	9,  // 2: kvasir.topology.v1.ControlState.history:type_name -> kvasir.topology.v1.Change
 	21, // 3: kvasir.topology.v1.ControlState.operations:type_name -> kvasir.topology.v1.Operation
@@ -2613,8 +2699,8 @@ var file_kvasir_topology_v1_control_proto_depIdxs = []int32{
 	7,  // 5: kvasir.topology.v1.ControlState.provisions:type_name -> kvasir.topology.v1.Provision
 	6,  // 6: kvasir.topology.v1.ControlState.settings_versions:type_name -> kvasir.topology.v1.SettingsVersion
 	4,  // 7: kvasir.topology.v1.ControlState.conditions:type_name -> kvasir.topology.v1.Condition
-	32, // 8: kvasir.topology.v1.FoundHealth.state:type_name -> kvasir.topology.v1.NodeHealth.State
-	33, // 9: kvasir.topology.v1.SettingsVersion.settings:type_name -> kvasir.topology.v1.Settings
+	33, // 8: kvasir.topology.v1.FoundHealth.state:type_name -> kvasir.topology.v1.NodeHealth.State
+	34, // 9: kvasir.topology.v1.SettingsVersion.settings:type_name -> kvasir.topology.v1.Settings
 	0,  // 10: kvasir.topology.v1.Provision.kind:type_name -> kvasir.topology.v1.Provision.Kind
 	1,  // 11: kvasir.topology.v1.Provision.state:type_name -> kvasir.topology.v1.Provision.State
 	9,  // 12: kvasir.topology.v1.Command.change:type_name -> kvasir.topology.v1.Change
@@ -2622,10 +2708,10 @@ var file_kvasir_topology_v1_control_proto_depIdxs = []int32{
 	12, // 14: kvasir.topology.v1.Mutation.found:type_name -> kvasir.topology.v1.Found
 	13, // 15: kvasir.topology.v1.Mutation.register:type_name -> kvasir.topology.v1.Register
 	14, // 16: kvasir.topology.v1.Mutation.set_ring:type_name -> kvasir.topology.v1.SetRing
-	27, // 17: kvasir.topology.v1.Mutation.create_namespace:type_name -> kvasir.topology.v1.CreateNamespace
-	28, // 18: kvasir.topology.v1.Mutation.update_namespace:type_name -> kvasir.topology.v1.UpdateNamespace
-	29, // 19: kvasir.topology.v1.Mutation.drop_namespace:type_name -> kvasir.topology.v1.DropNamespace
-	30, // 20: kvasir.topology.v1.Mutation.set_orchestrators:type_name -> kvasir.topology.v1.SetOrchestrators
+	28, // 17: kvasir.topology.v1.Mutation.create_namespace:type_name -> kvasir.topology.v1.CreateNamespace
+	29, // 18: kvasir.topology.v1.Mutation.update_namespace:type_name -> kvasir.topology.v1.UpdateNamespace
+	30, // 19: kvasir.topology.v1.Mutation.drop_namespace:type_name -> kvasir.topology.v1.DropNamespace
+	31, // 20: kvasir.topology.v1.Mutation.set_orchestrators:type_name -> kvasir.topology.v1.SetOrchestrators
 	15, // 21: kvasir.topology.v1.Mutation.set_vnodes:type_name -> kvasir.topology.v1.SetVnodes
 	17, // 22: kvasir.topology.v1.Mutation.remove_nodes:type_name -> kvasir.topology.v1.RemoveNodes
 	18, // 23: kvasir.topology.v1.Mutation.start_operation:type_name -> kvasir.topology.v1.StartOperation
@@ -2633,29 +2719,30 @@ var file_kvasir_topology_v1_control_proto_depIdxs = []int32{
 	22, // 25: kvasir.topology.v1.Mutation.find_health:type_name -> kvasir.topology.v1.FindHealth
 	23, // 26: kvasir.topology.v1.Mutation.ask_provision:type_name -> kvasir.topology.v1.AskProvision
 	24, // 27: kvasir.topology.v1.Mutation.steer_provision:type_name -> kvasir.topology.v1.SteerProvision
-	26, // 28: kvasir.topology.v1.Mutation.set_settings:type_name -> kvasir.topology.v1.SetSettings
-	25, // 29: kvasir.topology.v1.Mutation.set_condition:type_name -> kvasir.topology.v1.SetCondition
-	33, // 30: kvasir.topology.v1.Found.settings:type_name -> kvasir.topology.v1.Settings
-	34, // 31: kvasir.topology.v1.Register.node:type_name -> kvasir.topology.v1.Node
-	35, // 32: kvasir.topology.v1.SetRing.ring:type_name -> kvasir.topology.v1.Vnode
-	16, // 33: kvasir.topology.v1.SetVnodes.vnodes:type_name -> kvasir.topology.v1.VnodeSlots
-	36, // 34: kvasir.topology.v1.VnodeSlots.slots:type_name -> kvasir.topology.v1.Slot
-	21, // 35: kvasir.topology.v1.StartOperation.operation:type_name -> kvasir.topology.v1.Operation
-	2,  // 36: kvasir.topology.v1.SteerOperation.state:type_name -> kvasir.topology.v1.Operation.State
-	2,  // 37: kvasir.topology.v1.Operation.state:type_name -> kvasir.topology.v1.Operation.State
-	20, // 38: kvasir.topology.v1.Operation.moves:type_name -> kvasir.topology.v1.Move
-	5,  // 39: kvasir.topology.v1.FindHealth.nodes:type_name -> kvasir.topology.v1.FoundHealth
-	7,  // 40: kvasir.topology.v1.AskProvision.provision:type_name -> kvasir.topology.v1.Provision
-	1,  // 41: kvasir.topology.v1.SteerProvision.state:type_name -> kvasir.topology.v1.Provision.State
-	33, // 42: kvasir.topology.v1.SetSettings.settings:type_name -> kvasir.topology.v1.Settings
-	37, // 43: kvasir.topology.v1.CreateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
-	37, // 44: kvasir.topology.v1.UpdateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
-	38, // 45: kvasir.topology.v1.SetOrchestrators.orchestrators:type_name -> kvasir.topology.v1.Orchestrator
-	46, // [46:46] is the sub-list for method output_type
-	46, // [46:46] is the sub-list for method input_type
-	46, // [46:46] is the sub-list for extension type_name
-	46, // [46:46] is the sub-list for extension extendee
-	0,  // [0:46] is the sub-list for field type_name
+	27, // 28: kvasir.topology.v1.Mutation.set_settings:type_name -> kvasir.topology.v1.SetSettings
+	26, // 29: kvasir.topology.v1.Mutation.set_condition:type_name -> kvasir.topology.v1.SetCondition
+	25, // 30: kvasir.topology.v1.Mutation.note_scaling:type_name -> kvasir.topology.v1.NoteScaling
+	34, // 31: kvasir.topology.v1.Found.settings:type_name -> kvasir.topology.v1.Settings
+	35, // 32: kvasir.topology.v1.Register.node:type_name -> kvasir.topology.v1.Node
+	36, // 33: kvasir.topology.v1.SetRing.ring:type_name -> kvasir.topology.v1.Vnode
+	16, // 34: kvasir.topology.v1.SetVnodes.vnodes:type_name -> kvasir.topology.v1.VnodeSlots
+	37, // 35: kvasir.topology.v1.VnodeSlots.slots:type_name -> kvasir.topology.v1.Slot
+	21, // 36: kvasir.topology.v1.StartOperation.operation:type_name -> kvasir.topology.v1.Operation
+	2,  // 37: kvasir.topology.v1.SteerOperation.state:type_name -> kvasir.topology.v1.Operation.State
+	2,  // 38: kvasir.topology.v1.Operation.state:type_name -> kvasir.topology.v1.Operation.State
+	20, // 39: kvasir.topology.v1.Operation.moves:type_name -> kvasir.topology.v1.Move
+	5,  // 40: kvasir.topology.v1.FindHealth.nodes:type_name -> kvasir.topology.v1.FoundHealth
+	7,  // 41: kvasir.topology.v1.AskProvision.provision:type_name -> kvasir.topology.v1.Provision
+	1,  // 42: kvasir.topology.v1.SteerProvision.state:type_name -> kvasir.topology.v1.Provision.State
+	34, // 43: kvasir.topology.v1.SetSettings.settings:type_name -> kvasir.topology.v1.Settings
+	38, // 44: kvasir.topology.v1.CreateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
+	38, // 45: kvasir.topology.v1.UpdateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
+	39, // 46: kvasir.topology.v1.SetOrchestrators.orchestrators:type_name -> kvasir.topology.v1.Orchestrator
+	47, // [47:47] is the sub-list for method output_type
+	47, // [47:47] is the sub-list for method input_type
+	47, // [47:47] is the sub-list for extension type_name
+	47, // [47:47] is the sub-list for extension extendee
+	0,  // [0:47] is the sub-list for field type_name
 }
 
 func init() { file_kvasir_topology_v1_control_proto_init() }
@@ -2681,6 +2768,7 @@ func file_kvasir_topology_v1_control_proto_init() {
 		(*Mutation_SteerProvision)(nil),
 		(*Mutation_SetSettings)(nil),
 		(*Mutation_SetCondition)(nil),
+		(*Mutation_NoteScaling)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -2688,7 +2776,7 @@ func file_kvasir_topology_v1_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kvasir_topology_v1_control_proto_rawDesc), len(file_kvasir_topology_v1_control_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   28,
+			NumMessages:   29,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
