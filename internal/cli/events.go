@@ -76,20 +76,9 @@ func (a *App) events(ctx context.Context, f eventFlags) error {
 		return err
 	}
 	ask.After = lastNumber(all, 0)
-	all = f.shown(all)
-	if f.limit > 0 && len(all) > f.limit {
-		all = all[len(all)-f.limit:]
-	}
+	all = newest(f.shown(all), f.limit)
 	if !f.follow {
-		docs := []clusterEventDoc{}
-		for _, c := range all {
-			docs = append(docs, newClusterEventDoc(c))
-		}
-		return a.print(docs, func(w io.Writer) {
-			for _, d := range docs {
-				d.write(w)
-			}
-		})
+		return a.printEvents(all, 0)
 	}
 	ask.WaitMs = uint32(a.flags.timeout.Milliseconds() / 2)
 	quiet := false // nobody answers, as was said
@@ -116,6 +105,27 @@ func (a *App) events(ctx context.Context, f eventFlags) error {
 		case <-time.After(retryEvents):
 		}
 	}
+}
+
+// newest returns the newest so many events, all with a limit of 0.
+func newest(all []*topologyv1.Change, limit int) []*topologyv1.Change {
+	if limit > 0 && len(all) > limit {
+		return all[len(all)-limit:]
+	}
+	return all
+}
+
+// printEvents prints the newest so many events.
+func (a *App) printEvents(all []*topologyv1.Change, limit int) error {
+	docs := []clusterEventDoc{}
+	for _, c := range newest(all, limit) {
+		docs = append(docs, newClusterEventDoc(c))
+	}
+	return a.print(docs, func(w io.Writer) {
+		for _, d := range docs {
+			d.write(w)
+		}
+	})
 }
 
 func lastNumber(all []*topologyv1.Change, otherwise uint64) uint64 {

@@ -35,6 +35,7 @@ type fake struct {
 		topology *topologyv1.Topology
 		records  map[string]map[string]*kvv1.ScanRecord // by namespace and key
 		last     uint64                                 // timestamp
+		capacity *adminv1.GetCapacityResponse
 		history  []*topologyv1.Change
 		health   map[uint64]*topologyv1.NodeHealth
 		status   map[uint64]*adminv1.NodeStatus

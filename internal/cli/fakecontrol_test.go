@@ -140,6 +140,15 @@ func (n *fakeNode) ListChanges(_ context.Context, r *adminv1.ListChangesRequest)
 	return resp, nil
 }
 
+func (n *fakeNode) GetCapacity(context.Context, *adminv1.GetCapacityRequest) (*adminv1.GetCapacityResponse, error) {
+	n.f.mu.Lock()
+	defer n.f.mu.Unlock()
+	if err := n.f.led(); err != nil {
+		return nil, err
+	}
+	return n.f.mu.capacity, nil
+}
+
 // StartOperation takes an operation that was made for the present epoch. It ends when
 // it is asked for the second time.
 func (n *fakeNode) StartOperation(_ context.Context, r *adminv1.StartOperationRequest) (*adminv1.StartOperationResponse, error) {
