@@ -19,14 +19,16 @@ type Provisioner interface {
 }
 
 // launchFor asks the provisioner for a node in a dead one's place, or says that one is
-// on its way. Where launches have failed lately, neither.
+// on its way, or here and not known to be healthy yet. Where launches have failed lately,
+// neither.
 func launchFor(s *topology.State, d *topology.Node, v view) (_ *topologyv1.Command, wait bool) {
 	failed := false
 	for _, p := range s.Provisions {
 		if p.Kind != topology.Launch || p.Replaces != d.Incarnation {
 			continue
 		}
-		if !p.State.Ended() {
+		came := s.Topology.Node(p.Incarnation) != nil && !v.dead(s.Topology, p.Incarnation)
+		if !p.State.Ended() || came {
 			return nil, true
 		}
 		failed = failed || p.State == topology.Failed

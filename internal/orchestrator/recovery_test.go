@@ -129,8 +129,12 @@ func TestTheProvisionerIsAskedForANode(t *testing.T) {
 		t.Fatalf("provisions %+v", s.Provisions)
 	}
 	s = registerNode(t, s, launch.Node, "z")
+	s, did = play(t, s, cfg, func(o *observed) { world(o); o.unknown = []uint64{4} })
+	if happened(t, did, launch.Node+" has registered"); len(s.Provisions) != 1 {
+		t.Fatalf("another is asked for before this one is known to be healthy: %+v", s.Provisions)
+	}
 	s, did = play(t, s, cfg, world)
-	happened(t, did, launch.Node+" has registered", launch.Node+" takes the place of n2", "n2, #2, has left")
+	happened(t, did, launch.Node+" takes the place of n2", "n2, #2, has left")
 	if end := provisionOf(s, topology.End); end == nil || end.Incarnation != 2 || len(s.Provisions) != 2 {
 		t.Errorf("provisions %+v", s.Provisions)
 	}
