@@ -131,24 +131,11 @@ func (s *clusterStatus) assess() healthDoc {
 
 // namespaceHealth counts the vnodes that miss a namespace's default quorums.
 func namespaceHealth(t *topology.Topology, ns *topology.Namespace, up func(node uint64) bool) namespaceHealthDoc {
-	d := namespaceHealthDoc{Name: ns.Name, Vnodes: len(t.Ring), n: ns.N, w: ns.Writes(quorum.Spec{})[0].Need, r: ns.R.Need(ns.N), fewestWriting: ns.N, SharingZones: needlesslySharing(t, ns.N)}
-	for v := range t.Ring {
-		slots := t.Slots(uint32(v), ns.N)
-		writing, reading := quorum.LiveSlots(slots, up), 0
-		for _, slot := range slots {
-			if slot.Read != 0 && up(slot.Read) {
-				reading++
-			}
-		}
-		d.fewestWriting = min(d.fewestWriting, writing)
-		if writing < d.w {
-			d.NotWritable++
-		}
-		if reading < d.r {
-			d.NotReadable++
-		}
+	s := t.Service(ns, up)
+	return namespaceHealthDoc{
+		Name: ns.Name, Vnodes: len(t.Ring), NotWritable: s.NotWritable, NotReadable: s.NotReadable, SharingZones: needlesslySharing(t, ns.N),
+		n: ns.N, w: ns.Writes(quorum.Spec{})[0].Need, r: ns.R.Need(ns.N), fewestWriting: s.FewestWriting,
 	}
-	return d
 }
 
 // failures says what cannot be served.
