@@ -86,8 +86,10 @@ type Collector struct {
 type placeState struct {
 	// looked is when this node last looked as its leader, asked when it last asked all.
 	looked, asked time.Time
-	// void is why the last round came to nothing, or "".
-	void string
+	// void is why the last round came to nothing, or "", voidSince when the first of those
+	// ended that have come to nothing since one did not.
+	void      string
+	voidSince time.Time
 	// learned is when the certificate was learned under which nothing was left to
 	// remove, emptied when that was found.
 	learned, emptied time.Time
@@ -109,6 +111,9 @@ func NewCollector(cfg CollectorConfig) *Collector {
 		metrics: newCollectMetrics(cfg.Metrics, cfg.Store),
 	}
 	c.mu.places = map[storage.Place]*placeState{}
+	cfg.Metrics.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Namespace: "kvasir", Subsystem: "collect", Name: "pinned_seconds", Help: "For how long the vnode that waits longest, of those that this node leads, has come to no certificate.",
+	}, func() float64 { return c.pinned().Seconds() }))
 	return c
 }
 
@@ -243,7 +248,28 @@ func (c *Collector) attempt(ctx context.Context, t *topology.Topology, ns *topol
 		c.metrics.void.WithLabelValues(err.reason).Inc()
 		c.cfg.Logger.Debug("no certificate", "namespace", ns.Name, "vnode", vnode, "reason", err)
 	}
-	c.update(storage.Place{Namespace: ns.ID, Vnode: vnode}, func(s *placeState) { s.asked, s.void = time.Now(), reason })
+	c.update(storage.Place{Namespace: ns.ID, Vnode: vnode}, func(s *placeState) {
+		s.asked, s.void = time.Now(), reason
+		if reason == "" {
+			s.voidSince = time.Time{}
+		} else if s.voidSince.IsZero() {
+			s.voidSince = s.asked
+		}
+	})
+}
+
+// pinned returns for how long the rounds of a vnode have come to nothing: of the vnode
+// that waits longest, of those that this node leads.
+func (c *Collector) pinned() (longest time.Duration) {
+	t := c.cfg.Fence.Topology()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for p, s := range c.mu.places {
+		if ns := t.NamespaceByID(p.Namespace); ns != nil && !s.voidSince.IsZero() && c.leads(t, ns, p.Vnode) {
+			longest = max(longest, time.Since(s.voidSince))
+		}
+	}
+	return longest
 }
 
 // round is one try to certify that the dead records of a vnode may go.

@@ -255,7 +255,7 @@ func (n *collectNode) metric(name string) (sum float64) {
 	for _, f := range families {
 		if f.GetName() == "kvasir_collect_"+name {
 			for _, m := range f.GetMetric() {
-				sum += m.GetCounter().GetValue()
+				sum += m.GetCounter().GetValue() + m.GetGauge().GetValue()
 			}
 		}
 	}
@@ -349,6 +349,26 @@ func TestExpiredRecordsLeaveTheDisks(t *testing.T) {
 		c.send(3, replicav1.Source_SOURCE_REPAIR, "k", rec)
 		time.Sleep(5 * time.Minute)
 		c.wantOnDisk(0, 1, 2, 3)
+	})
+}
+
+// For how long a vnode has been pinned is told by the node that leads it.
+func TestPinnedVnodesAreTold(t *testing.T) {
+	runCollecting(t, func(t *testing.T, c *collecting) {
+		c.set(true, 3)
+		c.write("k", nil, 0, 1, 2)
+		time.Sleep(10 * time.Minute)
+		if got := c.nodes[0].metric("pinned_seconds"); got < 500 || got > 600 {
+			t.Errorf("%v seconds after ten minutes", got)
+		}
+		if got := c.nodes[1].metric("pinned_seconds"); got != 0 {
+			t.Errorf("%v seconds of a vnode that another node leads", got)
+		}
+		c.set(false, 3)
+		time.Sleep(3 * time.Minute)
+		if got := c.nodes[0].metric("pinned_seconds"); got != 0 {
+			t.Errorf("%v seconds after a certificate", got)
+		}
 	})
 }
 
