@@ -127,8 +127,9 @@ func (o *Orchestrator) open(run context.Context) error {
 	}
 	o.describe(o.registry)
 	o.describeRing(o.registry)
+	o.registry.MustRegister(clusterCollector{o})
 	o.workers.Go(func() {
-		if err := rpc.ServeAdmin(run, o.adminListener, o.registry, o.ready); err != nil {
+		if err := rpc.ServeAdmin(run, o.adminListener, o.registry, o.ready, rpc.Route{Pattern: "GET /targets", Handler: o.serveTargets}); err != nil {
 			o.cfg.Fatal(err)
 		}
 	})

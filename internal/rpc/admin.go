@@ -14,9 +14,15 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
-// ServeAdmin serves /livez, /readyz, /metrics and profiles over HTTP until ctx ends.
-// ready returns why the process does not serve, or nil.
-func ServeAdmin(ctx context.Context, l net.Listener, reg *prometheus.Registry, ready func() error) error {
+// Route is one more thing that an admin server serves.
+type Route struct {
+	Pattern string // as http.ServeMux takes it
+	Handler http.HandlerFunc
+}
+
+// ServeAdmin serves /livez, /readyz, /metrics, profiles and further routes over HTTP
+// until ctx ends. ready returns why the process does not serve, or nil.
+func ServeAdmin(ctx context.Context, l net.Listener, reg *prometheus.Registry, ready func() error, routes ...Route) error {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /livez", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
@@ -32,6 +38,9 @@ func ServeAdmin(ctx context.Context, l net.Listener, reg *prometheus.Registry, r
 	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
 	mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
 	mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
+	for _, r := range routes {
+		mux.HandleFunc(r.Pattern, r.Handler)
+	}
 	srv := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second}
 	stop := context.AfterFunc(ctx, func() { srv.Close() })
 	defer stop()
