@@ -58,6 +58,26 @@ func TestParseQuota(t *testing.T) {
 	}
 }
 
+func TestParseMemoryLimit(t *testing.T) {
+	const machine = "MemTotal:        8038476 kB\nMemFree:         1038476 kB\n"
+	for _, test := range []struct {
+		group, machine string
+		want           uint64
+	}{
+		{"max\n", machine, 8038476 << 10},
+		{"536870912\n", machine, 512 << 20},
+		{"9223372036854771712\n", machine, 8038476 << 10}, // more than there is
+		{"", machine, 8038476 << 10},
+		{"536870912\n", "", 512 << 20},
+		{"max\n", "MemTotal: ? kB\n", 0},
+		{"", "", 0},
+	} {
+		if got := parseMemoryLimit([]byte(test.group), []byte(test.machine)); got != test.want {
+			t.Errorf("%q and %q: %d, want %d", test.group, test.machine, got, test.want)
+		}
+	}
+}
+
 func TestProcess(t *testing.T) {
 	p := newProcess(2)
 	if p.cpu() != 0 {

@@ -51,6 +51,7 @@ func (n *Node) describeHints(reg prometheus.Registerer) {
 	}
 	gauge("pending", "Hints kept for replicas that could not be reached.", func() float64 { return float64(n.hints.Totals().Count) })
 	gauge("pending_bytes", "Bytes of the hints kept.", func() float64 { return float64(n.hints.Totals().Bytes) })
+	gauge("limit_bytes", "Bytes of hints that are kept at most.", func() float64 { return float64(n.hints.Bounds().Bytes) })
 	gauge("queued", "Lots of hints that wait to be written.", func() float64 { return float64(n.hints.Queued()) })
 	counter("kept_total", "Hints that were written to disk.", func() float64 { return float64(n.hints.Totals().Kept) })
 	counter("delivered_total", "Hints that their target has taken.", func() float64 { return float64(n.hints.Totals().Delivered) })

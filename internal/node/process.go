@@ -21,7 +21,9 @@ const (
 // process measures the process it runs in.
 type process struct {
 	allowance float64 // cores that count as full use
-	mu        struct {
+	// memoryLimit is how many bytes the process may take, 0 where that is unknown.
+	memoryLimit uint64
+	mu          struct {
 		sync.Mutex
 		// used holds the CPU time at the newest samples, oldest first.
 		used []cpuSample
@@ -42,7 +44,7 @@ func newProcess(limit float64) *process {
 	if limit == 0 {
 		limit = float64(runtime.NumCPU())
 	}
-	p := &process{allowance: limit}
+	p := &process{allowance: limit, memoryLimit: memoryLimit()}
 	p.sample()
 	return p
 }
@@ -110,6 +112,27 @@ func (p *process) cpu() float64 {
 		return 0
 	}
 	return (last.used - first.used).Seconds() / span.Seconds() / p.allowance
+}
+
+// memoryLimit returns the bytes that the machine has, or that the control group allows
+// where that is less; 0 when neither can be read.
+func memoryLimit() uint64 {
+	group, _ := os.ReadFile("/sys/fs/cgroup/memory.max")
+	machine, _ := os.ReadFile("/proc/meminfo")
+	return parseMemoryLimit(group, machine)
+}
+
+// parseMemoryLimit reads "max" or bytes, and "MemTotal: 8038476 kB" and more.
+func parseMemoryLimit(group, machine []byte) (limit uint64) {
+	if f := bytes.Fields(machine); len(f) > 2 && string(f[0]) == "MemTotal:" && string(f[2]) == "kB" {
+		if kib, err := strconv.ParseUint(string(f[1]), 10, 53); err == nil {
+			limit = kib << 10
+		}
+	}
+	if allowed, err := strconv.ParseUint(string(bytes.TrimSpace(group)), 10, 64); err == nil && (limit == 0 || allowed < limit) {
+		limit = allowed
+	}
+	return limit
 }
 
 // memory returns the process's resident memory in bytes.

@@ -75,8 +75,9 @@ func TestUseIsTold(t *testing.T) {
 	if len(resp.GetVnodes()) != 16 || sum != records || bytes < records*1000 || bytes > records*1100 {
 		t.Errorf("%d vnodes with %d records, %d bytes", len(resp.GetVnodes()), sum, bytes)
 	}
-	wantMetrics(t, a[5], "kvasir_node_slots 16", fmt.Sprint("kvasir_node_records ", records), fmt.Sprint("kvasir_node_data_bytes ", bytes))
-	wantMetrics(t, a[1], "kvasir_ring_imbalance_ratio 1", "kvasir_ring_moves_left 0")
+	wantMetrics(t, a[5], "kvasir_node_slots 16", fmt.Sprint("kvasir_node_records ", records), fmt.Sprint("kvasir_node_data_bytes ", bytes),
+		"kvasir_node_set_aside 0", "kvasir_hints_limit_bytes 1.073741824e+09", "kvasir_storage_stalled_seconds_total 0", "kvasir_collect_pinned_seconds 0")
+	wantMetrics(t, a[1], "kvasir_ring_imbalance_ratio 1", "kvasir_ring_moves_left 0", "kvasir_cluster_degraded_vnodes 0", `kvasir_cluster_unwritable_vnodes{namespace="default"} 0`)
 }
 
 // wantMetrics checks what a process tells Prometheus.

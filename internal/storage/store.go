@@ -146,6 +146,7 @@ type Store struct {
 	diskMu sync.Mutex  // held while the ballast is made or removed
 
 	delays delays
+	stalls stalls
 
 	inflight struct {
 		sync.Mutex
@@ -378,6 +379,8 @@ func (s *Store) options() *pebble.Options {
 		EventListener: &pebble.EventListener{
 			BackgroundError: s.backgroundError,
 			DataCorruption:  s.suspect,
+			WriteStallBegin: func(pebble.WriteStallBeginInfo) { s.stalls.begin(time.Now()) },
+			WriteStallEnd:   func() { s.stalls.end(time.Now()) },
 		},
 		MemTableStopWritesThreshold: stopWritesMemTables,
 		L0CompactionThreshold:       4,

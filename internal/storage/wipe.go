@@ -192,19 +192,28 @@ func asideInto(disk vfs.FS, dir string) (string, error) {
 
 // ForgetAside deletes what SetAside has moved.
 func ForgetAside(disk vfs.FS, dir string) error {
-	names, err := disk.List(dir)
-	if err != nil {
-		return fmt.Errorf("list %s: %w", dir, err)
-	}
+	names, err := asides(disk, dir)
 	for _, name := range names {
-		if !strings.HasPrefix(name, asidePrefix) {
-			continue
-		}
 		if err := disk.RemoveAll(filepath.Join(dir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("remove %s: %w", filepath.Join(dir, name), err)
 		}
 	}
-	return nil
+	return err
+}
+
+// HasAside reports whether there is something that ForgetAside would delete.
+func HasAside(disk vfs.FS, dir string) bool {
+	names, err := asides(disk, dir)
+	return err == nil && len(names) > 0
+}
+
+// asides returns the directories that hold stores that were set aside.
+func asides(disk vfs.FS, dir string) ([]string, error) {
+	names, err := disk.List(dir)
+	if err != nil {
+		return nil, fmt.Errorf("list %s: %w", dir, err)
+	}
+	return slices.DeleteFunc(names, func(name string) bool { return !strings.HasPrefix(name, asidePrefix) }), nil
 }
 
 func syncDir(disk vfs.FS, dir string) error {

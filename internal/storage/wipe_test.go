@@ -74,6 +74,9 @@ func TestSetAside(t *testing.T) {
 		t.Fatalf("of an open store: %v", err)
 	}
 	closeStore(t, s)
+	if HasAside(fs, "data") {
+		t.Error("something is aside before anything was set aside")
+	}
 	path, err := SetAside(fs, "data", "x")
 	if err != nil || path != filepath.Join("data", "lost-x") {
 		t.Fatalf("%q, %v", path, err)
@@ -88,8 +91,14 @@ func TestSetAside(t *testing.T) {
 		t.Errorf("what was set aside has %d records, want 500", n)
 	}
 	closeStore(t, aside)
+	if !HasAside(fs, "data") {
+		t.Error("nothing is aside")
+	}
 	if err := ForgetAside(fs, "data"); err != nil {
 		t.Fatal(err)
+	}
+	if HasAside(fs, "data") {
+		t.Error("something is aside after it was forgotten")
 	}
 	names, err := fs.List("data")
 	if err != nil || strings.Contains(strings.Join(names, " "), "lost-") {

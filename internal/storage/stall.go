@@ -1,0 +1,41 @@
+package storage
+
+import (
+	"sync"
+	"time"
+)
+
+// stalls is how long commits have waited for flushes or compactions.
+type stalls struct {
+	mu struct {
+		sync.Mutex
+		ended time.Duration // of all that have ended
+		began time.Time     // of the present one, or zero
+	}
+}
+
+func (s *stalls) begin(now time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.mu.began = now
+}
+
+func (s *stalls) end(now time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.mu.ended += now.Sub(s.mu.began)
+	s.mu.began = time.Time{}
+}
+
+func (s *stalls) total(now time.Time) time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.mu.began.IsZero() {
+		return s.mu.ended
+	}
+	return s.mu.ended + now.Sub(s.mu.began)
+}
+
+// Stalled returns for how long in all, since the store was opened, no commit was let
+// through because flushes or compactions were behind.
+func (s *Store) Stalled() time.Duration { return s.stalls.total(time.Now()) }
