@@ -14,10 +14,10 @@ COMPOSE  ?= $(shell if docker compose version >/dev/null 2>&1; then echo docker 
 COMPOSE_FILE := deploy/compose/docker-compose.yml
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test lint race sim sim-long sim-mutants e2e chaos fuzz proto check-proto image compose-up compose-down test-compose clean
+.PHONY: help build run test lint race sim sim-long sim-mutants e2e chaos fuzz proto check-proto image compose-up compose-down test-compose test-prometheus clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## Build kvnode, kvorch and kvctl into bin/
 	@echo "building into $(BIN)/ (the first time this takes a few minutes) ..."
@@ -30,7 +30,7 @@ test: lint ## Run everything a change must pass
 	$(GO) test -tags $(TAGS) -timeout 12m ./...
 
 lint: ## Check formatting, vet and staticcheck
-	@unformatted="$$(gofmt -l cmd client internal)"; if [ -n "$$unformatted" ]; then echo "gofmt: $$unformatted"; exit 1; fi
+	@unformatted="$$(gofmt -l cmd client deploy internal)"; if [ -n "$$unformatted" ]; then echo "gofmt: $$unformatted"; exit 1; fi
 	$(GO) vet -tags $(TAGS) ./...
 	$(GO) tool staticcheck -tags $(TAGS) ./...
 
@@ -84,6 +84,9 @@ compose-down: ## Stop the compose cluster and delete its volumes
 
 test-compose: ## Test the compose cluster; skipped where no Docker engine answers
 	@deploy/compose/test.sh
+
+test-prometheus: ## Test the alerts, and scrape a real cluster with Prometheus (from Debian's package where there is none)
+	@GO="$(GO)" TAGS="$(TAGS)" deploy/prometheus/test.sh
 
 clean: ## Delete what was built
 	rm -rf $(BIN)
