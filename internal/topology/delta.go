@@ -184,6 +184,18 @@ func (t *Topology) validatePatched(old *Topology, d *topologyv1.TopologyDelta) e
 	return nil
 }
 
+// Check returns a delta that leads from a topology to itself and changes nothing. By its
+// checksum whoever has that epoch finds out whether it has the same.
+func (t *Topology) Check() *topologyv1.TopologyDelta {
+	return &topologyv1.TopologyDelta{ClusterId: t.ClusterID, BaseEpoch: t.Epoch, Epoch: t.Epoch, Sum: t.sum()}
+}
+
+// Fails reports whether a delta that Check returned is of the epoch of this topology, and
+// not of this topology.
+func (t *Topology) Fails(check *topologyv1.TopologyDelta) bool {
+	return t.Epoch != 0 && check.GetBaseEpoch() == t.Epoch && check.GetEpoch() == t.Epoch && check.GetClusterId() == t.ClusterID && check.GetSum() != t.sum()
+}
+
 // sum returns a checksum of everything but the epoch. Those of the vnodes are added up,
 // so that it can follow a change of few.
 func (t *Topology) sum() uint64 { return t.ringSum + t.restSum }

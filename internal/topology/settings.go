@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/cespare/xxhash/v2"
+
 	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
 )
 
@@ -36,18 +38,6 @@ type Settings struct {
 	Placement string
 	Rebalance Rebalance
 }
-
-// AutoScalingGroup says how many data nodes there are to be.
-type AutoScalingGroup struct {
-	MinCapacity, MaxCapacity int
-	// TargetCPU and TargetDisk are 0 to 1, TargetOperations is operations a second of one
-	// node; one that is 0 is not looked at.
-	TargetCPU, TargetDisk, TargetOperations float64
-	ScaleUpCooldown, ScaleDownCooldown      time.Duration
-}
-
-// On reports whether there is such a group.
-func (g AutoScalingGroup) On() bool { return g.MaxCapacity > 0 }
 
 // JoinPolicy says who gives slots to spares: people, or the orchestrators.
 type JoinPolicy uint8
@@ -163,7 +153,23 @@ func (s Settings) Validate() error {
 	case s.Placement != PlaceEven && s.Placement != PlaceWeighted:
 		return fmt.Errorf("placement is %q: want even or weighted", s.Placement)
 	}
+	if s.AutoScalingGroup.On() {
+		if err := s.AutoScalingGroup.validate(); err != nil {
+			return err
+		}
+	}
 	return s.Rebalance.validate()
+}
+
+// Hash identifies what settings say, whatever their version is. Those that have their
+// default are left out, so that software that does not know one yet agrees with software
+// that does, as long as nobody uses it.
+func (s Settings) Hash() uint64 {
+	h := xxhash.New()
+	for _, c := range DiffSettings(DefaultSettings(), s) {
+		fmt.Fprintf(h, "%s=%s\n", c.Name, c.To)
+	}
+	return h.Sum64()
 }
 
 func (r Rebalance) validate() error {

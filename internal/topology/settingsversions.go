@@ -1,6 +1,7 @@
 package topology
 
 import (
+	"fmt"
 	"slices"
 
 	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
@@ -44,6 +45,31 @@ func (v SettingsVersion) Proto() *topologyv1.SettingsVersion {
 	return &topologyv1.SettingsVersion{Settings: v.Settings.Proto(), Epoch: v.Epoch, AtMs: uint64(v.AtMillis), What: v.What}
 }
 
-func settingsVersionFromProto(pb *topologyv1.SettingsVersion) SettingsVersion {
+// SettingsVersionFromProto converts a version.
+func SettingsVersionFromProto(pb *topologyv1.SettingsVersion) SettingsVersion {
 	return SettingsVersion{settingsFromProto(pb.GetSettings()), pb.GetEpoch(), int64(pb.GetAtMs()), pb.GetWhat()}
+}
+
+// SettingsInUse returns the version of the settings that are in use.
+func (s *State) SettingsInUse() SettingsVersion {
+	if n := len(s.SettingsVersions); n > 0 {
+		return s.SettingsVersions[n-1]
+	}
+	return SettingsVersion{Settings: s.Topology.Settings} // from before there were versions
+}
+
+// SettingsOf returns the settings of a version, or a refusal.
+func (s *State) SettingsOf(version uint64) (Settings, error) {
+	for _, v := range s.SettingsVersions {
+		if v.Settings.Version == version {
+			return v.Settings, nil
+		}
+	}
+	oldest := s.Topology.Settings.Version
+	if len(s.SettingsVersions) > 0 {
+		oldest = s.SettingsVersions[0].Settings.Version
+	}
+	return Settings{}, refuse(NotFound, "SETTINGS_VERSION_NOT_FOUND",
+		fmt.Sprintf("there is no version %d of the settings: versions %d to %d are kept", version, oldest, s.Topology.Settings.Version),
+		"version", version, "oldest", oldest, "newest", s.Topology.Settings.Version)
 }

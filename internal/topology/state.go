@@ -74,7 +74,8 @@ type Result struct {
 }
 
 // Apply returns the state after a command. A command that is refused changes
-// nothing; the error is a *Refusal. Apply is deterministic.
+// nothing; the error is a *Refusal. One without a mutation raises the epoch, and so has
+// everybody check the topology that it has. Apply is deterministic.
 func (s *State) Apply(cmd *topologyv1.Command) (*State, Result, error) {
 	if s == nil {
 		return foundFrom(cmd)
@@ -85,7 +86,7 @@ func (s *State) Apply(cmd *topologyv1.Command) (*State, Result, error) {
 			"epoch", s.Topology.Epoch, "expected_epoch", want)
 	}
 	next := s.draft()
-	d := draft{State: next}
+	d := draft{State: next, changed: len(cmd.GetMutations()) == 0}
 	for _, m := range cmd.GetMutations() {
 		if err := d.mutate(m, int64(cmd.GetChange().GetAtMs())); err != nil {
 			return s, Result{}, err
@@ -511,7 +512,7 @@ func StateFromProto(pb *topologyv1.ControlState) (*State, error) {
 		s.Provisions = append(s.Provisions, provisionFromProto(p))
 	}
 	for _, v := range pb.GetSettingsVersions() {
-		s.SettingsVersions = append(s.SettingsVersions, settingsVersionFromProto(v))
+		s.SettingsVersions = append(s.SettingsVersions, SettingsVersionFromProto(v))
 	}
 	for _, c := range pb.GetConditions() {
 		s.Conditions = append(s.Conditions, Condition{c.GetKind(), c.GetText(), int64(c.GetSinceMs())})

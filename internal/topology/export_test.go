@@ -1,0 +1,4 @@
+package topology
+
+// WritePart writes a share in percent.
+var WritePart = writePart
