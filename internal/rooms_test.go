@@ -26,7 +26,7 @@ var levels = [][]string{
 
 // siblings are the imports allowed within a level.
 var siblings = map[string][]string{
-	"topology":     {"quorum", "ring", "mutant"},
+	"topology":     {"quorum", "ring", "capacity", "mutant"},
 	"placement":    {"topology"},
 	"record":       {"hlc", "mutant"},
 	"quorum":       {"mutant"},

@@ -32,6 +32,8 @@ type App struct {
 	Software string
 
 	flags flags
+	// settle is how long nodes are waited for that are to take settings in. Default 15 s.
+	settle time.Duration
 	// started is set when a command itself begins: failures before are those of the
 	// command line.
 	started bool

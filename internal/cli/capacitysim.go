@@ -42,11 +42,12 @@ func (a *App) capacitySimulate() *cobra.Command {
 		Long: `Replays a load curve against scaling rules and draws what they would do: load, nodes and CPU
 over time, with each decision and its reason. Nothing is changed, and no cluster is needed.
 
-The curve is a CSV file of seconds and load (any unit), or one of ` + strings.Join(capacity.Names(), ", ") + `, which are
-scaled so that the most load is --peak. The rules are the flags'; those that are not given are the defaults.
+The curve is a CSV file of seconds and load (any unit), or one of
+` + strings.Join(capacity.Names(), ", ") + `, which are scaled so that the most load is --peak.
+The rules are the flags'; those that are not given are the defaults.
 
-The model is simple: load is spread over the nodes that serve, one of them has --skew times the mean,
-and a node takes --launch-time to register and --move-time to join or leave.`,
+The model is simple: load is spread over the nodes that serve, one of them has --skew times the
+mean, and a node takes --launch-time to register and --move-time to join or leave.`,
 		Example: `  kvctl capacity simulate --curve day --load-per-node 10000 --peak 80000
   kvctl capacity simulate --curve load.csv --load-per-node 10000 --min 3 --max 24
   kvctl capacity simulate --curve week --min 10 --max 1000 --load-per-node 1 --peak 800`,

@@ -223,7 +223,7 @@ func TestDevFlags(t *testing.T) {
 		"--nodes 2 --zones 3":     "--zones 3: want 1 to the number of nodes, 2",
 		"--zones 0":               "--zones 0",
 		"--port 70000":            "ports go from 1 to 65535",
-		"--autonomy":              "--autonomy",
+		"--autonomous":            "--autonomous",
 		"stauts":                  "status",
 		"kill":                    "needs the NAME of a process",
 		"status node1":            "node1",

@@ -46,6 +46,9 @@ type fake struct {
 		operations   []*adminv1.ObservedOperation
 		// controlled: an orchestrator leads.
 		controlled bool
+		// settings are the versions of the settings; deaf nodes take no new one in.
+		settings []*topologyv1.SettingsVersion
+		deaf     map[uint64]bool
 		// overtaken is how many times the epoch changes before an operation can start.
 		overtaken int
 		// holds: nodes say what they hold.
@@ -105,6 +108,7 @@ func newFakeWith(t *testing.T, n int, files rpc.TLSFiles) *fake {
 	f.mu.ages = map[uint64]uint64{}
 	f.mu.repairPaused = map[uint64]bool{}
 	f.mu.hints = map[uint64]*adminv1.ListHintsResponse{}
+	f.mu.deaf = map[uint64]bool{}
 	f.mu.controlled = true
 	top := &topologyv1.Topology{
 		ClusterId: "fake", Epoch: 7, Vnodes: fakeVnodes, FoundingNodes: uint32(n), Settings: topology.DefaultSettings().Proto(),
@@ -123,7 +127,7 @@ func newFakeWith(t *testing.T, n int, files rpc.TLSFiles) *fake {
 			Address: node.address, AdminAddress: fmt.Sprintf("127.0.0.1:%d", i+2), DataId: fmt.Sprint(i),
 		})
 		f.mu.health[node.incarnation] = &topologyv1.NodeHealth{Incarnation: node.incarnation, State: topologyv1.NodeHealth_STATE_HEALTHY}
-		f.mu.status[node.incarnation] = &adminv1.NodeStatus{Incarnation: node.incarnation, Name: fmt.Sprintf("node%d", i+1), State: adminv1.NodeStatus_STATE_SERVING, Epoch: 7}
+		f.mu.status[node.incarnation] = &adminv1.NodeStatus{Incarnation: node.incarnation, Name: fmt.Sprintf("node%d", i+1), State: adminv1.NodeStatus_STATE_SERVING, Epoch: 7, SettingsHash: topology.DefaultSettings().Hash(), ProcessSettingsHash: 0xabc}
 	}
 	for v := range fakeVnodes {
 		vnode := &topologyv1.Vnode{ChangedEpoch: 2}
@@ -133,6 +137,7 @@ func newFakeWith(t *testing.T, n int, files rpc.TLSFiles) *fake {
 		top.Ring = append(top.Ring, vnode)
 	}
 	f.mu.topology = top
+	f.mu.settings = []*topologyv1.SettingsVersion{{Settings: proto.CloneOf(top.GetSettings()), Epoch: 1, AtMs: 1772366400000, What: "as the cluster was founded"}}
 	return f
 }
 

@@ -110,6 +110,64 @@ func (n *fakeNode) UpdateNamespace(_ context.Context, r *adminv1.UpdateNamespace
 	return resp, err
 }
 
+// UpdateSettings takes the settings over to all nodes that are not deaf.
+func (n *fakeNode) UpdateSettings(_ context.Context, r *adminv1.UpdateSettingsRequest) (*adminv1.UpdateSettingsResponse, error) {
+	f := n.f
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err := f.led(); err != nil {
+		return nil, err
+	}
+	t, err := topology.FromProto(f.mu.topology)
+	if err != nil {
+		return nil, err
+	}
+	before := f.mu.settings[len(f.mu.settings)-1]
+	if v := r.GetIfVersion(); v != 0 && v != t.Settings.Version {
+		return nil, &topology.Refusal{Kind: topology.Conflict, Reason: "SETTINGS_CHANGED", Message: "the settings were changed by somebody else"}
+	}
+	next, err := t.SettingsWith(r.GetValues())
+	if v := r.GetRollbackTo(); v != 0 && err == nil {
+		if v > uint64(len(f.mu.settings)) {
+			return nil, &topology.Refusal{Kind: topology.NotFound, Reason: "SETTINGS_VERSION_NOT_FOUND", Message: "there is no such version of the settings"}
+		}
+		next = topology.SettingsVersionFromProto(f.mu.settings[v-1]).Settings
+	}
+	var warnings []string
+	if err == nil {
+		warnings, err = t.CheckSettings(next)
+	}
+	if err != nil {
+		return nil, &topology.Refusal{Kind: topology.Invalid, Reason: "BAD_SETTINGS", Message: err.Error()}
+	}
+	changes := topology.DiffSettings(t.Settings, next)
+	if len(changes) == 0 {
+		return &adminv1.UpdateSettingsResponse{Before: before, After: before}, nil
+	}
+	next.Version = t.Settings.Version + 1
+	after := &topologyv1.SettingsVersion{Settings: next.Proto(), AtMs: before.GetAtMs() + 60_000, What: topology.DescribeChanges(changes)}
+	if !r.GetDryRun() {
+		f.mu.topology.Epoch++
+		f.mu.topology.Settings, after.Epoch = next.Proto(), f.mu.topology.GetEpoch()
+		f.mu.settings = append(f.mu.settings, after)
+		for inc, s := range f.mu.status {
+			if !f.mu.deaf[inc] {
+				s.Epoch, s.SettingsHash = after.GetEpoch(), next.Hash()
+			}
+		}
+	}
+	return &adminv1.UpdateSettingsResponse{Before: before, After: after, Warnings: warnings}, nil
+}
+
+func (n *fakeNode) ListSettings(context.Context, *adminv1.ListSettingsRequest) (*adminv1.ListSettingsResponse, error) {
+	n.f.mu.Lock()
+	defer n.f.mu.Unlock()
+	if err := n.f.led(); err != nil {
+		return nil, err
+	}
+	return &adminv1.ListSettingsResponse{Versions: slices.Clone(n.f.mu.settings)}, nil
+}
+
 func (n *fakeNode) DropNamespace(_ context.Context, r *adminv1.DropNamespaceRequest) (*adminv1.DropNamespaceResponse, error) {
 	n.f.mu.Lock()
 	defer n.f.mu.Unlock()

@@ -7,10 +7,13 @@ import (
 	"log/slog"
 	"math"
 	"net"
+	"slices"
 	"time"
 
+	"github.com/cespare/xxhash/v2"
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/hashicorp/memberlist"
+	"go.yaml.in/yaml/v3"
 
 	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/topology"
@@ -176,6 +179,25 @@ func (c *Config) Validate() error {
 	_, err := rpc.DecodeKey(c.GossipKey)
 	bad("gossip_key", err)
 	return errors.Join(errs...)
+}
+
+// hash identifies what is configured alike on nodes that are: without what tells one node
+// from another, and with secrets and their files only by whether there are any.
+func (c Config) hash() uint64 {
+	c.Name, c.Zone, c.DataDir = "", "", ""
+	c.Listen, c.AdminListen, c.GossipListen, c.Advertise, c.AdminAdvertise, c.GossipAdvertise = "", "", "", "", "", ""
+	c.Orchestrators = slices.Sorted(slices.Values(c.Orchestrators))
+	if c.GossipKey != "" {
+		c.GossipKey = "set"
+	}
+	if c.TLS != (rpc.TLSFiles{}) {
+		c.TLS = rpc.TLSFiles{Cert: "set"}
+	}
+	b, err := yaml.Marshal(c)
+	if err != nil { // a struct of texts and numbers has a YAML
+		panic(fmt.Sprintf("node: hash the configuration: %v", err))
+	}
+	return xxhash.Sum64(b)
 }
 
 // gossipKey returns the key that gossip is encrypted with, or nil.

@@ -96,3 +96,39 @@ func TestProcess(t *testing.T) {
 		t.Error("no allowance")
 	}
 }
+
+// Nodes that are configured alike have equal hashes, whatever tells them apart.
+func TestConfigHash(t *testing.T) {
+	base := func() Config {
+		c := Defaults()
+		c.Name, c.Zone, c.DataDir, c.Orchestrators = "n1", "z1", "/data/n1", []string{"o1:1", "o2:1"}
+		c.Complete()
+		return c
+	}
+	want := base().hash()
+	for name, change := range map[string]func(*Config){
+		"name": func(c *Config) { c.Name = "n2" }, "zone": func(c *Config) { c.Zone = "z2" }, "data_dir": func(c *Config) { c.DataDir = "/x" },
+		"listen": func(c *Config) { c.Listen = "h:1" }, "advertise": func(c *Config) { c.Advertise = "h:1" },
+		"gossip_listen": func(c *Config) { c.GossipListen = "h:1" }, "order": func(c *Config) { c.Orchestrators = []string{"o2:1", "o1:1"} },
+	} {
+		c := base()
+		if change(&c); c.hash() != want {
+			t.Errorf("%s is part of the hash", name)
+		}
+	}
+	for name, change := range map[string]func(*Config){
+		"cache_bytes": func(c *Config) { c.CacheBytes++ }, "cpu_limit": func(c *Config) { c.CPULimit = 2 },
+		"scrub_cycle": func(c *Config) { c.ScrubCycle *= 2 }, "orchestrators": func(c *Config) { c.Orchestrators = c.Orchestrators[:1] },
+		"gossip_key": func(c *Config) { c.GossipKey = "MDEyMzQ1Njc4OWFiY2RlZg==" }, "tls": func(c *Config) { c.TLS.CA = "ca.pem" },
+	} {
+		c := base()
+		if change(&c); c.hash() == want {
+			t.Errorf("%s is no part of the hash", name)
+		}
+	}
+	a, b := base(), base()
+	a.GossipKey, b.GossipKey = "MDEyMzQ1Njc4OWFiY2RlZg==", "MDEyMzQ1Njc4OWFiY2RlZh=="
+	if a.hash() != b.hash() {
+		t.Error("a secret is part of the hash")
+	}
+}

@@ -40,9 +40,11 @@ import (
 
 // Node is a running node.
 type Node struct {
-	cfg       Config
-	transport rpc.Transport
-	started   time.Time
+	cfg Config
+	// processHash is that of cfg.
+	processHash uint64
+	transport   rpc.Transport
+	started     time.Time
 
 	store       *storage.Store
 	id          identity
@@ -80,6 +82,8 @@ type Node struct {
 	// endHints ends the writing of hints, which outlives the other workers.
 	endHints context.CancelFunc
 	hinting  sync.WaitGroup
+	// wrongEpoch is the epoch, if any, of which the disk had another topology than was agreed on.
+	wrongEpoch uint64
 	// namespaces are those that the topology had when the disk was last rid of others.
 	namespaces []uint32
 	watched    struct {
@@ -103,7 +107,7 @@ func Start(ctx context.Context, cfg Config) (*Node, error) {
 		return nil, err
 	}
 	n := &Node{
-		cfg: cfg, transport: rpc.Transport{Dial: cfg.Seams.Dial, TLS: tlsConfig},
+		cfg: cfg, processHash: cfg.hash(), transport: rpc.Transport{Dial: cfg.Seams.Dial, TLS: tlsConfig},
 		started: time.Now(), stopping: make(chan struct{}), registry: rpc.NewRegistry(),
 	}
 	n.watched.changed = make(chan struct{})
@@ -253,6 +257,12 @@ func (n *Node) firstTopology(t *topology.Topology) error {
 	first.adopted = func(*topology.Topology) {}
 	first.prepare = func(t *topology.Topology) error { return n.assignments.Prepare(n.id.Incarnation, t) }
 	first.settle = func(*topology.Topology) error { return nil }
+	if cur := n.fence.Topology(); cur.Fails(t.Check()) {
+		n.cfg.Logger.Warn("the topology on this node's disk is not the one that was agreed on: corrected",
+			"epoch", topology.EpochString(cur.Epoch), "settings", topology.DescribeChanges(topology.DiffSettings(cur.Settings, t.Settings)))
+		n.fence, n.wrongEpoch = replica.NewFence(t), t.Epoch // nothing has been served by it yet
+		first.fence = n.fence
+	}
 	if err := first.adopt(t); err != nil {
 		return err
 	}
@@ -272,6 +282,7 @@ func (n *Node) serve(run context.Context) error {
 		return err
 	}
 	n.topologies = newTopologies(n.store, n.fence, n.transport, n.id.ClusterID, cfg.Orchestrators, cfg.Logger)
+	n.topologies.wrong.Store(n.wrongEpoch)
 	n.topologies.adopted, n.topologies.prepare, n.topologies.settle = n.adopted, n.prepare, n.settle
 	n.replica = replica.New(replica.Config{
 		Self: n.id.Incarnation, Store: n.store, Clock: n.clock, Fence: n.fence, Hints: n.hints, Logger: cfg.Logger,

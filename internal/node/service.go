@@ -274,6 +274,16 @@ func (s controlService) GetCapacity(ctx context.Context, r *adminv1.GetCapacityR
 	return forward(ctx, s.node, idempotent, r, adminv1.ControlServiceClient.GetCapacity)
 }
 
+func (s controlService) UpdateSettings(ctx context.Context, r *adminv1.UpdateSettingsRequest) (*adminv1.UpdateSettingsResponse, error) {
+	resp, err := forward(ctx, s.node, change, r, adminv1.ControlServiceClient.UpdateSettings)
+	s.follow(ctx, resp.GetAfter().GetEpoch())
+	return resp, err
+}
+
+func (s controlService) ListSettings(ctx context.Context, r *adminv1.ListSettingsRequest) (*adminv1.ListSettingsResponse, error) {
+	return forward(ctx, s.node, idempotent, r, adminv1.ControlServiceClient.ListSettings)
+}
+
 func (s controlService) ListProvisions(ctx context.Context, r *adminv1.ListProvisionsRequest) (*adminv1.ListProvisionsResponse, error) {
 	return forward(ctx, s.node, idempotent, r, adminv1.ControlServiceClient.ListProvisions)
 }

@@ -86,6 +86,7 @@ func (n *Node) status() *adminv1.NodeStatus {
 		UptimeMs: uint64(n.uptime().Milliseconds()), Software: n.cfg.Software,
 		Unreachable: n.peers.unreachable(), SampledAtMs: uint64(n.clock.Wall()),
 		Queues: n.queues(), Corruptions: n.store.Corruptions(),
+		SettingsHash: n.topologies.settingsHash(), ProcessSettingsHash: n.processHash,
 	}
 	if available, _, err := n.store.DiskUsage(); err == nil {
 		s.DiskAvailableBytes = available

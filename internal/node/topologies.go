@@ -51,11 +51,15 @@ type topologies struct {
 	clusterID string
 	// seeds are the configured orchestrators.
 	seeds []string
+	// unlike is a checksum that says nothing about the topology in use. Only run uses it.
+	unlike uint64
 	// adopted is called after each new topology came into use, by one goroutine at a
 	// time. When the disk follows one, prepare is called before it is written and settle
 	// after it: what settle forgets would be prepared again if an older topology came back.
 	adopted         func(*topology.Topology)
 	prepare, settle func(*topology.Topology) error
+	// wrong is the epoch, if any, of which the node had another topology than was agreed on.
+	wrong atomic.Uint64
 	// kept is the epoch that the disk has followed, problem why it follows no further.
 	kept    atomic.Uint64
 	problem atomic.Pointer[string]
@@ -248,7 +252,48 @@ func (t *topologies) watch(ctx context.Context, address string) error {
 		if err := t.adopt(known); err != nil {
 			return err
 		}
+		if err := t.check(ctx, address, resp.GetDelta()); err != nil {
+			return err
+		}
 	}
+}
+
+// check compares the topology in use with the one that was agreed on for its epoch, by the
+// checksum that an orchestrator sends while it has nothing newer. One that differs, for the
+// disk was tampered with and no orchestrator answered when the node started, stays in use
+// until there is a later epoch, which the orchestrators see to (see settingsHash): requests
+// run under it, and two topologies of one epoch cannot be told apart.
+func (t *topologies) check(ctx context.Context, address string, d *topologyv1.TopologyDelta) error {
+	cur := t.current()
+	if !cur.Fails(d) || t.wrong.Load() == cur.Epoch || t.unlike == d.GetSum() {
+		return nil
+	}
+	whole, err := t.ask(ctx, address, &topology.Topology{})
+	if err != nil {
+		return err
+	}
+	switch {
+	case whole.Epoch != cur.Epoch:
+		return t.adopt(whole)
+	case !whole.Fails(cur.Check()):
+		t.unlike = d.GetSum() // the checksum is of what this software does not know
+		return nil
+	}
+	t.wrong.Store(cur.Epoch)
+	t.logger.Warn("the topology that was on this node's disk is not the one that was agreed on: it is replaced with the next epoch",
+		"epoch", topology.EpochString(cur.Epoch), "settings", topology.DescribeChanges(topology.DiffSettings(cur.Settings, whole.Settings)))
+	return nil
+}
+
+// settingsHash returns the hash of the settings in use, or one that nobody has in an epoch
+// of which the topology was wrong: the orchestrators then note that, and make another epoch.
+func (t *topologies) settingsHash() uint64 {
+	cur := t.current()
+	hash := cur.Settings.Hash()
+	if cur.Epoch != 0 && t.wrong.Load() == cur.Epoch {
+		return ^(hash + cur.Epoch) // another one every time
+	}
+	return hash
 }
 
 // refreshPause keeps requests from asking again and again for a topology that
@@ -359,7 +404,13 @@ func (t *topologies) updated(ctx context.Context, address string, known *topolog
 	next, err := topology.Updated(known, m)
 	if errors.Is(err, topology.ErrOtherBase) {
 		t.logger.Warn("a change of the topology does not fit: asking for the whole", "server", address, "err", err)
-		return t.ask(ctx, address, &topology.Topology{})
+		next, err = t.ask(ctx, address, &topology.Topology{})
+		if err == nil {
+			if d := topology.DiffSettings(known.Settings, next.Settings); len(d) > 0 {
+				t.logger.Warn("the settings of this node were not those that the change was made for: corrected",
+					"epoch", topology.EpochString(next.Epoch), "version", next.Settings.Version, "settings", topology.DescribeChanges(d))
+			}
+		}
 	}
 	return next, err
 }

@@ -46,9 +46,9 @@ func (f *toldTopologies) WatchTopology(r *topologyv1.WatchTopologyRequest, s grp
 	}
 }
 
-// A node makes each topology of the one that was sent before, whatever it got elsewhere,
-// and asks for the whole where that does not fit.
-func TestTopologyByDelta(t *testing.T) {
+// told starts such an orchestrator and returns a node's topologies that know it. The node
+// has epoch 5.
+func told(t *testing.T) (*toldTopologies, *topologies) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -60,26 +60,96 @@ func TestTopologyByDelta(t *testing.T) {
 	server := grpc.NewServer()
 	topologyv1.RegisterTopologyServiceServer(server, f)
 	go server.Serve(l)
-	defer server.Stop()
+	t.Cleanup(server.Stop)
 	store, err := storage.Open(storage.Config{FS: vfs.NewMem(), Dir: "d", Logger: slog.New(slog.DiscardHandler), Fatal: func(err error) { t.Error(err) }})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer store.Close()
-
-	of := func(epoch uint64) *topology.Topology {
-		top, err := topology.FromProto(&topologyv1.Topology{
-			ClusterId: "c", Epoch: epoch, Vnodes: 2, Settings: topology.DefaultSettings().Proto(),
-			Nodes: []*topologyv1.Node{{Incarnation: epoch, Name: "n"}},
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-		return top
-	}
-	fence := replica.NewFence(of(5))
+	t.Cleanup(func() { store.Close() })
+	fence := replica.NewFence(topologyOf(t, 5))
 	ts := newTopologies(store, fence, rpc.Transport{Dial: rpc.NetDialer}, "c", []string{l.Addr().String()}, slog.New(slog.DiscardHandler))
 	ts.adopted = func(*topology.Topology) {}
+	return f, ts
+}
+
+// topologyOf returns a small topology that differs from epoch to epoch.
+func topologyOf(t *testing.T, epoch uint64) *topology.Topology {
+	t.Helper()
+	top, err := topology.FromProto(&topologyv1.Topology{
+		ClusterId: "c", Epoch: epoch, Vnodes: 2, Settings: topology.DefaultSettings().Proto(),
+		Nodes: []*topologyv1.Node{{Incarnation: epoch, Name: "n"}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return top
+}
+
+// A node notices by the checksum of its epoch that it has another topology than was agreed
+// on, and has no settings that are right until there is a later epoch.
+func TestWrongTopologyIsNoticed(t *testing.T) {
+	f, ts := told(t)
+	here := ts.current()
+	pb := here.Proto()
+	pb.Settings.MaxHints = 7
+	agreed, err := topology.FromProto(pb)
+	if err != nil {
+		t.Fatal(err)
+	}
+	check := func(d *topologyv1.TopologyDelta, answer *topology.Topology, asks bool) {
+		t.Helper()
+		f.answer <- &topologyv1.GetTopologyResponse{Topology: answer.Proto()}
+		if err := ts.check(t.Context(), ts.seeds[0], d); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case known := <-f.asked:
+			if !asks || known != 0 {
+				t.Fatalf("the node asks for what differs from epoch %d", known)
+			}
+		default:
+			if <-f.answer; asks {
+				t.Fatal("the node does not ask")
+			}
+		}
+	}
+	right := here.Settings.Hash()
+	for _, d := range []*topologyv1.TopologyDelta{nil, here.Check(), topologyOf(t, 6).Check(), topology.Diff(here, topologyOf(t, 6))} {
+		check(d, agreed, false)
+	}
+	newer := here.Check()
+	newer.Sum++ // of software that knows more
+	check(newer, here, true)
+	check(newer, here, false)
+	if ts.settingsHash() != right {
+		t.Error("the settings are taken for wrong")
+	}
+	check(agreed.Check(), agreed, true)
+	check(agreed.Check(), agreed, false)
+	if ts.current() != here || ts.settingsHash() == right || ts.settingsHash() == agreed.Settings.Hash() {
+		t.Errorf("settings %x are in use", ts.settingsHash())
+	}
+	if err := ts.adopt(topologyOf(t, 6)); err != nil || ts.settingsHash() != right {
+		t.Errorf("the settings are still taken for wrong, %v", err)
+	}
+	pb.Epoch = 8
+	later, err := topology.FromProto(pb)
+	if err != nil {
+		t.Fatal(err)
+	}
+	wrong := ts.current().Check()
+	wrong.Sum++
+	check(wrong, later, true)
+	if ts.current().Epoch != 8 || ts.settingsHash() != agreed.Settings.Hash() {
+		t.Errorf("epoch %d is in use", ts.current().Epoch)
+	}
+}
+
+// A node makes each topology of the one that was sent before, whatever it got elsewhere,
+// and asks for the whole where that does not fit.
+func TestTopologyByDelta(t *testing.T) {
+	f, ts := told(t)
+	of := func(epoch uint64) *topology.Topology { return topologyOf(t, epoch) }
 	has := func(epoch uint64) {
 		t.Helper()
 		deadline := time.After(10 * time.Second)

@@ -48,6 +48,14 @@ type Bootstrap struct {
 	MaxHintBytes  int64         `yaml:"max_hint_bytes" help:"hints a node keeps for all others together, in bytes"`
 	MaxHints      int64         `yaml:"max_hints" help:"hints a node keeps for all others together, in records"`
 	MaxHintAge    time.Duration `yaml:"max_hint_age" help:"how long a hint is kept"`
+	// AutoScalingGroup says how many data nodes there are to be. Without a min_capacity and a
+	// max_capacity, which is the default, that is for people to say.
+	AutoScalingGroup AutoScalingGroup `yaml:"auto_scaling_group"`
+	// Join is manual, auto or default: auto with an auto-scaling group. Placement is even
+	// (default) or weighted.
+	Join      string    `yaml:"join" help:"who gives slots to spares: manual, auto, or default, which is auto with an auto_scaling_group"`
+	Placement string    `yaml:"placement" help:"strategy that nodes are given slots by: even or weighted"`
+	Rebalance Rebalance `yaml:"rebalance"`
 }
 
 // HealthChecks are the cluster's settings of the same name.
@@ -56,6 +64,26 @@ type HealthChecks struct {
 	Timeout            time.Duration `yaml:"timeout" help:"how long a probe may take"`
 	HealthyThreshold   int           `yaml:"healthy_threshold" help:"successful probes in a row that make a node healthy"`
 	UnhealthyThreshold int           `yaml:"unhealthy_threshold" help:"failed probes in a row that make a node unhealthy"`
+}
+
+// AutoScalingGroup is the cluster's setting of the same name. Targets are written as 70%;
+// off is not looked at.
+type AutoScalingGroup struct {
+	MinCapacity       int           `yaml:"min_capacity" help:"data nodes there are at least; 0 with a max_capacity of 0: no group"`
+	MaxCapacity       int           `yaml:"max_capacity" help:"data nodes there are at most"`
+	TargetCPU         string        `yaml:"target_cpu_utilization" help:"CPU that nodes are to use, as 70%, or off"`
+	TargetDisk        string        `yaml:"target_disk_utilization" help:"disk that nodes are to use, as 60%, or off"`
+	TargetOperations  string        `yaml:"target_operations" help:"operations a second that a node is to do, or off"`
+	ScaleUpCooldown   time.Duration `yaml:"scale_up_cooldown" help:"least time between two scale-ups"`
+	ScaleDownCooldown time.Duration `yaml:"scale_down_cooldown" help:"least time from any scaling to a scale-down"`
+}
+
+// Rebalance is the cluster's setting of the same name.
+type Rebalance struct {
+	Policy    string        `yaml:"policy" help:"what is done when load is spread badly: accept or auto"`
+	Threshold string        `yaml:"threshold" help:"how much above the mean the node with most may have, as 20%"`
+	QuietCPU  string        `yaml:"quiet_cpu_utilization" help:"CPU that the busiest node may use while slots move for that, as 40%"`
+	Cooldown  time.Duration `yaml:"cooldown" help:"least time between two rebalances"`
 }
 
 // Config holds an orchestrator's process settings.
@@ -116,7 +144,9 @@ type Seams struct {
 
 // Defaults returns a configuration with every default filled in.
 func Defaults() Config {
-	d := topology.DefaultSettings()
+	d, g := topology.DefaultSettings(), topology.DefaultGroup()
+	d.AutoScalingGroup = g
+	text := d.Values()
 	return Config{
 		Listen: "0.0.0.0:7390", AdminListen: "0.0.0.0:7391", GossipListen: "0.0.0.0:7392", RaftListen: "0.0.0.0:7393",
 		ElectionTimeout: time.Second, Provision: provision.Defaults(),
@@ -129,12 +159,22 @@ func Defaults() Config {
 			ReplaceAfter:  d.ReplaceAfter,
 			MaxValueBytes: d.MaxValueBytes, MaxBatchBytes: d.MaxBatchBytes,
 			MaxHintBytes: d.MaxHintBytes, MaxHints: d.MaxHints, MaxHintAge: d.MaxHintAge,
+			AutoScalingGroup: AutoScalingGroup{
+				TargetCPU: text["auto_scaling_group.target_cpu_utilization"], TargetDisk: text["auto_scaling_group.target_disk_utilization"],
+				TargetOperations: text["auto_scaling_group.target_operations"],
+				ScaleUpCooldown:  g.ScaleUpCooldown, ScaleDownCooldown: g.ScaleDownCooldown,
+			},
+			Join: text["join"], Placement: text["placement"],
+			Rebalance: Rebalance{
+				Policy: text["rebalance.policy"], Threshold: text["rebalance.threshold"],
+				QuietCPU: text["rebalance.quiet_cpu_utilization"], Cooldown: d.Rebalance.Cooldown,
+			},
 		},
 	}
 }
 
-// settings returns the cluster's settings that a bootstrap asks for.
-func (b Bootstrap) settings() topology.Settings {
+// settings returns the cluster's settings that a bootstrap asks for. Errors name the key.
+func (b Bootstrap) settings() (topology.Settings, error) {
 	s := topology.DefaultSettings()
 	s.HealthChecks = topology.HealthChecks{
 		Interval: b.HealthChecks.Interval, Timeout: b.HealthChecks.Timeout,
@@ -143,7 +183,25 @@ func (b Bootstrap) settings() topology.Settings {
 	s.MaxValueBytes, s.MaxBatchBytes = b.MaxValueBytes, b.MaxBatchBytes
 	s.MaxHintBytes, s.MaxHints, s.MaxHintAge = b.MaxHintBytes, b.MaxHints, b.MaxHintAge
 	s.ReplaceAfter = b.ReplaceAfter
-	return s
+	s.Rebalance.Cooldown = b.Rebalance.Cooldown
+	values := map[string]string{
+		"join": b.Join, "placement": b.Placement,
+		"rebalance.policy": b.Rebalance.Policy, "rebalance.threshold": b.Rebalance.Threshold, "rebalance.quiet_cpu_utilization": b.Rebalance.QuietCPU,
+	}
+	if g := b.AutoScalingGroup; g.MinCapacity != 0 || g.MaxCapacity != 0 {
+		s.AutoScalingGroup = topology.AutoScalingGroup{
+			MinCapacity: g.MinCapacity, MaxCapacity: g.MaxCapacity, ScaleUpCooldown: g.ScaleUpCooldown, ScaleDownCooldown: g.ScaleDownCooldown,
+		}
+		values["auto_scaling_group.target_cpu_utilization"] = g.TargetCPU
+		values["auto_scaling_group.target_disk_utilization"] = g.TargetDisk
+		values["auto_scaling_group.target_operations"] = g.TargetOperations
+	}
+	s, err := s.With(values)
+	if err != nil {
+		return s, err
+	}
+	_, err = (&topology.Topology{Vnodes: uint32(b.Vnodes), FoundingNodes: b.FoundingNodes}).CheckSettings(s)
+	return s, err
 }
 
 // Addresses are where nodes reach the orchestrators.
@@ -206,10 +264,8 @@ func (c *Config) Validate() error {
 	} else {
 		bad("bootstrap.vnodes", ring.CheckVnodes(uint32(q)))
 	}
-	bad("bootstrap", c.Bootstrap.settings().Validate())
-	if h := c.Bootstrap.HealthChecks; h.Timeout > h.Interval {
-		bad("bootstrap.health_checks.timeout", fmt.Errorf("%s: want at most the interval, %s", h.Timeout, h.Interval))
-	}
+	_, err := c.Bootstrap.settings()
+	bad("bootstrap", err)
 	if c.ElectionTimeout < 50*time.Millisecond || c.ElectionTimeout > time.Minute {
 		bad("election_timeout", fmt.Errorf("%s: want 50ms to 1m", c.ElectionTimeout))
 	}
@@ -217,7 +273,7 @@ func (c *Config) Validate() error {
 		errs = append(errs, err)
 	}
 	bad("tls", c.TLS.Check())
-	_, err := rpc.DecodeKey(c.GossipKey)
+	_, err = rpc.DecodeKey(c.GossipKey)
 	bad("gossip_key", err)
 	return errors.Join(errs...)
 }

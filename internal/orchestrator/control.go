@@ -501,6 +501,9 @@ func (s topologyService) WatchTopology(r *topologyv1.WatchTopologyRequest, strea
 			resp.Health = append(resp.Health, s.o.health.of(n.Incarnation).proto(n.Incarnation))
 		}
 		resp.Topology, resp.Delta = s.o.machine.recent.Update(known, t)
+		if known == t.Epoch {
+			resp.Delta = t.Check()
+		}
 		known = max(known, t.Epoch)
 		if err := stream.Send(resp); err != nil {
 			return err

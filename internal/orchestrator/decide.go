@@ -18,7 +18,7 @@ import (
 func decide(s *topology.State, cfg *Config, v view, newID string) (*topologyv1.Command, error) {
 	switch {
 	case s == nil:
-		return found(cfg, newID), nil
+		return found(cfg, newID)
 	case !slices.Equal(s.Topology.Orchestrators, orchestrators(cfg)):
 		return setOrchestrators(s.Topology, cfg), nil
 	case !s.Topology.Formed():
@@ -28,7 +28,7 @@ func decide(s *topology.State, cfg *Config, v view, newID string) (*topologyv1.C
 		return nil, nil
 	}
 	for _, loop := range []func(*topology.State, view) *topologyv1.Command{
-		noteHealth, noteConditions, noteProvisions, unblock, changeRing, recoverNodes, joinSpares, rebalance,
+		noteHealth, noteConditions, noteProvisions, correctSettings, unblock, changeRing, recoverNodes, joinSpares, rebalance,
 	} {
 		if cmd := loop(s, v); cmd != nil {
 			return cmd, nil
@@ -37,14 +37,18 @@ func decide(s *topology.State, cfg *Config, v view, newID string) (*topologyv1.C
 	return nil, nil
 }
 
-func found(cfg *Config, id string) *topologyv1.Command {
+func found(cfg *Config, id string) (*topologyv1.Command, error) {
+	settings, err := cfg.Bootstrap.settings()
+	if err != nil {
+		return nil, err
+	}
 	return &topologyv1.Command{
 		Change: &topologyv1.Change{Subject: "cluster", Name: id, What: fmt.Sprintf("founded with %d vnodes, ring forms with %d nodes", cfg.Bootstrap.Vnodes, cfg.Bootstrap.FoundingNodes)},
 		Mutations: []*topologyv1.Mutation{{Kind: &topologyv1.Mutation_Found{Found: &topologyv1.Found{
 			ClusterId: id, Vnodes: uint32(cfg.Bootstrap.Vnodes), FoundingNodes: uint32(cfg.Bootstrap.FoundingNodes),
-			Settings: cfg.Bootstrap.settings().Proto(),
+			Settings: settings.Proto(),
 		}}}},
-	}
+	}, nil
 }
 
 // orchestrators returns the configured orchestrators as the topology lists them.

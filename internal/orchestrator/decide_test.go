@@ -230,6 +230,27 @@ func TestJudge(t *testing.T) {
 	}
 }
 
+// group is an auto-scaling group with the defaults otherwise.
+func group(least, most int) AutoScalingGroup {
+	g := Defaults().Bootstrap.AutoScalingGroup
+	g.MinCapacity, g.MaxCapacity = least, most
+	return g
+}
+
+// What a cluster begins with by default are the default settings.
+func TestBootstrapSettings(t *testing.T) {
+	b := Defaults().Bootstrap
+	s, err := b.settings()
+	s.Version = 1
+	if err != nil || s != topology.DefaultSettings() {
+		t.Errorf("%+v, %v", s, err)
+	}
+	b.AutoScalingGroup, b.Join, b.Rebalance.Policy = group(3, 12), "manual", "auto"
+	if s, err = b.settings(); err != nil || s.AutoScalingGroup != topology.DefaultGroup() || s.JoinsAuto() || s.Rebalance.Policy != topology.RebalanceAuto {
+		t.Errorf("%+v, %v", s, err)
+	}
+}
+
 func TestValidate(t *testing.T) {
 	for key, harm := range map[string]func(*Config){
 		"name":                        func(c *Config) { c.Name = "" },
@@ -245,9 +266,24 @@ func TestValidate(t *testing.T) {
 		"health_checks.interval":      func(c *Config) { c.Bootstrap.HealthChecks.Interval = 0 },
 		"health_checks.timeout":       func(c *Config) { c.Bootstrap.HealthChecks.Timeout = time.Hour },
 		"health_checks.healthy_thres": func(c *Config) { c.Bootstrap.HealthChecks.HealthyThreshold = 0 },
-		"max_value_bytes":             func(c *Config) { c.Bootstrap.MaxValueBytes = 1 << 30 },
-		"election_timeout":            func(c *Config) { c.ElectionTimeout = time.Millisecond },
-		"tls":                         func(c *Config) { c.TLS.Cert = "x" },
+		"write a max_capacity of 3":   func(c *Config) { c.Bootstrap.AutoScalingGroup.MinCapacity = 3 },
+		"write 12 or less":            func(c *Config) { c.Bootstrap.AutoScalingGroup = group(3, 13) },
+		"with N=3":                    func(c *Config) { c.Bootstrap.AutoScalingGroup = group(2, 4) },
+		"target_cpu_utilization": func(c *Config) {
+			c.Bootstrap.AutoScalingGroup = group(3, 4)
+			c.Bootstrap.AutoScalingGroup.TargetCPU = "120%"
+		},
+		"scale_up_cooldown": func(c *Config) {
+			c.Bootstrap.AutoScalingGroup = group(3, 4)
+			c.Bootstrap.AutoScalingGroup.ScaleUpCooldown = 0
+		},
+		"join is":             func(c *Config) { c.Bootstrap.Join = "never" },
+		"placement is":        func(c *Config) { c.Bootstrap.Placement = "split" },
+		"rebalance.threshold": func(c *Config) { c.Bootstrap.Rebalance.Threshold = "70" },
+		"rebalance.cooldown":  func(c *Config) { c.Bootstrap.Rebalance.Cooldown = -1 },
+		"max_value_bytes":     func(c *Config) { c.Bootstrap.MaxValueBytes = 1 << 30 },
+		"election_timeout":    func(c *Config) { c.ElectionTimeout = time.Millisecond },
+		"tls":                 func(c *Config) { c.TLS.Cert = "x" },
 	} {
 		cfg := testConfig(3)
 		if err := cfg.Validate(); err != nil {

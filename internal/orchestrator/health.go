@@ -81,11 +81,16 @@ func (h *probes) run(ctx context.Context) {
 	if h.o.gossip != nil {
 		members = h.o.gossip.Changed()
 	}
+	var checks topology.HealthChecks
 	for {
 		changed := h.o.machine.changed()
 		t := h.o.machine.topology()
 		known := map[uint64]bool{}
 		if t != nil {
+			if checks != t.Settings.HealthChecks {
+				checks = t.Settings.HealthChecks
+				h.hurryAll() // they wait as long as the ones before say
+			}
 			for _, n := range t.Nodes {
 				known[n.Incarnation] = true
 				if stops[n.Incarnation] == nil {

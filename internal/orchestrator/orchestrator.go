@@ -340,7 +340,7 @@ func (o *Orchestrator) step(run context.Context) {
 		}
 		return
 	}
-	if s := o.machine.state.Load(); changing(s) && time.Since(o.hurried) >= hurryInterval(len(s.Topology.Nodes)) {
+	if s := o.machine.state.Load(); (changing(s) || settling(s, o.health.view())) && time.Since(o.hurried) >= hurryInterval(len(s.Topology.Nodes)) {
 		o.hurried = time.Now()
 		o.health.hurryAll()
 	}

@@ -128,8 +128,7 @@ func next(t *testing.T, s *topology.State, cfg *Config, v view) (*topology.State
 		if s, _, err = s.Apply(cmd); err != nil {
 			t.Fatal(err)
 		}
-		m := cmd.GetMutations()[0]
-		if m.GetFindHealth() == nil && m.GetSetCondition() == nil {
+		if m := cmd.GetMutations(); len(m) == 0 || m[0].GetFindHealth() == nil && m[0].GetSetCondition() == nil {
 			return s, cmd.GetChange().GetWhat()
 		}
 	}

@@ -35,9 +35,9 @@ type Config struct {
 	// LaunchTimeout is how long a launched node may take to register, before it is given up
 	// and ended. Default 5 min.
 	LaunchTimeout time.Duration `yaml:"launch_timeout" help:"how long a launched node may take to register"`
-	Process ProcessConfig `yaml:"process"`
-	Docker  DockerConfig  `yaml:"docker"`
-	Exec    ExecConfig    `yaml:"exec"`
+	Process       ProcessConfig `yaml:"process"`
+	Docker        DockerConfig  `yaml:"docker"`
+	Exec          ExecConfig    `yaml:"exec"`
 }
 
 // ProcessConfig is for processes of a development cluster on this machine.

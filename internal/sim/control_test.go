@@ -608,7 +608,7 @@ func TestTopologyTravelsAsADelta(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				if m.GetTopology() != nil || m.GetDelta() != nil {
+				if d := m.GetDelta(); m.GetTopology() != nil || d.GetEpoch() != d.GetBaseEpoch() {
 					return m
 				}
 			}

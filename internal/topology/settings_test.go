@@ -1,6 +1,9 @@
 package topology_test
 
 import (
+	"fmt"
+	"os"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -84,16 +87,16 @@ func TestSettingsAreRefused(t *testing.T) {
 		{"rebalance.threshold", "%", "write a percentage"},
 		{"rebalance.threshold", "1%", "rebalance.threshold is 0.01"},
 		{"auto_scaling_group", "3", "write none"},
-		{"auto_scaling_group.min_capacity", "0", "auto_scaling_group.min_capacity is 0: write 1 or more"},
-		{"auto_scaling_group.min_capacity", "13", "auto_scaling_group.min_capacity is 13, above max_capacity, which is 12: write a max_capacity of 13 or more"},
+		{"auto_scaling_group.min_capacity", "0", "auto_scaling_group: min_capacity is 0: write 1 or more"},
+		{"auto_scaling_group.min_capacity", "13", "auto_scaling_group: min_capacity is 13, above max_capacity, which is 12: write a max_capacity of 13 or more"},
 		{"auto_scaling_group.max_capacity", "1001", "write 1000 or less"},
 		{"auto_scaling_group.target_cpu_utilization", "0%", "or off"},
-		{"auto_scaling_group.target_cpu_utilization", "120%", "auto_scaling_group.target_cpu_utilization is 120%: write 1% to 95%"},
+		{"auto_scaling_group.target_cpu_utilization", "120%", "auto_scaling_group: target_cpu_utilization is 120%: write 95% at most"},
 		{"auto_scaling_group.target_cpu_utilization", "0.5%", "write 1% to 95%"},
-		{"auto_scaling_group.target_cpu_utilization", "off", "auto_scaling_group has no target"},
+		{"auto_scaling_group.target_cpu_utilization", "off", "auto_scaling_group: no target"},
 		{"auto_scaling_group.target_operations", "many", "write a number"},
-		{"auto_scaling_group.scale_up_cooldown", "0s", "auto_scaling_group.scale_up_cooldown is 0s: write 1s or more, such as 300s"},
-		{"auto_scaling_group.scale_down_cooldown", "0s", "auto_scaling_group.scale_down_cooldown is 0s"},
+		{"auto_scaling_group.scale_up_cooldown", "0s", "auto_scaling_group: scale_up_cooldown is 0s: write 1s or more, as 300s"},
+		{"auto_scaling_group.scale_down_cooldown", "0s", "auto_scaling_group: scale_down_cooldown is 0s"},
 	} {
 		before := topology.DefaultSettings()
 		s, err := before.With(map[string]string{tc.key: tc.value, "replace_after": "1h"})
@@ -165,7 +168,9 @@ func TestSettingsTravel(t *testing.T) {
 func TestCheckSettings(t *testing.T) {
 	c := cluster{t: t}
 	c.must(found(16))
-	with := func(values map[string]string) (topology.Settings, error) { return c.state.Topology.SettingsWith(values) }
+	with := func(values map[string]string) (topology.Settings, error) {
+		return c.state.Topology.SettingsWith(values)
+	}
 	check := func(values map[string]string) ([]string, error) {
 		t.Helper()
 		s, err := with(values)
@@ -187,8 +192,8 @@ func TestCheckSettings(t *testing.T) {
 		t.Errorf("a group of a cluster of four is %+v, %v", s.AutoScalingGroup, err)
 	}
 	for _, tc := range []struct{ key, value, want string }{
-		{"auto_scaling_group.min_capacity", "2", "min_capacity is 2, and there are namespaces with N=3, which need as many nodes: write 3 or more"},
-		{"auto_scaling_group.max_capacity", "13", "max_capacity is 13, but 16 vnodes with N=3 can be spread evenly over 12 nodes at most: write 12 or less, or found a cluster with 32 vnodes"},
+		{"auto_scaling_group.min_capacity", "2", "min_capacity is 2, and there are namespaces with N=3, which need as many nodes: write a min_capacity of 3 or more"},
+		{"auto_scaling_group.max_capacity", "13", "max_capacity is 13, but 16 vnodes with N=3 can be spread evenly over 12 nodes at most: write a max_capacity of 12 or less, or found a cluster with 32 vnodes"},
 		{"health_checks.timeout", "31s", "health_checks.timeout is 31s: write health_checks.interval, which is 30s, or less"},
 	} {
 		if _, err := check(map[string]string{tc.key: tc.value}); err == nil || !strings.Contains(err.Error(), tc.want) {
@@ -277,4 +282,52 @@ func TestEpochIsRaised(t *testing.T) {
 	if got, err := topology.Updated(before.Topology, &topologyv1.WatchTopologyResponse{Delta: check}); got != before.Topology || err != nil {
 		t.Errorf("a check led to %v, %v", got, err)
 	}
+}
+
+// The documentation lists all settings as they are.
+func TestSettingsAreDocumented(t *testing.T) {
+	b, err := os.ReadFile("../../docs/configuration.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want strings.Builder
+	for _, k := range topology.SettingKeys() {
+		fmt.Fprintf(&want, "| `%s` | %s | %s | %s |\n", k.Name, k.Get(topology.DefaultSettings()), k.Help, k.Effect)
+	}
+	if !strings.Contains(string(b), "|---|---|---|---|\n"+want.String()+"\n") {
+		t.Errorf("docs/configuration.md does not have the table\n%s", want.String())
+	}
+}
+
+// Every part of the settings but their version has a name, and so is part of the hash.
+func TestSettingsAreNamed(t *testing.T) {
+	base := topology.DefaultSettings()
+	base.AutoScalingGroup = topology.DefaultGroup()
+	var walk func(v reflect.Value, name string, s *topology.Settings)
+	walk = func(v reflect.Value, name string, s *topology.Settings) {
+		if v.Kind() == reflect.Struct {
+			for i := range v.NumField() {
+				walk(v.Field(i), name+"."+v.Type().Field(i).Name, s)
+			}
+			return
+		}
+		before := reflect.New(v.Type()).Elem()
+		before.Set(v)
+		switch {
+		case v.CanInt():
+			v.SetInt(v.Int() + 1e9)
+		case v.CanUint():
+			v.SetUint(v.Uint() + 1)
+		case v.CanFloat():
+			v.SetFloat(v.Float() + 0.01)
+		default:
+			v.SetString("other")
+		}
+		if (s.Hash() == base.Hash()) != (name == ".Version") {
+			t.Errorf("%s: another value and another hash do not go together", name)
+		}
+		v.Set(before)
+	}
+	s := base
+	walk(reflect.ValueOf(&s).Elem(), "", &s)
 }

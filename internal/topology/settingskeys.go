@@ -212,10 +212,11 @@ type SettingChange struct {
 	From, To string
 }
 
-// DiffSettings returns the settings that differ, in the order in which they are shown.
+// DiffSettings returns the settings that differ, in the order in which they are shown. Targets
+// that are not looked at come and go with a group unmentioned.
 func DiffSettings(from, to Settings) (out []SettingChange) {
 	for _, k := range settingKeys {
-		if a, b := k.Get(from), k.Get(to); a != b {
+		if a, b := k.Get(from), k.Get(to); a != b && (a != NoGroup || b != off) && (a != off || b != NoGroup) {
 			out = append(out, SettingChange{k, a, b})
 		}
 	}

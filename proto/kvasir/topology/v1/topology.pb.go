@@ -1742,7 +1742,8 @@ func (x *WatchTopologyRequest) GetKnownEpoch() uint64 {
 type WatchTopologyResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The whole topology, or what differs from the one that the last response led to, the
-	// first from the known one. Neither is there when nothing changed.
+	// first from the known one. Neither is there when nothing changed, except
+	// that orchestrators send a delta from the epoch to itself, for its checksum.
 	Topology *Topology     `protobuf:"bytes,1,opt,name=topology,proto3" json:"topology,omitempty"`
 	Health   []*NodeHealth `protobuf:"bytes,2,rep,name=health,proto3" json:"health,omitempty"`
 	// The server's wall clock, in milliseconds since 1970.
