@@ -1518,10 +1518,14 @@ func (x *VnodeChange) GetVnode() *Vnode {
 }
 
 type NodeHealth struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Incarnation   uint64                 `protobuf:"varint,1,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
-	State         NodeHealth_State       `protobuf:"varint,2,opt,name=state,proto3,enum=kvasir.topology.v1.NodeHealth_State" json:"state,omitempty"`
-	Reason        string                 `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Incarnation uint64                 `protobuf:"varint,1,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	State       NodeHealth_State       `protobuf:"varint,2,opt,name=state,proto3,enum=kvasir.topology.v1.NodeHealth_State" json:"state,omitempty"`
+	// Why, or what is odd about a healthy node.
+	Reason string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	// Since when it is so, in milliseconds since 1970 by the clock of whoever says it; 0:
+	// not known.
+	SinceMs       uint64 `protobuf:"varint,10,opt,name=since_ms,json=sinceMs,proto3" json:"since_ms,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1575,6 +1579,13 @@ func (x *NodeHealth) GetReason() string {
 		return x.Reason
 	}
 	return ""
+}
+
+func (x *NodeHealth) GetSinceMs() uint64 {
+	if x != nil {
+		return x.SinceMs
+	}
+	return 0
 }
 
 type GetTopologyRequest struct {
@@ -1929,12 +1940,14 @@ const file_kvasir_topology_v1_topology_proto_rawDesc = "" +
 	"\rorchestrators\x18\v \x03(\v2 .kvasir.topology.v1.OrchestratorR\rorchestrators\"T\n" +
 	"\vVnodeChange\x12\x14\n" +
 	"\x05index\x18\x01 \x01(\rR\x05index\x12/\n" +
-	"\x05vnode\x18\x02 \x01(\v2\x19.kvasir.topology.v1.VnodeR\x05vnode\"\xca\x01\n" +
+	"\x05vnode\x18\x02 \x01(\v2\x19.kvasir.topology.v1.VnodeR\x05vnode\"\xe5\x01\n" +
 	"\n" +
 	"NodeHealth\x12 \n" +
 	"\vincarnation\x18\x01 \x01(\x04R\vincarnation\x12:\n" +
 	"\x05state\x18\x02 \x01(\x0e2$.kvasir.topology.v1.NodeHealth.StateR\x05state\x12\x16\n" +
-	"\x06reason\x18\x03 \x01(\tR\x06reason\"F\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x19\n" +
+	"\bsince_ms\x18\n" +
+	" \x01(\x04R\asinceMs\"F\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTATE_HEALTHY\x10\x01\x12\x13\n" +
