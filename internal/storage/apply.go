@@ -244,7 +244,7 @@ func (s *Store) begin(c *Commit) {
 		st.mu.unsynced[k] = c
 	}
 	s.inflight.Lock()
-	s.inflight.commits[c] = struct{}{}
+	s.inflight.commits[c] = time.Time{}
 	s.inflight.Unlock()
 }
 
@@ -284,6 +284,7 @@ func (c *Commit) Wait() error {
 
 func (c *Commit) sync() error {
 	s := c.store
+	s.syncing(c)
 	err := s.syncWait(c.batch)
 	if failed := s.failure(); failed != nil {
 		err = failed

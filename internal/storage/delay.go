@@ -41,3 +41,31 @@ func (s *Store) CommitDelay() time.Duration {
 	}
 	return d.mu.mean
 }
+
+// syncing notes that a commit's sync begins.
+func (s *Store) syncing(c *Commit) {
+	s.inflight.Lock()
+	defer s.inflight.Unlock()
+	if _, ok := s.inflight.commits[c]; ok {
+		s.inflight.commits[c] = time.Now()
+	}
+}
+
+// OldestSync returns for how long the oldest sync under way has been, 0 where none is:
+// of commits, and of the mark. Commits that wait for flushes and compactions are not
+// looked at: a disk that is slow still finishes its syncs. It never waits for the disk.
+func (s *Store) OldestSync() time.Duration {
+	now := time.Now()
+	oldest := now
+	if began := s.mark.writing.Load(); began != nil {
+		oldest = *began
+	}
+	s.inflight.Lock()
+	defer s.inflight.Unlock()
+	for _, began := range s.inflight.commits {
+		if !began.IsZero() && began.Before(oldest) {
+			oldest = began
+		}
+	}
+	return now.Sub(oldest)
+}

@@ -8,6 +8,8 @@ import (
 	"io"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 
@@ -92,9 +94,12 @@ func decodeMark(b []byte) (mark, error) {
 // markFile keeps a mark on disk.
 type markFile struct {
 	file vfs.File
-	mu   struct {
+	// writing is when the write under way began, nil where none is.
+	writing atomic.Pointer[time.Time]
+	mu      struct {
 		sync.Mutex
 		mark
+		synced time.Time // when the file last was
 	}
 }
 
@@ -140,6 +145,29 @@ func (m *markFile) update(change func(*mark)) error {
 	if next == m.mu.mark {
 		return nil
 	}
+	return m.write(next)
+}
+
+// proveInterval is how often the mark is written at least.
+const proveInterval = 5 * time.Second
+
+// prove writes the mark as it is unless it was written within an interval, so that a
+// disk that takes nothing any more shows.
+func (m *markFile) prove(interval time.Duration) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if time.Since(m.mu.synced) < interval {
+		return nil
+	}
+	return m.write(m.mu.mark)
+}
+
+// write writes the next mark and returns when it is on disk.
+// REQUIRES: m.mu is held.
+func (m *markFile) write(next mark) error {
+	began := time.Now()
+	m.writing.Store(&began)
+	defer m.writing.Store(nil)
 	next.generation++
 	if _, err := m.file.WriteAt(next.encode(), int64(next.generation%2)*markStride); err != nil {
 		return fmt.Errorf("write %s: %w", markName, err)
@@ -147,7 +175,7 @@ func (m *markFile) update(change func(*mark)) error {
 	if err := m.file.SyncData(); err != nil {
 		return fmt.Errorf("sync %s: %w", markName, err)
 	}
-	m.mu.mark = next
+	m.mu.mark, m.mu.synced = next, time.Now()
 	return nil
 }
 

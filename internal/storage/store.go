@@ -148,9 +148,11 @@ type Store struct {
 	delays delays
 	stalls stalls
 
+	// inflight holds the commits that are visible and not yet on disk, with when their
+	// sync began, or zero.
 	inflight struct {
 		sync.Mutex
-		commits map[*Commit]struct{}
+		commits map[*Commit]time.Time
 	}
 
 	dirty dirtyMarks
@@ -179,7 +181,7 @@ func Open(cfg Config) (*Store, error) {
 	}
 	s := &Store{cfg: cfg, disk: cfg.FS, lock: lock, latches: newLatches(cfg.VersionCacheEntries), stop: make(chan struct{}), damaged: make(chan struct{}), attention: make(chan struct{}, 1)}
 	s.suspects.tables = map[string]string{}
-	s.inflight.commits = map[*Commit]struct{}{}
+	s.inflight.commits = map[*Commit]time.Time{}
 	s.trees.maxLeaves, s.trees.byVnode = cfg.TreeLeaves, map[vnodeID]*tree{}
 	s.promises.init()
 	s.collections.init()
@@ -314,7 +316,8 @@ func (s *Store) ReserveClock(t hlc.Timestamp) error {
 	return s.mark.update(func(m *mark) { m.reserved = max(m.reserved, t) })
 }
 
-// keepMark writes the mark while commits go on.
+// keepMark writes the mark while commits go on, and now and then while there are none:
+// else nobody would notice that the disk of an idle node has gone.
 func (s *Store) keepMark() {
 	tick := time.NewTicker(s.cfg.MarkInterval)
 	defer tick.Stop()
@@ -323,7 +326,7 @@ func (s *Store) keepMark() {
 		case <-s.stop:
 			return
 		case <-tick.C:
-			if err := s.writeMark(); err != nil {
+			if err := errors.Join(s.writeMark(), s.mark.prove(proveInterval)); err != nil {
 				s.fatal(err)
 				return
 			}
