@@ -61,6 +61,9 @@ type Config struct {
 	// have to. Default 2 ms; 0: whatever they take.
 	MoveBytesPerSecond int           `yaml:"move_bytes_per_second" help:"bytes a second that are taken in at most when vnodes move here"`
 	MoveCommitDelay    time.Duration `yaml:"move_commit_delay" help:"by how much longer commits may take before less is taken in; 0: any"`
+	// DiskStallAfter is how long a sync may take before the node takes its disk for one
+	// that hangs, and serves nothing until that goes on. Default 10 s.
+	DiskStallAfter time.Duration `yaml:"disk_stall_after" help:"how long a sync may take before the node serves nothing until the disk goes on"`
 	// DrainTimeout bounds how long a stop waits for requests. Default 10 s.
 	DrainTimeout time.Duration `yaml:"drain_timeout" help:"how long a stop waits for requests"`
 	// TLS names PEM files: all three or none. It covers gRPC and Raft; gossip has a key.
@@ -106,7 +109,7 @@ func Defaults() Config {
 		CacheBytes: 64 << 20, MemTableBytes: 32 << 20,
 		ScrubCycle: 7 * 24 * time.Hour, ScrubBytesPerSecond: 4 << 20,
 		MoveBytesPerSecond: 64 << 20, MoveCommitDelay: 2 * time.Millisecond,
-		DrainTimeout: 10 * time.Second,
+		DiskStallAfter: 10 * time.Second, DrainTimeout: 10 * time.Second,
 	}
 }
 
@@ -171,6 +174,9 @@ func (c *Config) Validate() error {
 	}
 	if c.MoveCommitDelay < 0 || c.MoveCommitDelay > time.Minute {
 		bad("move_commit_delay", fmt.Errorf("%s: want 0s to 1m", c.MoveCommitDelay))
+	}
+	if c.DiskStallAfter < time.Second || c.DiskStallAfter > 10*time.Minute {
+		bad("disk_stall_after", fmt.Errorf("%s: want 1s to 10m", c.DiskStallAfter))
 	}
 	if c.DrainTimeout < 0 || c.DrainTimeout > 10*time.Minute {
 		bad("drain_timeout", fmt.Errorf("%s: want 0s to 10m", c.DrainTimeout))

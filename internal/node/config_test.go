@@ -38,6 +38,7 @@ func TestConfig(t *testing.T) {
 		"cache_bytes":         func(c *Config) { c.CacheBytes = 1 },
 		"memtable_bytes":      func(c *Config) { c.MemTableBytes = 1 << 40 },
 		"min_free_disk_bytes": func(c *Config) { c.MinFreeDiskBytes = -1 },
+		"disk_stall_after":    func(c *Config) { c.DiskStallAfter = time.Millisecond },
 		"drain_timeout":       func(c *Config) { c.DrainTimeout = time.Hour },
 		"tls":                 func(c *Config) { c.TLS.Key = "k" },
 		"gossip_key":          func(c *Config) { c.GossipKey = "c2hvcnQ=" },

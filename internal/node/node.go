@@ -74,7 +74,10 @@ type Node struct {
 	// built is set once every part above is there.
 	built atomic.Bool
 	// removed is why the orchestrators turned this data directory away.
-	removed  atomic.Pointer[string]
+	removed atomic.Pointer[string]
+	// stalled is why nothing is served until the disk goes on, or nil.
+	stalled  atomic.Pointer[string]
+	disk     atomic.Pointer[diskUse]
 	stopping chan struct{} // closed when a stop begins
 	stopOnce sync.Once
 	cancel   context.CancelFunc
@@ -327,6 +330,7 @@ func (n *Node) serve(run context.Context) error {
 		},
 	})
 	n.scrubber = newScrubber(n)
+	n.measureDisk()
 	n.describe(n.registry)
 	n.adopted(n.fence.Topology())
 	if err := n.startGossip(); err != nil {
@@ -497,12 +501,13 @@ func (n *Node) startWorkers(run context.Context) {
 	n.workers.Go(func() { n.topologies.run(run) })
 	n.workers.Go(func() { n.topologies.follow(run) })
 	n.workers.Go(func() { n.process.run(run, n.everySecond) })
+	n.workers.Go(func() { n.watchDisk(run) })
 	n.workers.Go(func() { n.keepRegistered(run) })
 }
 
-// everySecond looks after what changes slowly.
+// everySecond looks after what changes slowly. It must not wait for the disk.
 func (n *Node) everySecond() {
-	n.store.CheckDisk()
+	n.noticeStall()
 	n.updateHealth()
 	n.noticeHealth()
 	n.announce()

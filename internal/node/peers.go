@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -182,7 +183,7 @@ func (p *peers) why(node uint64) string {
 	}
 	state, gossips := p.says(node)
 	switch state {
-	case adminv1.NodeStatus_STATE_LOST_TAIL, adminv1.NodeStatus_STATE_REMOVED, adminv1.NodeStatus_STATE_STOPPING:
+	case adminv1.NodeStatus_STATE_LOST_TAIL, adminv1.NodeStatus_STATE_REMOVED, adminv1.NodeStatus_STATE_STOPPING, adminv1.NodeStatus_STATE_STALLED:
 		// A node that says it is starting may have gone on since it said so.
 		if gossips {
 			return "says that it is " + stateName(state)
@@ -224,15 +225,36 @@ func (p *peers) says(node uint64) (adminv1.NodeStatus_State, bool) {
 // link returns the link to a node, or nil.
 func (p *peers) link(node uint64) *replicaLink { return (*p.links.Load())[node] }
 
-// unreachable returns the nodes of the topology that are not alive.
+// unreachable returns the nodes of the topology that do not answer on their links, once
+// those were tried. A link needs both directions, so a cut in either shows at both ends,
+// within its StallAfter and PingInterval. What others say of a node is left out: this is
+// evidence, and must not echo.
 func (p *peers) unreachable() []uint64 {
 	var out []uint64
-	for inc := range *p.links.Load() {
-		if !p.Alive(inc) {
-			out = append(out, inc)
+	for inc, l := range *p.links.Load() {
+		select {
+		case <-l.Ready():
+			if !l.Up() {
+				out = append(out, inc)
+			}
+		default:
 		}
 	}
+	slices.Sort(out)
 	return out
+}
+
+// word returns what gossip says of a node: alive, dead or unknown.
+func (p *peers) word(node uint64) string {
+	if g := p.gossip.Load(); g != nil {
+		switch alive, known := g.Alive(gossipName(node)); {
+		case alive:
+			return "alive"
+		case known:
+			return "dead"
+		}
+	}
+	return "unknown"
 }
 
 // pending returns how many calls wait for replies, in all.
@@ -266,6 +288,8 @@ func stateName(s adminv1.NodeStatus_State) string {
 		return "stopping"
 	case adminv1.NodeStatus_STATE_REMOVED:
 		return "removed"
+	case adminv1.NodeStatus_STATE_STALLED:
+		return "stalled"
 	}
 	return fmt.Sprintf("in state %d", s)
 }

@@ -34,6 +34,9 @@ func (n *Node) state() (adminv1.NodeStatus_State, string) {
 		}
 		return adminv1.NodeStatus_STATE_STARTING, "waits for the ring to form"
 	}
+	if why := n.stalled.Load(); why != nil {
+		return adminv1.NodeStatus_STATE_STALLED, *why
+	}
 	if reason := n.store.RefusesRecords(); reason != "" {
 		return adminv1.NodeStatus_STATE_SERVING, "refuses writes, free space or add nodes: " + reason
 	}
@@ -56,7 +59,7 @@ func (n *Node) uptime() time.Duration { return time.Since(n.started) }
 func (n *Node) refuse() *rpc.Error {
 	s, reason := n.state()
 	switch s {
-	case adminv1.NodeStatus_STATE_REMOVED:
+	case adminv1.NodeStatus_STATE_REMOVED, adminv1.NodeStatus_STATE_STALLED:
 		return notServing(rpc.ReasonNotReady, n.cfg.Name, s, reason)
 	}
 	return nil
@@ -70,16 +73,17 @@ func (n *Node) refuseClients() *rpc.Error {
 	return n.refuse()
 }
 
-// status describes the node.
+// status describes the node. It is what probes ask for, so it waits neither for the disk
+// nor behind requests: a node that is busy, or whose disk hangs, can still say so.
 func (n *Node) status() *adminv1.NodeStatus {
 	epoch := n.topologies.taken() // before the state, which must not be of an older one
 	state, reason := n.state()
 	offset, opinions := n.clock.Offset()
 	stats := n.coordinator.Stats()
-	m := n.store.Metrics()
+	disk := n.disk.Load()
 	s := &adminv1.NodeStatus{
 		Incarnation: n.id.Incarnation, Name: n.cfg.Name, State: state, Reason: reason, Epoch: epoch,
-		CpuUtilization: n.process.cpu(), MemoryBytes: memory(), DiskUsedBytes: m.DiskSpaceUsage(),
+		CpuUtilization: n.process.cpu(), MemoryBytes: memory(), DiskUsedBytes: disk.used, DiskAvailableBytes: disk.available,
 		Get: operationStats(stats.Gets()), Put: operationStats(stats.Puts()), Scan: operationStats(stats.Scans()),
 		ClockOffsetMs: offset.Milliseconds(), ClockOpinions: uint32(opinions), ClockOk: n.clock.MayCoordinate() == nil,
 		ClockLeadMs: n.clock.Lead(), ClockProblem: n.clock.Problem(),
@@ -87,9 +91,7 @@ func (n *Node) status() *adminv1.NodeStatus {
 		Unreachable: n.peers.unreachable(), SampledAtMs: uint64(n.clock.Wall()),
 		Queues: n.queues(), Corruptions: n.store.Corruptions(),
 		SettingsHash: n.topologies.settingsHash(), ProcessSettingsHash: n.processHash,
-	}
-	if available, _, err := n.store.DiskUsage(); err == nil {
-		s.DiskAvailableBytes = available
+		OldestSyncMs: uint64(n.store.OldestSync().Milliseconds()),
 	}
 	for _, b := range n.hints.Backlog() {
 		s.Hints = append(s.Hints, &adminv1.HintBacklog{Target: b.Target, Count: b.Count, Bytes: uint64(b.Bytes), OldestMs: uint64(b.OldestMillis)})
@@ -146,7 +148,7 @@ func (n *Node) clusterStatus(ctx context.Context) *adminv1.GetClusterStatusRespo
 	resp.Nodes = make([]*adminv1.ObservedNode, len(t.Nodes))
 	var wg sync.WaitGroup
 	for i, h := range n.healthOf(t) {
-		o := &adminv1.ObservedNode{Health: h}
+		o := &adminv1.ObservedNode{Health: h, Gossip: n.peers.word(h.GetIncarnation())}
 		resp.Nodes[i] = o
 		if h.GetIncarnation() == n.id.Incarnation {
 			o.Status = n.status()
