@@ -382,12 +382,7 @@ func (s controlService) clusterStatus(ctx context.Context, _ *adminv1.GetCluster
 		resp.Found = append(resp.Found, h.Proto())
 	}
 	for _, n := range t.Nodes {
-		obs := s.o.health.of(n.Incarnation)
-		on := &adminv1.ObservedNode{Health: obs.proto(n.Incarnation), Status: obs.status}
-		if obs.status != nil {
-			on.AgeMs = uint64(time.Since(obs.at).Milliseconds())
-		}
-		resp.Nodes = append(resp.Nodes, on)
+		resp.Nodes = append(resp.Nodes, s.o.health.observed(n.Incarnation))
 	}
 	resp.Orchestrators = make([]*adminv1.ObservedOrchestrator, len(s.o.cfg.Peers))
 	var wg sync.WaitGroup

@@ -194,42 +194,6 @@ func TestCreateNamespaceWidensTheRing(t *testing.T) {
 	}
 }
 
-func TestJudge(t *testing.T) {
-	const healthy, unhealthy, unknown = topologyv1.NodeHealth_STATE_HEALTHY, topologyv1.NodeHealth_STATE_UNHEALTHY, topologyv1.NodeHealth_STATE_UNSPECIFIED
-	checks := topology.HealthChecks{HealthyThreshold: 2, UnhealthyThreshold: 3}
-	type probe struct {
-		failure string
-		dead    bool
-	}
-	good, bad, dead := probe{}, probe{failure: "timeout"}, probe{"refused", true}
-	for _, tc := range []struct {
-		name   string
-		probes []probe
-		want   topologyv1.NodeHealth_State
-	}{
-		{"nothing known", nil, unknown},
-		{"first success", []probe{good}, healthy},
-		{"one failure", []probe{good, bad}, healthy},
-		{"failures below the threshold", []probe{good, bad, bad, good, bad, bad}, healthy},
-		{"failures at the threshold", []probe{good, bad, bad, bad}, unhealthy},
-		{"failure that gossip confirms", []probe{good, dead}, unhealthy},
-		{"one success is not enough to come back", []probe{good, dead, good}, unhealthy},
-		{"two are", []probe{good, dead, good, good}, healthy},
-		{"but only in a row", []probe{good, dead, good, bad, good}, unhealthy},
-		{"gossip alone does not condemn", []probe{good, {dead: true}}, healthy},
-		{"never answered", []probe{bad, bad}, unknown},
-		{"never answered for long", []probe{bad, bad, bad}, unhealthy},
-	} {
-		var v verdict
-		for _, p := range tc.probes {
-			v = v.judge(p.failure, p.dead, checks)
-		}
-		if v.state != tc.want || (v.state == unhealthy) != (v.reason != "") {
-			t.Errorf("%s: %v %q, want %v", tc.name, v.state, v.reason, tc.want)
-		}
-	}
-}
-
 // group is an auto-scaling group with the defaults otherwise.
 func group(least, most int) AutoScalingGroup {
 	g := Defaults().Bootstrap.AutoScalingGroup

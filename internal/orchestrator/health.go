@@ -7,48 +7,35 @@ import (
 	"time"
 
 	"github.com/kvasirdb/kvasir/internal/gossip"
-	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/topology"
 	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
 	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
 )
 
-// verdict is what is known of a node's health. The zero verdict knows nothing.
-type verdict struct {
-	state  topologyv1.NodeHealth_State
-	reason string
-	// good and bad count the probes of one outcome in a row.
-	good, bad int
-}
-
-// judge returns the verdict after one more probe. A probe that failed while gossip
-// has the node dead is believed at once; otherwise it takes as many in a row as the
-// thresholds say. The first probe of all that succeeds is enough.
-func (v verdict) judge(failure string, gossipDead bool, h topology.HealthChecks) verdict {
-	if failure == "" {
-		v.good, v.bad = v.good+1, 0
-		if v.good >= h.HealthyThreshold || v.state == topologyv1.NodeHealth_STATE_UNSPECIFIED {
-			v.state, v.reason = topologyv1.NodeHealth_STATE_HEALTHY, ""
-		}
-		return v
-	}
-	v.good, v.bad = 0, v.bad+1
-	if v.bad >= h.UnhealthyThreshold || gossipDead {
-		v.state = topologyv1.NodeHealth_STATE_UNHEALTHY
-		v.reason = fmt.Sprintf("%d probes failed: %s", v.bad, failure)
-		if gossipDead {
-			v.reason += "; gossip has it dead"
-		}
-	}
-	return v
-}
-
 // observation is a node as it was last seen.
 type observation struct {
 	verdict verdict
-	changed time.Time           // when its state changed last
-	status  *adminv1.NodeStatus // nil when it never answered
-	at      time.Time           // of status
+	changed time.Time // when its state changed last
+	// sinceMillis is that in milliseconds since 1970.
+	sinceMillis int64
+	status      *adminv1.NodeStatus // nil when it never answered
+	at          time.Time           // of status
+	looks       []look              // the newest, oldest first; replaced, never changed
+}
+
+// look is what became of one look at a node.
+type look struct {
+	finding
+	began time.Time
+	took  time.Duration
+}
+
+// keepLooks is how many looks at a node are kept.
+const keepLooks = 10
+
+// well reports whether a node passed its last checks.
+func (obs *observation) well() bool {
+	return obs.verdict.state == topologyv1.NodeHealth_STATE_HEALTHY && obs.verdict.bad == 0
 }
 
 // probes probes every node of the topology. It runs on every orchestrator, so that
@@ -123,7 +110,7 @@ func (h *probes) start(ctx context.Context, probers *sync.WaitGroup, incarnation
 	h.mu.hurry[incarnation] = hurry
 	h.mu.Unlock()
 	probers.Go(func() {
-		h.probe(ctx, incarnation, hurry)
+		h.watch(ctx, incarnation, hurry)
 		h.mu.Lock()
 		defer h.mu.Unlock()
 		delete(h.mu.nodes, incarnation)
@@ -171,81 +158,6 @@ func (h *probes) probeNow(incarnation uint64) {
 
 func gossipName(incarnation uint64) string { return fmt.Sprintf("n%d", incarnation) }
 
-// probe probes one node until ctx ends.
-func (h *probes) probe(ctx context.Context, incarnation uint64, hurry <-chan struct{}) {
-	for {
-		t := h.o.machine.topology()
-		if n := t.Node(incarnation); n != nil {
-			status, err := h.ask(ctx, n, t.Settings.HealthChecks.Timeout)
-			if ctx.Err() != nil {
-				return
-			}
-			h.note(n, status, err, t.Settings.HealthChecks)
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-hurry:
-		case <-time.After(t.Settings.HealthChecks.Interval):
-		}
-	}
-}
-
-// ask asks a node for its status and checks that it is the node that was meant.
-func (h *probes) ask(ctx context.Context, n *topology.Node, timeout time.Duration) (*adminv1.NodeStatus, error) {
-	cc, err := h.o.transport.NewConn(n.Address)
-	if err != nil {
-		return nil, err
-	}
-	defer cc.Close()
-	ctx, cancel := context.WithTimeout(ctx, timeout)
-	defer cancel()
-	resp, err := adminv1.NewStatusServiceClient(cc).GetNodeStatus(ctx, &adminv1.GetNodeStatusRequest{})
-	if err != nil {
-		return nil, err
-	}
-	if got := resp.GetStatus().GetIncarnation(); got != n.Incarnation {
-		return nil, fmt.Errorf("#%d answers at its address", got)
-	}
-	h.o.noteEpoch(resp.GetStatus().GetEpoch())
-	return resp.GetStatus(), nil
-}
-
-// note takes in the outcome of one probe.
-func (h *probes) note(n *topology.Node, status *adminv1.NodeStatus, err error, checks topology.HealthChecks) {
-	failure := ""
-	switch {
-	case err != nil:
-		failure = rpc.AsError(err).Message
-	case status.GetState() != adminv1.NodeStatus_STATE_SERVING && h.o.machine.topology().Formed():
-		failure = "it does not serve: " + status.GetReason()
-	}
-	dead := false
-	if h.o.gossip != nil {
-		alive, known := h.o.gossip.Alive(gossipName(n.Incarnation))
-		dead = known && !alive
-	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	obs := h.mu.nodes[n.Incarnation]
-	if obs == nil {
-		return
-	}
-	if status != nil {
-		obs.status, obs.at = status, time.Now()
-	}
-	before := obs.verdict.state
-	obs.verdict = obs.verdict.judge(failure, dead, checks)
-	if obs.verdict.state == before {
-		return
-	}
-	obs.changed = time.Now()
-	h.o.cfg.Logger.Info("node health changed", "node", n.Name, "incarnation", n.Incarnation,
-		"healthy", obs.verdict.state == topologyv1.NodeHealth_STATE_HEALTHY, "reason", obs.verdict.reason)
-	close(h.mu.changed)
-	h.mu.changed = make(chan struct{})
-}
-
 func (h *probes) changed() <-chan struct{} {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -284,7 +196,7 @@ func (h *probes) view() view {
 	}
 	return view{
 		state: h.state, status: h.status,
-		reason: func(incarnation uint64) string { return h.of(incarnation).verdict.reason },
+		reason: func(incarnation uint64) string { return h.of(incarnation).verdict.reason() },
 		down: func(incarnation uint64) time.Duration {
 			if obs := h.of(incarnation); obs.verdict.state == topologyv1.NodeHealth_STATE_UNHEALTHY {
 				return time.Since(obs.changed)
@@ -302,7 +214,22 @@ func (h *probes) view() view {
 }
 
 func (obs observation) proto(incarnation uint64) *topologyv1.NodeHealth {
-	return &topologyv1.NodeHealth{Incarnation: incarnation, State: obs.verdict.state, Reason: obs.verdict.reason}
+	return &topologyv1.NodeHealth{Incarnation: incarnation, State: obs.verdict.state, Reason: obs.verdict.reason(), SinceMs: uint64(obs.sinceMillis)}
+}
+
+// observed describes a node as it was last seen.
+func (h *probes) observed(incarnation uint64) *adminv1.ObservedNode {
+	obs := h.of(incarnation)
+	on := &adminv1.ObservedNode{Health: obs.proto(incarnation), Status: obs.status, Gossip: h.word(incarnation).String()}
+	if obs.status != nil {
+		on.AgeMs = uint64(time.Since(obs.at).Milliseconds())
+	}
+	for _, l := range obs.looks {
+		on.Checks = append(on.Checks, &adminv1.HealthCheck{
+			AgeMs: uint64(time.Since(l.began).Milliseconds()), TookMs: uint64(l.took.Milliseconds()), Passed: l.passed, What: l.words,
+		})
+	}
+	return on
 }
 
 // gossipMeta is what an orchestrator says of itself.

@@ -173,13 +173,14 @@ func (t Transport) NewServer() *grpc.Server {
 }
 
 // NewConn returns a connection to an address, which is dialled when it is first
-// used. An address that does not answer fails calls at once rather than hold them.
-func (t Transport) NewConn(address string) (*grpc.ClientConn, error) {
+// used. An address that does not answer fails calls at once rather than hold them. Where
+// more options contradict those that all connections have, they hold.
+func (t Transport) NewConn(address string, more ...grpc.DialOption) (*grpc.ClientConn, error) {
 	creds := insecure.NewCredentials()
 	if t.TLS != nil {
 		creds = credentials.NewTLS(t.TLS)
 	}
-	cc, err := grpc.NewClient("passthrough:///"+address,
+	cc, err := grpc.NewClient("passthrough:///"+address, append([]grpc.DialOption{
 		grpc.WithTransportCredentials(creds),
 		grpc.WithContextDialer(t.Dial),
 		grpc.WithDefaultCallOptions(
@@ -198,7 +199,7 @@ func (t Transport) NewConn(address string) (*grpc.ClientConn, error) {
 			MinConnectTimeout: time.Second,
 		}),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 5 * time.Second, PermitWithoutStream: true}),
-	)
+	}, more...)...)
 	if err != nil {
 		return nil, fmt.Errorf("connection to %s: %w", address, err)
 	}

@@ -12,13 +12,14 @@ import (
 	"math/rand/v2"
 	"net"
 	"sync"
+	"syscall"
 	"time"
 )
 
 // Errors of connections.
 var (
-	ErrRefused = errors.New("connection refused")
-	ErrReset   = errors.New("connection reset")
+	ErrRefused error = syscall.ECONNREFUSED
+	ErrReset         = errors.New("connection reset")
 )
 
 // windowBytes is how much a connection holds on its way in one direction before
