@@ -191,6 +191,8 @@ func (s *clusterStatus) writeReasons(w io.Writer) {
 			fmt.Fprintf(w, "%s is down: %s\n", n.Name, strings.TrimSuffix(why, ": "))
 		} else if problem := clockProblem(n.status); problem != "" {
 			fmt.Fprintf(w, "%s %s\n", n.Name, problem)
+		} else if n.reason != "" {
+			fmt.Fprintf(w, "%s is healthy, but %s\n", n.Name, n.reason)
 		}
 		if text := fillingText(n.status); text != "" {
 			fmt.Fprintf(w, "%s is being filled: %s\n", n.Name, text)

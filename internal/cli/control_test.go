@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"fmt"
 	"math"
 	"net"
 	"path/filepath"
@@ -113,6 +114,36 @@ func TestStatus(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestHealthSince: what was agreed on counts more than what the one who answers saw.
+func TestHealthSince(t *testing.T) {
+	f := newFake(t, 3)
+	f.mu.Lock()
+	f.mu.health[3].State, f.mu.health[3].Reason, f.mu.health[3].SinceMs = topologyv1.NodeHealth_STATE_UNHEALTHY, "no answer", 1772366405000
+	f.mu.health[2].Reason, f.mu.health[2].SinceMs = "slow", 1772366400000
+	f.mu.status[2].Unreachable = []uint64{3}
+	f.mu.Unlock()
+	since := func(node, want string) map[string]any {
+		t.Helper()
+		d := decode(t, f.run("node", "status", node, "-o", "json").want(t, 0).stdout)
+		if d["health_since"] != want {
+			t.Errorf("%s: since %v, want %s", node, d["health_since"], want)
+		}
+		return d
+	}
+	since("node1", "")
+	since("node2", "2026-03-01T12:00:00Z")
+	since("node3", "2026-03-01T12:00:05Z")
+	f.mu.Lock()
+	f.mu.foundMs = 1772366402000
+	f.mu.Unlock()
+	d := since("node3", "2026-03-01T12:00:02Z")
+	if by := fmt.Sprint(d["unreachable_by"]); by != "[node2]" || d["gossip"] != "dead" || len(d["checks"].([]any)) != 2 {
+		t.Errorf("document %v", d)
+	}
+	f.run("node", "status", "node3").want(t, 0, "unhealthy since 2026-03-0", "no answer", "1 m 1 s ago")
+	f.run("node", "ls").want(t, 0, "node2 is healthy, but slow")
 }
 
 // TestStatusOfStrangeFigures: a node cannot break the documents of all.

@@ -40,6 +40,8 @@ type fake struct {
 		health   map[uint64]*topologyv1.NodeHealth
 		status   map[uint64]*adminv1.NodeStatus
 		ages     map[uint64]uint64
+		// foundMs is since when the unhealthy were found to be, by what was agreed on.
+		foundMs uint64
 		// repairPaused are the nodes whose repair is.
 		repairPaused map[uint64]bool
 		hints        map[uint64]*adminv1.ListHintsResponse

@@ -301,9 +301,15 @@ func (n *fakeNode) GetClusterStatus(context.Context, *adminv1.GetClusterStatusRe
 	defer f.mu.Unlock()
 	resp := &adminv1.GetClusterStatusResponse{Topology: proto.CloneOf(f.mu.topology), AnsweredBy: "node1", ControlPlaneAvailable: f.mu.controlled}
 	for _, node := range f.mu.topology.GetNodes() {
-		resp.Nodes = append(resp.Nodes, &adminv1.ObservedNode{
+		on := &adminv1.ObservedNode{
 			Health: proto.CloneOf(f.mu.health[node.GetIncarnation()]), Status: proto.CloneOf(f.mu.status[node.GetIncarnation()]), AgeMs: f.mu.ages[node.GetIncarnation()],
-		})
+		}
+		if on.GetHealth().GetState() == topologyv1.NodeHealth_STATE_UNHEALTHY && f.mu.controlled {
+			on.Gossip = "dead"
+			on.Checks = []*adminv1.HealthCheck{{AgeMs: 61_000, TookMs: 2, Passed: true, What: "slow"}, {AgeMs: 1_000, TookMs: 10_000, What: "no answer"}}
+			resp.Found = append(resp.Found, &topologyv1.FoundHealth{Incarnation: node.GetIncarnation(), State: on.GetHealth().GetState(), SinceMs: f.mu.foundMs})
+		}
+		resp.Nodes = append(resp.Nodes, on)
 	}
 	if f.mu.rolling.leader != "" {
 		resp.Orchestrators = f.observedOrchestrators()

@@ -45,7 +45,11 @@ directory.`,
 			Long: `Shows how busy nodes are, and whether they are well: CPU over its allowance (mean of
 60 s), memory, disk, operations a second with their p50 and p99, queues, hints kept for
 others, and the clock against the median of the node's peers. Age is how old the figures
-are; a node whose figures are older than 10 s is asked directly.`,
+are; a node whose figures are older than 10 s is asked directly.
+
+Of one node it shows why it is taken for healthy or not, and since when: the orchestrators'
+last checks, what gossip says, which nodes cannot reach it and which it cannot reach. A
+node that is slow, or that only some cannot reach, stays healthy, and it says so.`,
 			Example: `  kvctl node status
   kvctl node status node2
   kvctl node status '#17' -o json`,
@@ -174,23 +178,16 @@ func (s *clusterStatus) writeNodes(w io.Writer) {
 
 // writeNode writes all that is known of one node.
 func (s *clusterStatus) writeNode(w io.Writer, n *observedNode) {
-	health := n.healthText()
-	if n.reason != "" {
-		health += ": " + n.reason
-	}
-	if why := n.down(); n.refuses {
-		health += "; " + why
-	}
-	pairs := []string{
+	pairs := append([]string{
 		"node", fmt.Sprintf("%s (#%d), %s, zone %s", n.Name, n.Incarnation, n.Role, n.Zone),
 		"address", fmt.Sprintf("%s, admin %s", n.Address, n.AdminAddress),
-		"health", health,
-		"slots", fmt.Sprint(s.topology.SlotCounts(quorum.MaxN)[n.Incarnation]),
-	}
+	}, s.evidence(n)...)
+	pairs = append(pairs, "slots", fmt.Sprint(s.topology.SlotCounts(quorum.MaxN)[n.Incarnation]))
 	st := n.status
 	if st == nil {
 		fields(w, pairs...)
 		fmt.Fprintln(w, "\nthe node has not said anything of itself")
+		writeChecks(w, n.checks)
 		return
 	}
 	state := n.stateText()
@@ -216,6 +213,7 @@ func (s *clusterStatus) writeNode(w io.Writer, n *observedNode) {
 	if problem := clockProblem(st); problem != "" {
 		fmt.Fprintf(w, "\n%s %s\n", n.Name, problem)
 	}
+	writeChecks(w, n.checks)
 	writeNodeTables(w, s.topology, st)
 }
 

@@ -22,6 +22,11 @@ type nodeDoc struct {
 	StateReason  string `json:"state_reason"`
 	Health       string `json:"health"`
 	HealthReason string `json:"health_reason"`
+	// HealthSince is empty where it is not known, Gossip too.
+	HealthSince   string     `json:"health_since"`
+	Gossip        string     `json:"gossip"`
+	UnreachableBy []string   `json:"unreachable_by"`
+	Checks        []checkDoc `json:"checks"`
 	// Status is null for a node that never said anything of itself.
 	Status *statusDoc `json:"status"`
 }
@@ -47,6 +52,7 @@ type statusDoc struct {
 	Clock              clockDoc      `json:"clock"`
 	Hints              []hintsDoc    `json:"hints"`
 	Unreachable        []string      `json:"unreachable"`
+	OldestSyncMs       uint64        `json:"oldest_sync_ms"`
 }
 
 type operationsDoc struct {
@@ -95,10 +101,18 @@ func (s *clusterStatus) nodeDocs() []nodeDoc {
 	slots := s.topology.SlotCounts(quorum.MaxN)
 	for i := range s.nodes {
 		n := &s.nodes[i]
+		by, since := []string{}, ""
+		for _, u := range s.unreachableBy(n.Incarnation) {
+			by = append(by, s.topology.NodeName(u))
+		}
+		if n.sinceMs > 0 {
+			since = millisDoc(n.sinceMs)
+		}
 		docs = append(docs, nodeDoc{
 			Name: n.Name, Incarnation: n.Incarnation, Role: n.Role.String(), Zone: n.Zone, Address: n.Address, AdminAddress: n.AdminAddress,
 			Slots: slots[n.Incarnation], State: stateText(n.status.GetState()), StateReason: n.status.GetReason(),
 			Health: n.healthText(), HealthReason: n.reason, Status: s.statusDoc(n),
+			HealthSince: since, Gossip: n.gossip, UnreachableBy: by, Checks: checkDocs(n.checks),
 		})
 	}
 	return docs
@@ -115,7 +129,7 @@ func (s *clusterStatus) statusDoc(n *observedNode) *statusDoc {
 		OpsPerSecond: number(operations(st)), Get: operationsDocOf(st.GetGet()), Put: operationsDocOf(st.GetPut()), Scan: operationsDocOf(st.GetScan()),
 		RequestsInFlight: st.GetRequestsInFlight(), WriteBacklog: st.GetWriteBacklog(),
 		Clock:  clockDoc{st.GetClockOk(), st.GetClockOffsetMs(), st.GetClockOpinions(), st.GetClockLeadMs(), st.GetClockProblem()},
-		Queues: []queueDoc{}, Hints: []hintsDoc{}, Unreachable: []string{},
+		Queues: []queueDoc{}, Hints: []hintsDoc{}, Unreachable: []string{}, OldestSyncMs: st.GetOldestSyncMs(),
 	}
 	for _, q := range st.GetQueues() {
 		d.Queues = append(d.Queues, queueDoc{q.GetName(), q.GetDepth(), q.GetCapacity()})

@@ -36,6 +36,10 @@ type observedNode struct {
 	*topology.Node
 	health topologyv1.NodeHealth_State
 	reason string
+	// sinceMs is since when, in milliseconds since 1970, or 0.
+	sinceMs uint64
+	gossip  string
+	checks  []*adminv1.HealthCheck
 	// status is nil when the node has never answered; age is how old it is.
 	status *adminv1.NodeStatus
 	age    time.Duration
@@ -73,6 +77,7 @@ func statusFromProto(resp *adminv1.GetClusterStatusResponse) (*clusterStatus, er
 		o := observed[n.Incarnation]
 		s.nodes = append(s.nodes, observedNode{
 			Node: n, health: o.GetHealth().GetState(), reason: o.GetHealth().GetReason(),
+			sinceMs: sinceMillis(o.GetHealth(), resp.GetFound()), gossip: o.GetGossip(), checks: o.GetChecks(),
 			status: o.GetStatus(), age: time.Duration(o.GetAgeMs()) * time.Millisecond,
 		})
 	}
@@ -190,6 +195,8 @@ func stateText(s adminv1.NodeStatus_State) string {
 		return "stopping"
 	case adminv1.NodeStatus_STATE_REMOVED:
 		return "removed"
+	case adminv1.NodeStatus_STATE_STALLED:
+		return "stalled"
 	}
 	return "unknown"
 }
