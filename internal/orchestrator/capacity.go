@@ -48,7 +48,7 @@ func (c *scaling) next(s *topology.State, v view) *topologyv1.Command {
 	if v.nowMillis-c.mu.seen.AtMillis < lookEvery(c.mu.rules).Milliseconds() {
 		return nil
 	}
-	c.mu.seen = look(s, v)
+	c.mu.seen = observeLoad(s, v)
 	c.mu.state.LastUpMillis, c.mu.state.LastDownMillis = s.ScaledUpMillis, s.ScaledDownMillis
 	c.mu.state, c.mu.decision = capacity.Decide(c.mu.rules, c.mu.state, c.mu.seen)
 	return c.carryOut(s, v)
@@ -74,8 +74,8 @@ func (c *scaling) carryOut(s *topology.State, v view) *topologyv1.Command {
 	return condition(s, topology.ConditionCapacity, "capacity", advice, "nothing is recommended any more")
 }
 
-// look returns the nodes and what is under way as capacity is judged by them.
-func look(s *topology.State, v view) capacity.Observation {
+// observeLoad returns the nodes and what is under way as capacity is judged by them.
+func observeLoad(s *topology.State, v view) capacity.Observation {
 	t := s.Topology
 	o := capacity.Observation{
 		AtMillis: v.nowMillis, Frozen: frozen(t, v) != "", Moving: changing(s), Whole: degraded(t, v) == "", LargestN: t.Width(),

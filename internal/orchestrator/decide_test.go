@@ -231,7 +231,7 @@ func TestValidate(t *testing.T) {
 		"health_checks.timeout":       func(c *Config) { c.Bootstrap.HealthChecks.Timeout = time.Hour },
 		"health_checks.healthy_thres": func(c *Config) { c.Bootstrap.HealthChecks.HealthyThreshold = 0 },
 		"write a max_capacity of 3":   func(c *Config) { c.Bootstrap.AutoScalingGroup.MinCapacity = 3 },
-		"write 12 or less":            func(c *Config) { c.Bootstrap.AutoScalingGroup = group(3, 13) },
+		"write a max_capacity of 12 or less":            func(c *Config) { c.Bootstrap.AutoScalingGroup = group(3, 13) },
 		"with N=3":                    func(c *Config) { c.Bootstrap.AutoScalingGroup = group(2, 4) },
 		"target_cpu_utilization": func(c *Config) {
 			c.Bootstrap.AutoScalingGroup = group(3, 4)

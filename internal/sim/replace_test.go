@@ -173,7 +173,7 @@ func TestWipedNodeIsReplaced(t *testing.T) {
 				if err := w.TryStart("node3"); err != nil {
 					t.Errorf("the new one: %v", err)
 				}
-				hist, err := w.Control("node1").ListChanges(context.Background(), &adminv1.ListChangesRequest{Subject: "node", Name: "node3"})
+				hist, err := w.Control("node1").ListChanges(context.Background(), &adminv1.ListChangesRequest{Name: "node3"})
 				if err != nil {
 					t.Fatal(err)
 				}

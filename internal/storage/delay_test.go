@@ -3,6 +3,7 @@ package storage
 import (
 	"log/slog"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -66,13 +67,15 @@ func (g gatedFile) SyncData() error { g.gate(); return g.File.SyncData() }
 // The age of the oldest sync shows a disk that hangs, under commits and without any.
 func TestOldestSync(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var delay time.Duration
-		open := make(chan struct{})
-		close(open)
-		gate := open
+		var delay atomic.Int64
+		var gate atomic.Pointer[chan struct{}]
 		s, err := Open(Config{
-			FS: gatedFS{vfs.NewMem(), func() { <-gate }}, Dir: "d", Logger: slog.New(slog.DiscardHandler), Fatal: func(err error) { t.Error(err) },
-			SyncDelay: func() time.Duration { return delay },
+			FS: gatedFS{vfs.NewMem(), func() {
+				if g := gate.Load(); g != nil {
+					<-*g
+				}
+			}}, Dir: "d", Logger: slog.New(slog.DiscardHandler), Fatal: func(err error) { t.Error(err) },
+			SyncDelay: func() time.Duration { return time.Duration(delay.Load()) },
 		})
 		if err != nil {
 			t.Fatal(err)
@@ -85,7 +88,7 @@ func TestOldestSync(t *testing.T) {
 			}
 		}
 		age("idle", 0)
-		delay = 20 * time.Second
+		delay.Store(int64(20 * time.Second))
 		slow, err := s.Apply([]Write{write("k", value(1, "x"))}, nil)
 		if err != nil {
 			t.Fatal(err)
@@ -94,7 +97,7 @@ func TestOldestSync(t *testing.T) {
 		ended := make(chan error)
 		go func() { ended <- slow.Wait() }()
 		time.Sleep(time.Second)
-		delay = 0
+		delay.Store(0)
 		put(t, s, write("other", value(2, "x")))
 		time.Sleep(11 * time.Second)
 		age("a commit that hangs", 12*time.Second)
@@ -105,7 +108,7 @@ func TestOldestSync(t *testing.T) {
 
 		time.Sleep(time.Second)
 		closed := make(chan struct{})
-		gate = closed
+		gate.Store(&closed)
 		time.Sleep(12 * time.Second)
 		if got := s.OldestSync(); got < 6*time.Second || got > 8*time.Second {
 			t.Errorf("an idle store whose disk has hung for 12s: %s", got)
