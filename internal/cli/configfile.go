@@ -95,7 +95,7 @@ var (
 	nodeSettings = []string{
 		"name", "zone", "data_dir", "orchestrators", "listen", "admin_listen", "gossip_listen", "advertise", "admin_advertise", "gossip_advertise",
 		"cache_bytes", "memtable_bytes", "cpu_limit", "min_free_disk_bytes", "scrub_cycle", "scrub_bytes_per_second",
-		"move_bytes_per_second", "move_commit_delay", "drain_timeout", "tls.", "gossip_key", "log.",
+		"move_bytes_per_second", "move_commit_delay", "drain_timeout", "disk_stall_after", "tls.", "gossip_key", "log.",
 	}
 	orchestratorSettings = []string{
 		"name", "data_dir", "listen", "admin_listen", "gossip_listen", "raft_listen", "peers", "bootstrap.", "election_timeout", "provisioner.", "tls.", "gossip_key", "log.",
