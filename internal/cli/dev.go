@@ -44,6 +44,7 @@ The subcommands find the cluster by --data, else take the last one that was star
 		Example: `  kvctl dev                           three nodes, one orchestrator
   kvctl dev --nodes 5 --detach        five nodes in three zones, in the background
   kvctl dev --data /tmp/b --port 8400 a second cluster beside the first
+  kvctl dev --autonomy --detach       a cluster that replaces what dies, and scales itself
   kvctl dev kill node2                what a crash looks like
   kvctl dev stop`,
 		Args: func(cmd *cobra.Command, args []string) error {
@@ -62,6 +63,7 @@ The subcommands find the cluster by --data, else take the last one that was star
 	l.IntVar(&f.Orchestrators, "orchestrators", 1, "number of orchestrators: 1, 3 or 5")
 	l.IntVar(&f.Zones, "zones", 0, "number of zones that the nodes are spread over, z1 and on (default: 3, or the number of nodes if that is less)")
 	l.IntVar(&f.Port, "port", 7400, "first port of node1; the others follow from it")
+	l.BoolVar(&f.Autonomy, "autonomy", false, "let the orchestrators replace dead nodes and scale the cluster: they launch and end kvnode processes by themselves")
 	l.BoolVar(&f.detach, "detach", false, "return when the cluster is ready, and leave it running")
 	cmd.AddCommand(a.devProcessCommands(&f.data)...)
 	return cmd
@@ -126,6 +128,9 @@ func (a *App) openOrCreateDev(ctx context.Context, cmd *cobra.Command, f devFlag
 			if cmd.Flags().Changed(name) {
 				asked[name] = value
 			}
+		}
+		if have := cluster.Settings().Autonomy; cmd.Flags().Changed("autonomy") && f.Autonomy != have {
+			return nil, usagef("--autonomy=%t: the cluster in %s was created with --autonomy=%t, and stays so; use another directory, with --data", f.Autonomy, dir, have)
 		}
 		return cluster, devContradictions(cluster, asked)
 	}

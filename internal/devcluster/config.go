@@ -1,6 +1,7 @@
 package devcluster
 
 import (
+	"cmp"
 	"fmt"
 	"path/filepath"
 	"time"
@@ -32,6 +33,18 @@ type orchestratorConfig struct {
 	Peers           []peer        `yaml:"peers"`
 	Bootstrap       bootstrap     `yaml:"bootstrap"`
 	ElectionTimeout time.Duration `yaml:"election_timeout"`
+	Provisioner     *provisioner  `yaml:"provisioner,omitempty"`
+}
+
+type provisioner struct {
+	Kind          string        `yaml:"kind"`
+	LaunchTimeout time.Duration `yaml:"launch_timeout"`
+	Process       processes     `yaml:"process"`
+}
+
+type processes struct {
+	Dir    string `yaml:"dir"`
+	BinDir string `yaml:"bin_dir"`
 }
 
 type peer struct {
@@ -43,8 +56,18 @@ type peer struct {
 }
 
 type bootstrap struct {
-	FoundingNodes int          `yaml:"founding_nodes"`
-	HealthChecks  healthChecks `yaml:"health_checks"`
+	FoundingNodes    int               `yaml:"founding_nodes"`
+	HealthChecks     healthChecks      `yaml:"health_checks"`
+	ReplaceAfter     time.Duration     `yaml:"replace_after"`
+	AutoScalingGroup *autoScalingGroup `yaml:"auto_scaling_group,omitempty"`
+}
+
+type autoScalingGroup struct {
+	MinCapacity       int           `yaml:"min_capacity"`
+	MaxCapacity       int           `yaml:"max_capacity"`
+	TargetCPU         string        `yaml:"target_cpu_utilization"`
+	ScaleUpCooldown   time.Duration `yaml:"scale_up_cooldown"`
+	ScaleDownCooldown time.Duration `yaml:"scale_down_cooldown"`
 }
 
 type healthChecks struct {
@@ -58,10 +81,20 @@ type healthChecks struct {
 // than a real network would allow.
 var devHealthChecks = healthChecks{Interval: time.Second, Timeout: 500 * time.Millisecond, HealthyThreshold: 2, UnhealthyThreshold: 3}
 
-const devElectionTimeout = 500 * time.Millisecond
+const (
+	devElectionTimeout = 500 * time.Millisecond
+	devReplaceAfter    = 20 * time.Second
+	devLaunchTimeout   = 30 * time.Second
+)
+
+// autonomous returns the scaling rules of a cluster that runs itself: on one machine load
+// comes and goes in seconds, and so do nodes.
+func (s Settings) autonomous() *autoScalingGroup {
+	return &autoScalingGroup{MinCapacity: s.Nodes, MaxCapacity: 4 * s.Nodes, TargetCPU: "70%", ScaleUpCooldown: 15 * time.Second, ScaleDownCooldown: 15 * time.Second}
+}
 
 // configFor returns a process's configuration.
-func (st *state) configFor(dir string, m member) any {
+func (st *state) configFor(dir, binDir string, m member) any {
 	var peers []peer
 	var orchestrators []string
 	for _, p := range st.Processes {
@@ -71,13 +104,18 @@ func (st *state) configFor(dir string, m member) any {
 		}
 	}
 	if m.Role == RoleOrchestrator {
-		return orchestratorConfig{
+		c := orchestratorConfig{
 			Name: m.Name, DataDir: dataDir(dir, m.Name),
 			Listen: m.clientAddr(), AdminListen: m.adminAddr(), GossipListen: m.gossipAddr(), RaftListen: m.raftAddr(),
 			Peers:           peers,
-			Bootstrap:       bootstrap{FoundingNodes: st.Settings.Nodes, HealthChecks: devHealthChecks},
+			Bootstrap:       bootstrap{FoundingNodes: st.Settings.Nodes, HealthChecks: devHealthChecks, ReplaceAfter: cmp.Or(st.Settings.ReplaceAfter, devReplaceAfter)},
 			ElectionTimeout: devElectionTimeout,
 		}
+		if st.Settings.Autonomy {
+			c.Bootstrap.AutoScalingGroup = st.Settings.autonomous()
+			c.Provisioner = &provisioner{Kind: "process", LaunchTimeout: devLaunchTimeout, Process: processes{dir, binDir}}
+		}
+		return c
 	}
 	return nodeConfig{
 		Name: m.Name, Zone: m.Zone, DataDir: dataDir(dir, m.Name), Orchestrators: orchestrators,
@@ -86,8 +124,8 @@ func (st *state) configFor(dir string, m member) any {
 }
 
 // writeConfig writes a process's configuration file.
-func (st *state) writeConfig(dir string, m member) error {
-	b, err := yaml.Marshal(st.configFor(dir, m))
+func (st *state) writeConfig(dir, binDir string, m member) error {
+	b, err := yaml.Marshal(st.configFor(dir, binDir, m))
 	if err != nil {
 		return fmt.Errorf("encode the configuration of %s: %w", m.Name, err)
 	}

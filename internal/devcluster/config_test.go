@@ -23,7 +23,7 @@ func TestProcessesTakeTheirConfiguration(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := st.writeConfig(dir, picked[0].member); err != nil {
+		if err := st.writeConfig(dir, "/opt", picked[0].member); err != nil {
 			t.Fatal(err)
 		}
 		b, err := os.ReadFile(configPath(dir, name))

@@ -73,6 +73,13 @@ func start(t *testing.T, nodes, orchestrators int) *rig {
 // startIn starts a cluster in so many zones, its nodes with further arguments.
 func startIn(t *testing.T, nodes, orchestrators, zones int, nodeArgs ...string) *rig {
 	t.Helper()
+	// Tests start again what they kill, and replace what is dead themselves.
+	return startWith(t, devcluster.Settings{Nodes: nodes, Orchestrators: orchestrators, Zones: zones, ReplaceAfter: 10 * time.Minute}, nodeArgs...)
+}
+
+// startWith starts a cluster with settings but for its ports.
+func startWith(t *testing.T, settings devcluster.Settings, nodeArgs ...string) *rig {
+	t.Helper()
 	bin, err := binaries()
 	if err != nil {
 		t.Fatal(err)
@@ -87,9 +94,12 @@ func startIn(t *testing.T, nodes, orchestrators, zones int, nodeArgs ...string) 
 	r := &rig{t: t, rng: rand.New(rand.NewPCG(seed, 1))}
 	dir := t.TempDir()
 	for tries := 0; ; tries++ {
-		r.cluster, err = devcluster.Create(context.Background(), filepath.Join(dir, strconv.Itoa(tries)), devcluster.Settings{
-			Nodes: nodes, Orchestrators: orchestrators, Zones: zones, Port: loopback.Base(t, 10*(nodes+orchestrators)) + 10*orchestrators,
-		}, devcluster.Options{BinDir: bin, NodeArgs: nodeArgs})
+		nodes := settings.Nodes
+		if settings.Autonomy {
+			nodes += 20 // that are launched
+		}
+		settings.Port = loopback.Base(t, 10*(nodes+settings.Orchestrators)) + 10*settings.Orchestrators
+		r.cluster, err = devcluster.Create(context.Background(), filepath.Join(dir, strconv.Itoa(tries)), settings, devcluster.Options{BinDir: bin, NodeArgs: nodeArgs})
 		var busy *devcluster.PortsBusyError
 		if errors.As(err, &busy) && tries < 5 {
 			continue

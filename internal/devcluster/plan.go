@@ -6,6 +6,7 @@ import (
 	"net"
 	"slices"
 	"strconv"
+	"time"
 
 	"github.com/kvasirdb/kvasir/internal/topology"
 )
@@ -36,6 +37,10 @@ type Settings struct {
 	Zones int `json:"zones"`
 	// Port is the first port of node 1; the others follow from it.
 	Port int `json:"port"`
+	// Autonomy: the orchestrators launch and end nodes by themselves, and give them slots.
+	Autonomy bool `json:"autonomy,omitempty"`
+	// ReplaceAfter is how long a node is dead before others take its place. Default 20 s.
+	ReplaceAfter time.Duration `json:"replace_after,omitempty"`
 }
 
 // DefaultZones returns the number of zones for a number of nodes.

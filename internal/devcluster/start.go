@@ -56,11 +56,15 @@ func (c *Cluster) Start(ctx context.Context, names ...string) (started []string,
 	if err := checkPorts(members); err != nil {
 		return nil, err
 	}
+	binDir, err := filepath.Abs(c.opts.BinDir)
+	if err != nil {
+		return nil, err
+	}
 	for _, p := range toStart {
 		if err := ctx.Err(); err != nil {
 			return started, err
 		}
-		if err := st.writeConfig(c.dir, p.member); err != nil {
+		if err := st.writeConfig(c.dir, binDir, p.member); err != nil {
 			return started, err
 		}
 		if err := c.spawn(p); err != nil {

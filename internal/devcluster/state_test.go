@@ -143,6 +143,7 @@ bootstrap:
         timeout: 500ms
         healthy_threshold: 2
         unhealthy_threshold: 3
+    replace_after: 20s
 election_timeout: 500ms
 `,
 	} {
@@ -150,7 +151,7 @@ election_timeout: 500ms
 		if err != nil {
 			t.Fatal(err)
 		}
-		got, err := yaml.Marshal(st.configFor("/d", picked[0].member))
+		got, err := yaml.Marshal(st.configFor("/d", "/opt", picked[0].member))
 		if err != nil {
 			t.Fatal(err)
 		}
