@@ -217,22 +217,22 @@ func TestBootstrapSettings(t *testing.T) {
 
 func TestValidate(t *testing.T) {
 	for key, harm := range map[string]func(*Config){
-		"name":                        func(c *Config) { c.Name = "" },
-		"is not one of the peers":     func(c *Config) { c.Name = "orch9" },
-		"data_dir":                    func(c *Config) { c.DataDir = "" },
-		"listen":                      func(c *Config) { c.Listen = "7390" },
-		"raft_listen":                 func(c *Config) { c.RaftListen = "x:0" },
-		"peers: there are 2":          func(c *Config) { c.Peers = c.Peers[:2] },
-		"appears twice":               func(c *Config) { c.Peers[1].Name = "orch1" },
-		"peers[2].raft_address":       func(c *Config) { c.Peers[2].RaftAddress = "0.0.0.0:1" },
-		"bootstrap.founding_nodes":    func(c *Config) { c.Bootstrap.FoundingNodes = 0 },
-		"bootstrap.vnodes":            func(c *Config) { c.Bootstrap.Vnodes = 100 },
-		"health_checks.interval":      func(c *Config) { c.Bootstrap.HealthChecks.Interval = 0 },
-		"health_checks.timeout":       func(c *Config) { c.Bootstrap.HealthChecks.Timeout = time.Hour },
-		"health_checks.healthy_thres": func(c *Config) { c.Bootstrap.HealthChecks.HealthyThreshold = 0 },
-		"write a max_capacity of 3":   func(c *Config) { c.Bootstrap.AutoScalingGroup.MinCapacity = 3 },
-		"write a max_capacity of 12 or less":            func(c *Config) { c.Bootstrap.AutoScalingGroup = group(3, 13) },
-		"with N=3":                    func(c *Config) { c.Bootstrap.AutoScalingGroup = group(2, 4) },
+		"name":                               func(c *Config) { c.Name = "" },
+		"is not one of the peers":            func(c *Config) { c.Name = "orch9" },
+		"data_dir":                           func(c *Config) { c.DataDir = "" },
+		"listen":                             func(c *Config) { c.Listen = "7390" },
+		"raft_listen":                        func(c *Config) { c.RaftListen = "x:0" },
+		"peers: there are 2":                 func(c *Config) { c.Peers = c.Peers[:2] },
+		"appears twice":                      func(c *Config) { c.Peers[1].Name = "orch1" },
+		"peers[2].raft_address":              func(c *Config) { c.Peers[2].RaftAddress = "0.0.0.0:1" },
+		"bootstrap.founding_nodes":           func(c *Config) { c.Bootstrap.FoundingNodes = 0 },
+		"bootstrap.vnodes":                   func(c *Config) { c.Bootstrap.Vnodes = 100 },
+		"health_checks.interval":             func(c *Config) { c.Bootstrap.HealthChecks.Interval = 0 },
+		"health_checks.timeout":              func(c *Config) { c.Bootstrap.HealthChecks.Timeout = time.Hour },
+		"health_checks.healthy_thres":        func(c *Config) { c.Bootstrap.HealthChecks.HealthyThreshold = 0 },
+		"write a max_capacity of 3":          func(c *Config) { c.Bootstrap.AutoScalingGroup.MinCapacity = 3 },
+		"write a max_capacity of 12 or less": func(c *Config) { c.Bootstrap.AutoScalingGroup = group(3, 13) },
+		"with N=3":                           func(c *Config) { c.Bootstrap.AutoScalingGroup = group(2, 4) },
 		"target_cpu_utilization": func(c *Config) {
 			c.Bootstrap.AutoScalingGroup = group(3, 4)
 			c.Bootstrap.AutoScalingGroup.TargetCPU = "120%"
