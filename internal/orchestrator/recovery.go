@@ -21,7 +21,7 @@ const kindRecover = "recover"
 // data is left alone until all its vnodes are whole without it.
 func recoverNodes(s *topology.State, v view) *topologyv1.Command {
 	t := s.Topology
-	if s.Active() != nil || frozen(t, v) != "" {
+	if s.Active() != nil || !v.knows(t) || frozen(t, v) != "" {
 		return nil
 	}
 	dead := deadNodes(t, v)
@@ -197,7 +197,7 @@ const kindJoin = "join"
 // or are about to be.
 func joinSpares(s *topology.State, v view) *topologyv1.Command {
 	t := s.Topology
-	if !t.Settings.JoinsAuto() || s.Active() != nil || frozen(t, v) != "" || len(deadNodes(t, v)) > 0 {
+	if !t.Settings.JoinsAuto() || s.Active() != nil || !v.knows(t) || frozen(t, v) != "" || len(deadNodes(t, v)) > 0 {
 		return nil
 	}
 	if slices.ContainsFunc(s.Provisions, func(p topology.Provision) bool {

@@ -188,7 +188,10 @@ func TestNothingIsReplacedWhileManyAreSuspect(t *testing.T) {
 func TestANewLeaderKeepsConditions(t *testing.T) {
 	s, cfg := ringOf(t, 5)
 	s, _ = play(t, s, cfg, lose(2, 3))
-	s, _ = play(t, s, cfg, func(o *observed) { o.unknown = []uint64{2, 3, 4} })
+	s, did := play(t, s, cfg, func(o *observed) { lose(2)(o); o.unknown = []uint64{3, 4} })
+	if len(did) != 0 {
+		t.Errorf("it does not know yet how many are suspect, and does %q", did)
+	}
 	if s.Condition(topology.ConditionFrozen) == "" || s.Condition(topology.ConditionRedundancy) == "" {
 		t.Errorf("conditions %+v", s.Conditions)
 	}
