@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"regexp"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -65,7 +66,15 @@ func (d *Docker) Launch(ctx context.Context, n Node) error {
 			return err
 		}
 		if c != nil {
-			return d.start(ctx, n.Name, c.ID, c.State)
+			// The engine lists a container that another call is making before it can start it.
+			err := d.start(ctx, n.Name, c.ID, c.State)
+			if !unmade(err) {
+				return err
+			}
+			if err := pause(ctx); err != nil {
+				return fmt.Errorf("launch %s: %w", n.Name, err)
+			}
+			continue
 		}
 		id, err := d.create(ctx, n)
 		if err == nil {
@@ -92,7 +101,7 @@ func (d *Docker) start(ctx context.Context, name, id string, state container.Con
 		return nil
 	}
 	if _, err := d.engine.ContainerStart(ctx, id, client.ContainerStartOptions{}); err != nil {
-		if state == container.StateCreated {
+		if state == container.StateCreated && !unmade(err) {
 			// Without force: the engine refuses if another call has started it.
 			_, _ = d.engine.ContainerRemove(ctx, id, client.ContainerRemoveOptions{})
 		}
@@ -268,6 +277,12 @@ func failed(what string, err error) error {
 		return fmt.Errorf("%s: %w: %w", what, ErrTryAgain, err)
 	}
 	return fmt.Errorf("%s: %w", what, err)
+}
+
+// unmade reports whether an error says that there is no such container. What else may be
+// missing, such as a network, has the same status.
+func unmade(err error) bool {
+	return errdefs.IsNotFound(err) && strings.Contains(err.Error(), "No such container")
 }
 
 // short returns an identifier as people see it elsewhere.
