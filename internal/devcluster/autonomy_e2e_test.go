@@ -24,7 +24,7 @@ func TestE2EAutonomy(t *testing.T) {
 	data := large{r: r, c: r.client(), keys: scale(2_000, 50_000), size: 1 << 10}
 	data.each(data.keys, data.put)
 	l := loadOn(t, data.c, 200)
-	for _, breach := range []struct {
+	breaches := []struct {
 		what string
 		do   func(name string)
 	}{
@@ -39,7 +39,8 @@ func TestE2EAutonomy(t *testing.T) {
 				t.Fatal(err)
 			}
 		}},
-	} {
+	}
+	for _, breach := range breaches[scale(1, 0):] { // a short run has the hung one only
 		names := r.named(devcluster.RoleData)
 		lost := names[r.rng.IntN(len(names))]
 		since := r.lastChange()
