@@ -40,7 +40,7 @@ const failures = "sim-failures"
 
 // TestSim runs the simulation: SEEDS seeds of MINUTES minutes of cluster time each.
 func TestSim(t *testing.T) {
-	seeds, first, minutes := number(t, envSeeds, 32), number(t, envFirst, 1), number(t, envMinutes, 4)
+	seeds, first, minutes := number(t, envSeeds, 8), number(t, envFirst, 1), number(t, envMinutes, 4)
 	if testing.Short() {
 		seeds = 2
 	}
