@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"sync"
 	"time"
 
@@ -145,14 +146,20 @@ type provisioning struct {
 	o  *Orchestrator
 	mu struct {
 		sync.Mutex
-		calls map[uint64]context.CancelFunc // under way, by provision
-		again map[uint64]time.Time          // when a failed one may be made again
+		calls map[uint64]provisionCall // under way, by provision
+		again map[uint64]time.Time     // when a failed one may be made again
 	}
+}
+
+// provisionCall is a call under way, and the name of the node that it launches, if any.
+type provisionCall struct {
+	cancel   context.CancelFunc
+	launches string
 }
 
 func newProvisioning(o *Orchestrator) *provisioning {
 	p := &provisioning{o: o}
-	p.mu.calls = map[uint64]context.CancelFunc{}
+	p.mu.calls = map[uint64]provisionCall{}
 	p.mu.again = map[uint64]time.Time{}
 	return p
 }
@@ -166,8 +173,8 @@ func (p *provisioning) run(ctx context.Context) {
 	for {
 		changed := p.o.machine.changed()
 		if p.o.leads() {
-			for _, id := range p.due() {
-				p.start(ctx, &calls, id)
+			for _, due := range p.due() {
+				p.start(ctx, &calls, due)
 			}
 		} else {
 			p.cancel()
@@ -176,53 +183,68 @@ func (p *provisioning) run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-changed:
-		case <-p.o.raft.LeaderChanges():
 		case <-tick.C:
 		}
 	}
 }
 
-// due returns the provisions that the provisioner is to be asked for now.
-func (p *provisioning) due() (ids []uint64) {
+// due returns the provisions that the provisioner is to be asked for now. A node is not
+// ended while a call that launches it is under way: the call could take effect last.
+func (p *provisioning) due() (due []topology.Provision) {
 	s := p.o.machine.state.Load()
+	if s == nil {
+		return nil // no ring was founded yet
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for i := range s.Provisions {
-		id := s.Provisions[i].ID
-		if s.Provisions[i].State == topology.Wanted && p.mu.calls[id] == nil && !time.Now().Before(p.mu.again[id]) && len(p.mu.calls)+len(ids) < maxProvisionCalls {
-			ids = append(ids, id)
+	launching := map[string]bool{}
+	for _, c := range p.mu.calls {
+		launching[c.launches] = true
+	}
+	maps.DeleteFunc(p.mu.again, func(id uint64, _ time.Time) bool {
+		now := s.Provision(id)
+		return now == nil || now.State != topology.Wanted
+	})
+	for _, now := range s.Provisions {
+		_, called := p.mu.calls[now.ID]
+		if now.State == topology.Wanted && !called && !time.Now().Before(p.mu.again[now.ID]) &&
+			!(now.Kind == topology.End && launching[now.Node]) && len(p.mu.calls)+len(due) < maxProvisionCalls {
+			due = append(due, now)
 		}
 	}
-	return ids
+	return due
 }
 
 // cancel ends the calls under way: another orchestrator leads.
 func (p *provisioning) cancel() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for _, cancel := range p.mu.calls {
-		cancel()
+	for _, c := range p.mu.calls {
+		c.cancel()
 	}
 	clear(p.mu.again)
 }
 
-func (p *provisioning) start(ctx context.Context, calls *sync.WaitGroup, id uint64) {
+func (p *provisioning) start(ctx context.Context, calls *sync.WaitGroup, was topology.Provision) {
 	ctx, cancel := context.WithCancel(ctx)
+	under := provisionCall{cancel: cancel}
+	if was.Kind == topology.Launch {
+		under.launches = was.Node
+	}
 	p.mu.Lock()
-	p.mu.calls[id] = cancel
+	p.mu.calls[was.ID] = under
 	p.mu.Unlock()
 	calls.Go(func() {
 		defer cancel()
-		p.call(ctx, id)
+		p.call(ctx, was)
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		delete(p.mu.calls, id)
+		delete(p.mu.calls, was.ID)
 	})
 }
 
 // call makes one call and notes what came of it.
-func (p *provisioning) call(ctx context.Context, id uint64) {
-	was := *p.o.machine.state.Load().Provision(id)
+func (p *provisioning) call(ctx context.Context, was topology.Provision) {
 	node := provision.Node{Name: was.Node, Zone: was.Zone, Incarnation: was.Incarnation}
 	call, done := p.o.cfg.Provisioner.Launch, topology.Launched
 	if was.Kind == topology.End {
@@ -235,7 +257,7 @@ func (p *provisioning) call(ctx context.Context, id uint64) {
 		return // whoever leads next calls again
 	}
 	if err == nil {
-		p.note(ctx, id, func(now *topology.Provision) (topology.ProvisionState, string) {
+		p.note(ctx, was.ID, func(now *topology.Provision) (topology.ProvisionState, string) {
 			now.Problem = ""
 			if now.Kind == topology.End {
 				return done, fmt.Sprintf("%s has ended", now.Node)
@@ -246,9 +268,9 @@ func (p *provisioning) call(ctx context.Context, id uint64) {
 	}
 	wait := min(firstProvisionWait<<min(was.Failures, 10), lastProvisionWait)
 	p.mu.Lock()
-	p.mu.again[id] = time.Now().Add(wait)
+	p.mu.again[was.ID] = time.Now().Add(wait)
 	p.mu.Unlock()
-	p.note(ctx, id, func(now *topology.Provision) (topology.ProvisionState, string) {
+	p.note(ctx, was.ID, func(now *topology.Provision) (topology.ProvisionState, string) {
 		now.Failures++
 		now.Problem = err.Error()
 		return topology.Wanted, fmt.Sprintf("the provisioner failed to %s %s, and is asked again in %s: %v", now.Kind, now.Node, wait, err)
