@@ -179,32 +179,42 @@ func (h *probes) state(incarnation uint64) topologyv1.NodeHealth_State {
 	return h.of(incarnation).verdict.state
 }
 
-// status returns what a node last said of itself, or nil.
-func (h *probes) status(incarnation uint64) *adminv1.NodeStatus { return h.of(incarnation).status }
-
 // healthy reports whether a node passed its last probes.
 func (h *probes) healthy(incarnation uint64) bool {
 	return h.state(incarnation) == topologyv1.NodeHealth_STATE_HEALTHY
 }
 
-// view returns what is known of the nodes now.
+// all returns every node as it was last seen.
+func (h *probes) all() map[uint64]observation {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	all := make(map[uint64]observation, len(h.mu.nodes))
+	for incarnation, obs := range h.mu.nodes {
+		all[incarnation] = *obs
+	}
+	return all
+}
+
+// view returns what is known of the nodes now. It does not change under those who decide.
 func (h *probes) view() view {
 	var stale time.Duration
 	if t := h.o.machine.topology(); t != nil {
 		c := t.Settings.HealthChecks
 		stale = 2*c.Interval + c.Timeout
 	}
+	all := h.all()
 	return view{
-		state: h.state, status: h.status,
-		reason: func(incarnation uint64) string { return h.of(incarnation).verdict.reason() },
+		state:  func(incarnation uint64) topologyv1.NodeHealth_State { return all[incarnation].verdict.state },
+		status: func(incarnation uint64) *adminv1.NodeStatus { return all[incarnation].status },
+		reason: func(incarnation uint64) string { return all[incarnation].verdict.reason() },
 		down: func(incarnation uint64) time.Duration {
-			if obs := h.of(incarnation); obs.verdict.state == topologyv1.NodeHealth_STATE_UNHEALTHY {
+			if obs := all[incarnation]; obs.verdict.state == topologyv1.NodeHealth_STATE_UNHEALTHY {
 				return time.Since(obs.changed)
 			}
 			return 0
 		},
 		fresh: func(incarnation uint64) bool {
-			obs := h.of(incarnation)
+			obs := all[incarnation]
 			return obs.status != nil && time.Since(obs.at) <= stale
 		},
 		held:       func() holdings { return nil },

@@ -131,21 +131,9 @@ func frozen(t *topology.Topology, v view) string {
 
 // degraded returns how few live replicas a vnode has, or "" where each has all.
 func degraded(t *topology.Topology, v view) string {
-	if worst := slices.Min(liveReplicas(t, v)); worst < t.Width() {
-		return fmt.Sprintf("there are vnodes with %d of %d replicas alive", worst, t.Width())
+	n := t.LargestN()
+	if worst := slices.Min(t.LiveReplicas(n, v.healthy)); worst < n {
+		return fmt.Sprintf("there are vnodes with %d of %d replicas alive", worst, n)
 	}
 	return ""
-}
-
-// liveReplicas returns how many slots of each vnode can be read.
-func liveReplicas(t *topology.Topology, v view) []int {
-	live := make([]int, len(t.Ring))
-	for i := range live {
-		for _, s := range t.Slots(uint32(i), t.Width()) {
-			if s.Read != 0 && v.healthy(s.Read) {
-				live[i]++
-			}
-		}
-	}
-	return live
 }

@@ -163,7 +163,7 @@ func survivors(t *topology.Topology, v view) (out []placement.Node) {
 // slot then leave.
 func startRecovery(s *topology.State, dead []*topology.Node, title string, next placement.Assignment, v view) *topologyv1.Command {
 	t := s.Topology
-	live := liveReplicas(t, v)
+	live := t.LiveReplicas(t.LargestN(), v.healthy)
 	op := topology.Operation{Kind: kindRecover, Title: title, Moves: placement.Moves(placement.Of(t), next)}
 	slices.SortStableFunc(op.Moves, func(a, b topology.Move) int { return cmp.Compare(live[a.Vnode], live[b.Vnode]) })
 	for _, d := range dead {

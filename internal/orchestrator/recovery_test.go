@@ -103,7 +103,7 @@ func TestTheMostEndangeredFirst(t *testing.T) {
 	o.lost = dead
 	cmd := recoverNodes(s, o.view())
 	op := cmd.GetMutations()[0].GetStartOperation().GetOperation()
-	live := liveReplicas(s.Topology, o.view())
+	live := s.Topology.LiveReplicas(3, o.view().healthy)
 	before, worst := 0, 0
 	for _, m := range op.GetMoves() {
 		if live[m.GetVnode()] < before {

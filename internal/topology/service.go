@@ -31,16 +31,30 @@ func (t *Topology) Service(ns *Namespace, up func(node uint64) bool) Service {
 // Degraded counts the vnodes of which fewer replicas are up than the largest N. One
 // that is being filled is none yet.
 func (t *Topology) Degraded(up func(node uint64) bool) int {
-	n, degraded := 0, 0
-	for i := range t.Namespaces {
-		n = max(n, t.Namespaces[i].N)
-	}
-	for v := range t.Ring {
-		if reading(t.Slots(uint32(v), n), up) < n {
+	degraded := 0
+	for _, live := range t.LiveReplicas(t.LargestN(), up) {
+		if live < t.LargestN() {
 			degraded++
 		}
 	}
 	return degraded
+}
+
+// LargestN returns the greatest N of a namespace.
+func (t *Topology) LargestN() (n int) {
+	for i := range t.Namespaces {
+		n = max(n, t.Namespaces[i].N)
+	}
+	return n
+}
+
+// LiveReplicas returns how many of the first n slots of each vnode could answer a read.
+func (t *Topology) LiveReplicas(n int, up func(node uint64) bool) []int {
+	live := make([]int, len(t.Ring))
+	for v := range live {
+		live[v] = reading(t.Slots(uint32(v), n), up)
+	}
+	return live
 }
 
 // reading counts the slots that could answer a read.
