@@ -108,31 +108,6 @@ func (r Rules) String() string {
 	return fmt.Sprintf("%d to %d nodes at %s; cooldowns %s up, %s down", r.MinCapacity, r.MaxCapacity, strings.Join(targets, ", "), span(r.ScaleUpCooldown), span(r.ScaleDownCooldown))
 }
 
-// ParsePercent reads a target that is a part of something: "70%" or "0.7", from 1% to 95%.
-// Nothing, "0" and "off" give 0, a target that is not used; "0%" is refused, as it asks for
-// something that cannot be.
-func ParsePercent(s string) (float64, error) {
-	switch s {
-	case "", "0", "off":
-		return 0, nil
-	}
-	digits, isPercent := strings.CutSuffix(s, "%")
-	part, err := strconv.ParseFloat(digits, 64)
-	if err != nil || strings.Trim(digits, "0123456789.") != "" {
-		return 0, fmt.Errorf("bad percent %q: write it as 70%%, or as 0.7", s)
-	}
-	if !isPercent && part > 1 {
-		return 0, fmt.Errorf("bad percent %q: write %s%%, or a part of 1 as 0.7", s, digits)
-	}
-	if isPercent {
-		part /= 100
-	}
-	if err := checkTarget(part); err != nil {
-		return 0, fmt.Errorf("a target of %s: %w", s, err)
-	}
-	return part, nil
-}
-
 // checkTarget returns what to write instead of a part that is no target.
 func checkTarget(part float64) error {
 	switch {

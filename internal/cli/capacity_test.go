@@ -64,12 +64,21 @@ func TestCapacitySimulate(t *testing.T) {
 	// Rules of 10 to 1,000 nodes, on a ring that has room for them.
 	run("--curve day --min 10 --max 1000 --vnodes 2048 --load-per-node 1 --peak 500").want(t, 0, "10 to 1000 nodes at cpu 70%; cooldowns 300 s up, 300 s down")
 	run("--min 10 --max 1000").want(t, 2, "a cluster with 2048 vnodes")
+	// Rules as they are set, with what the flags say instead.
+	write("auto_scaling_group:\n  min_capacity: 10\n  max_capacity: 1000\n  target_cpu_utilization: 70%\n  scale_up_cooldown: 300s\n  scale_down_cooldown: 300s\n")
+	run("-f "+file+" --vnodes 2048").want(t, 0, "rules: 10 to 1000 nodes at cpu 70%; cooldowns 300 s up, 300 s down")
+	run("-f "+file+" --max 20 --target-cpu 50%").want(t, 0, "rules: 10 to 20 nodes at cpu 50%")
+	run("-f "+file).want(t, 2, "a cluster with 2048 vnodes")
+	write("auto_scaling_group: none\n")
+	run("-f "+file).want(t, 2, "there are no rules in it")
+	write("auto_scaling_group: {max_capcity: 5}\n")
+	run("-f "+file).want(t, 2, "did you mean auto_scaling_group.max_capacity")
 	write("seconds,load\n0,1\n10,much\n")
 	run("--curve "+file).want(t, 2, "line 3")
 	for args, want := range map[string]string{
 		"--curve nope":           "want a CSV file, or one of day, week",
 		"--min 5 --max 4":        "above max_capacity",
-		"--target-cpu 0%":        "write 1% to 95%",
+		"--target-cpu 0%":        "cannot be aimed at: write more, or off",
 		"--target-cpu 120%":      "write 95% at most",
 		"--scale-up-cooldown 0s": "write 1s or more",
 		"--min 2":                "N=3",
@@ -77,6 +86,7 @@ func TestCapacitySimulate(t *testing.T) {
 		"--replicas 0":           "want 1 or more",
 		"--target-cpu off":       "no target is set",
 		"--skew 0.5":             "skew",
+		"-f nope.yaml":           "no such file",
 	} {
 		run(args).want(t, 2, want)
 	}

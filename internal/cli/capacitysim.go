@@ -3,6 +3,7 @@ package cli
 import (
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -11,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/kvasirdb/kvasir/internal/capacity"
+	"github.com/kvasirdb/kvasir/internal/topology"
 )
 
 // simulateFlags are what rules are tried on.
@@ -18,9 +20,7 @@ type simulateFlags struct {
 	curve      string
 	perNode    float64
 	peak       float64
-	min, max   int
-	cpu        string
-	up, down   time.Duration
+	file       string
 	nodes      int
 	launch     time.Duration
 	move       time.Duration
@@ -28,10 +28,19 @@ type simulateFlags struct {
 	hotSpot    float64
 	disk, data float64
 	growth     float64
-	diskTarget string
 	vnodes     uint32
 	n          int
 	width      int
+}
+
+// ruleFlags are the flags that set a rule.
+var ruleFlags = []struct{ flag, rule string }{
+	{"min", "min_capacity"},
+	{"max", "max_capacity"},
+	{"target-cpu", "target_cpu_utilization"},
+	{"target-disk", "target_disk_utilization"},
+	{"scale-up-cooldown", "scale_up_cooldown"},
+	{"scale-down-cooldown", "scale_down_cooldown"},
 }
 
 func (a *App) capacitySimulate() *cobra.Command {
@@ -44,26 +53,33 @@ over time, with each decision and its reason. Nothing is changed, and no cluster
 
 The curve is a CSV file of seconds and load (any unit), or one of
 ` + strings.Join(capacity.Names(), ", ") + `, which are scaled so that the most load is --peak.
-The rules are the flags'; those that are not given are the defaults.
+The rules are those of a file as kvctl config set -f takes it, with what the flags say instead;
+those that are not given are the defaults.
 
 The model is simple: load is spread over the nodes that serve, one of them has --skew times the
 mean, and a node takes --launch-time to register and --move-time to join or leave.`,
 		Example: `  kvctl capacity simulate --curve day --load-per-node 10000 --peak 80000
   kvctl capacity simulate --curve load.csv --load-per-node 10000 --min 3 --max 24
+  kvctl capacity simulate -f rules.yaml --curve spike --load-per-node 10000
   kvctl capacity simulate --curve week --min 10 --max 1000 --load-per-node 1 --peak 800`,
-		RunE: func(*cobra.Command, []string) error { return a.simulateCapacity(f) },
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			rules, err := a.simulatedRules(cmd, f)
+			if err != nil {
+				return err
+			}
+			return a.simulateCapacity(rules, f)
+		},
 	}
-	d, o := capacity.Default(), capacity.DefaultOptions(1)
+	o := capacity.DefaultOptions(1)
 	l := cmd.Flags()
 	l.StringVar(&f.curve, "curve", "day", "CSV file of seconds and load, or "+strings.Join(capacity.Names(), ", "))
 	l.Float64Var(&f.perNode, "load-per-node", 10000, "load that takes all CPU of a node, in the curve's unit")
 	l.Float64Var(&f.peak, "peak", 0, "the most load of the curve, which is scaled to it (default: a file as it is, others 5 times --load-per-node)")
-	l.IntVar(&f.min, "min", d.MinCapacity, "min_capacity")
-	l.IntVar(&f.max, "max", d.MaxCapacity, "max_capacity")
-	l.StringVar(&f.cpu, "target-cpu", "70%", "target_cpu_utilization")
-	l.StringVar(&f.diskTarget, "target-disk", "off", "target_disk_utilization")
-	l.DurationVar(&f.up, "scale-up-cooldown", d.ScaleUpCooldown, "scale_up_cooldown")
-	l.DurationVar(&f.down, "scale-down-cooldown", d.ScaleDownCooldown, "scale_down_cooldown")
+	l.StringVarP(&f.file, "file", "f", "", "YAML file with an auto_scaling_group, - for stdin")
+	defaults := topology.Settings{AutoScalingGroup: topology.DefaultGroup()}.Values()
+	for _, r := range ruleFlags {
+		l.String(r.flag, defaults[groupSetting(r.rule)], r.rule)
+	}
 	l.IntVar(&f.nodes, "nodes", 0, "nodes at the start (default: as many as the load asks for)")
 	l.DurationVar(&f.launch, "launch-time", o.LaunchTime, "until a launched node registers")
 	l.DurationVar(&f.move, "move-time", o.MoveTime, "until it has joined the ring, or has left it")
@@ -114,11 +130,7 @@ type simulatedStepDoc struct {
 	CPU   float64 `json:"cpu_utilization"`
 }
 
-func (a *App) simulateCapacity(f simulateFlags) error {
-	rules, err := f.rules()
-	if err != nil {
-		return usageError{err}
-	}
+func (a *App) simulateCapacity(rules capacity.Rules, f simulateFlags) error {
 	curve, err := f.load()
 	if err != nil {
 		return err
@@ -133,23 +145,38 @@ func (a *App) simulateCapacity(f simulateFlags) error {
 	return a.print(newSimulationDoc(run), func(w io.Writer) { fmt.Fprint(w, run.Draw(f.width)) })
 }
 
-// rules returns what the flags ask for, checked as the cluster would.
-func (f *simulateFlags) rules() (capacity.Rules, error) {
-	cpu, err := capacity.ParsePercent(f.cpu)
-	if err != nil {
-		return capacity.Rules{}, fmt.Errorf("--target-cpu: %w", err)
-	}
-	disk, err := capacity.ParsePercent(f.diskTarget)
-	if err != nil {
-		return capacity.Rules{}, fmt.Errorf("--target-disk: %w", err)
-	}
-	r := capacity.Rules{
-		MinCapacity: f.min, MaxCapacity: f.max, TargetCPU: cpu, TargetDisk: disk, ScaleUpCooldown: f.up, ScaleDownCooldown: f.down,
-	}
+func groupSetting(rule string) string { return topology.SettingGroup + "." + rule }
+
+// simulatedRules returns what the file and the flags ask for, checked as the cluster would.
+func (a *App) simulatedRules(cmd *cobra.Command, f simulateFlags) (capacity.Rules, error) {
 	if f.vnodes < 1 || f.n < 1 {
-		return r, fmt.Errorf("--vnodes %d, --replicas %d: want 1 or more", f.vnodes, f.n)
+		return capacity.Rules{}, usagef("--vnodes %d, --replicas %d: want 1 or more", f.vnodes, f.n)
 	}
-	return r, r.ValidateFor(f.vnodes, f.n)
+	values := map[string]string{groupSetting("min_capacity"): fmt.Sprint(topology.DefaultGroup().MinCapacity)}
+	if f.file != "" {
+		file, err := a.readSettings(f.file)
+		if err != nil {
+			return capacity.Rules{}, err
+		}
+		if file[topology.SettingGroup] == topology.NoGroup {
+			return capacity.Rules{}, usagef("%s: there are no rules in it, as %s is %s", f.file, topology.SettingGroup, topology.NoGroup)
+		}
+		maps.Copy(values, file)
+	}
+	for _, r := range ruleFlags {
+		if flag := cmd.Flags().Lookup(r.flag); flag.Changed {
+			values[groupSetting(r.rule)] = flag.Value.String()
+		}
+	}
+	settings, err := topology.DefaultSettings().With(values)
+	if err != nil {
+		return capacity.Rules{}, usageError{err}
+	}
+	rules := capacity.Rules(settings.AutoScalingGroup)
+	if err := rules.ValidateFor(f.vnodes, f.n); err != nil {
+		return rules, usageError{err}
+	}
+	return rules, nil
 }
 
 // load returns the curve that is asked for.
