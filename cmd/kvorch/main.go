@@ -85,3 +85,13 @@ func (p *processes) Launch(ctx context.Context, n provision.Node) error {
 func (p *processes) End(ctx context.Context, n provision.Node) error {
 	return p.Provisioner.End(ctx, n.Name)
 }
+
+// List implements orchestrator.Provisioner.
+func (p *processes) List(context.Context) ([]provision.Instance, error) {
+	all, err := p.Provisioner.List()
+	var out []provision.Instance
+	for _, s := range all {
+		out = append(out, provision.Instance{Name: s.Name, ID: fmt.Sprint(s.PID), Running: s.State == devcluster.Running || s.State == devcluster.Paused})
+	}
+	return out, err
+}

@@ -105,6 +105,12 @@ func (p *Provisioner) End(ctx context.Context, name string) error {
 	return st.save(c.dir)
 }
 
+// List returns the data nodes that there are.
+func (p *Provisioner) List() ([]Status, error) {
+	all, err := p.cluster.Status()
+	return slices.DeleteFunc(all, func(s Status) bool { return s.Role != RoleData }), err
+}
+
 func removeIfThere(path string) error {
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err

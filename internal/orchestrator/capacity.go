@@ -67,7 +67,7 @@ func (c *scaling) carryOut(s *topology.State, v view) *topologyv1.Command {
 	case d.Action == capacity.Up:
 		return launchAll(s, d)
 	case d.Action == capacity.Down:
-		if cmd := shrink(s, d); cmd != nil {
+		if cmd := shrink(s, d, v); cmd != nil {
 			return cmd
 		}
 	}
@@ -118,7 +118,7 @@ func noteScaling(up bool) *topologyv1.Mutation {
 
 // shrink returns the command that begins to drain the nodes that a decision takes out, or
 // nil where the others cannot take over.
-func shrink(s *topology.State, d *capacity.Decision) *topologyv1.Command {
+func shrink(s *topology.State, d *capacity.Decision, v view) *topologyv1.Command {
 	t := s.Topology
 	var stay []placement.Node
 	for _, n := range t.Members() {
@@ -126,8 +126,14 @@ func shrink(s *topology.State, d *capacity.Decision) *topologyv1.Command {
 			stay = append(stay, placement.Node{ID: n.Incarnation, Zone: n.Zone})
 		}
 	}
-	current := placement.Of(t)
-	next, err := placement.Even(current, stay, placement.Uses(t))
+	held := holdings(nil)
+	if t.Settings.Placement == topology.PlaceWeighted {
+		if held = v.held(); held == nil {
+			d.Waits = append(d.Waits, "nodes are being asked what their vnodes hold")
+			return nil
+		}
+	}
+	next, err := place(t, stay, held)
 	if err != nil {
 		d.Waits = append(d.Waits, err.Error())
 		return nil
@@ -136,7 +142,7 @@ func shrink(s *topology.State, d *capacity.Decision) *topologyv1.Command {
 	for _, inc := range d.Leave {
 		names = append(names, t.NodeName(inc))
 	}
-	op := topology.Operation{Kind: kindShrink, Remove: d.Leave, Moves: placement.Moves(current, next),
+	op := topology.Operation{Kind: kindShrink, Remove: d.Leave, Moves: placement.Moves(placement.Of(t), next),
 		Title: strings.Join(names, ", ") + " leave, as fewer nodes are enough"}
 	cmd := startOperation(s, op, "capacity", eventName(names), fmt.Sprintf("%s: %s (%d moves)", d.Why, op.Title, len(op.Moves)))
 	cmd.Mutations = append(cmd.Mutations, noteScaling(false))

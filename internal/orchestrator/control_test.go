@@ -72,20 +72,28 @@ func TestConsensusErrors(t *testing.T) {
 	}
 }
 
-// What was known in an earlier term does not count: leadership may have been lost
-// and won again.
-func TestLeadsInOneTerm(t *testing.T) {
+// leadingAlone returns an orchestrator that leads itself.
+func leadingAlone(t *testing.T) *Orchestrator {
+	t.Helper()
 	streams, err := consensus.NewTCPStreamLayer("127.0.0.1:0", "", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	servers := []consensus.Server{{Name: "a", Address: streams.Addr().String()}}
-	o := &Orchestrator{}
+	o := &Orchestrator{machine: newMachine()}
 	if o.raft, err = consensus.Open(consensus.Config{Name: "a", Servers: servers, FS: vfs.NewMem(), Dir: "raft", Streams: streams}, newMachine()); err != nil {
 		t.Fatal(err)
 	}
-	defer o.raft.Close()
+	t.Cleanup(func() { o.raft.Close() })
 	<-o.raft.LeaderChanges()
+	o.leading.Store(o.raft.Status().Term)
+	return o
+}
+
+// What was known in an earlier term does not count: leadership may have been lost
+// and won again.
+func TestLeadsInOneTerm(t *testing.T) {
+	o := leadingAlone(t)
 	term := o.raft.Status().Term
 	for known, want := range map[uint64]bool{0: false, term - 1: false, term: true} {
 		if o.leading.Store(known); o.leads() != want {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -17,6 +18,7 @@ import (
 type Provisioner interface {
 	Launch(ctx context.Context, n provision.Node) error
 	End(ctx context.Context, n provision.Node) error
+	List(ctx context.Context) ([]provision.Instance, error)
 }
 
 // launchFor asks the provisioner for a node in a dead one's place, or says that one is
@@ -137,6 +139,8 @@ const (
 	maxProvisionCalls  = 4
 	firstProvisionWait = time.Second
 	lastProvisionWait  = time.Minute
+	// strayInterval is how often it is looked for nodes that were given up and are there.
+	strayInterval = time.Minute
 )
 
 // provisioning asks the provisioner for what was agreed on, on the leader. A call that
@@ -168,6 +172,7 @@ func newProvisioning(o *Orchestrator) *provisioning {
 func (p *provisioning) run(ctx context.Context) {
 	var calls sync.WaitGroup
 	defer calls.Wait()
+	calls.Go(func() { p.watchStrays(ctx) })
 	tick := time.NewTicker(leadInterval)
 	defer tick.Stop()
 	for {
@@ -241,6 +246,64 @@ func (p *provisioning) start(ctx context.Context, calls *sync.WaitGroup, was top
 		defer p.mu.Unlock()
 		delete(p.mu.calls, was.ID)
 	})
+}
+
+// watchStrays looks for strays until ctx ends.
+func (p *provisioning) watchStrays(ctx context.Context) {
+	var seen []uint64
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(strayInterval):
+		}
+		if p.o.leads() {
+			seen = p.endStrays(ctx, seen)
+		} else {
+			seen = nil
+		}
+	}
+}
+
+// endStrays ends again what was given up and ended, and is there at two looks in a row: its
+// launch took effect after all. It returns what is there now.
+func (p *provisioning) endStrays(ctx context.Context, before []uint64) (now []uint64) {
+	ctx, cancel := context.WithTimeout(ctx, p.o.cfg.Provision.Timeout)
+	defer cancel()
+	all, err := p.o.cfg.Provisioner.List(ctx)
+	if err != nil {
+		if ctx.Err() == nil {
+			p.o.cfg.Logger.Warn("the provisioner cannot list nodes", "err", err)
+		}
+		return nil
+	}
+	for _, stray := range strays(p.o.machine.state.Load(), all) {
+		now = append(now, stray.ID)
+		if slices.Contains(before, stray.ID) && p.o.leads() {
+			err := p.o.cfg.Provisioner.End(ctx, provision.Node{Name: stray.Node, Zone: stray.Zone})
+			p.o.cfg.Logger.Warn("a node that was given up was launched after all: it is ended again", "node", stray.Node, "err", err)
+		}
+	}
+	return now
+}
+
+// strays returns the launches that were given up, and ended, of nodes that are there.
+func strays(s *topology.State, all []provision.Instance) (launches []topology.Provision) {
+	if s == nil {
+		return nil
+	}
+	ended := func(name string) bool {
+		return slices.ContainsFunc(s.Provisions, func(p topology.Provision) bool {
+			return p.Kind == topology.End && p.State == topology.Provided && p.Node == name
+		})
+	}
+	for _, p := range s.Provisions {
+		if p.Kind == topology.Launch && p.State == topology.Failed && ended(p.Node) && s.Topology.Resolve(p.Node) == nil &&
+			slices.ContainsFunc(all, func(i provision.Instance) bool { return i.Name == p.Node }) {
+			launches = append(launches, p)
+		}
+	}
+	return launches
 }
 
 // call makes one call and notes what came of it.
