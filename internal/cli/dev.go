@@ -64,6 +64,7 @@ The subcommands find the cluster by --data, else take the last one that was star
 	l.IntVar(&f.Zones, "zones", 0, "number of zones that the nodes are spread over, z1 and on (default: 3, or the number of nodes if that is less)")
 	l.IntVar(&f.Port, "port", 7400, "first port of node1; the others follow from it")
 	l.BoolVar(&f.Autonomy, "autonomy", false, "let the orchestrators replace dead nodes and scale the cluster: they launch and end kvnode processes by themselves")
+	l.Float64Var(&f.CPULimit, "cpu-limit", 0, "cores that each node is taken to have, for its CPU utilisation (default: all; with --autonomy, its part of them when there are as many nodes as may be)")
 	l.BoolVar(&f.detach, "detach", false, "return when the cluster is ready, and leave it running")
 	cmd.AddCommand(a.devProcessCommands(&f.data)...)
 	return cmd
@@ -131,6 +132,9 @@ func (a *App) openOrCreateDev(ctx context.Context, cmd *cobra.Command, f devFlag
 		}
 		if have := cluster.Settings().Autonomy; cmd.Flags().Changed("autonomy") && f.Autonomy != have {
 			return nil, usagef("--autonomy=%t: the cluster in %s was created with --autonomy=%t, and stays so; use another directory, with --data", f.Autonomy, dir, have)
+		}
+		if have := cluster.Settings().CPULimit; cmd.Flags().Changed("cpu-limit") && f.CPULimit != have {
+			return nil, usagef("--cpu-limit %v: the cluster in %s was created with %v, and stays so; use another directory, with --data", f.CPULimit, dir, have)
 		}
 		return cluster, devContradictions(cluster, asked)
 	}

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"path/filepath"
+	"runtime"
 	"time"
 
 	"go.yaml.in/yaml/v3"
@@ -21,6 +22,7 @@ type nodeConfig struct {
 	Listen        string   `yaml:"listen"`
 	AdminListen   string   `yaml:"admin_listen"`
 	GossipListen  string   `yaml:"gossip_listen"`
+	CPULimit      float64  `yaml:"cpu_limit"`
 }
 
 type orchestratorConfig struct {
@@ -93,6 +95,16 @@ func (s Settings) autonomous() *autoScalingGroup {
 	return &autoScalingGroup{MinCapacity: s.Nodes, MaxCapacity: 4 * s.Nodes, TargetCPU: "70%", ScaleUpCooldown: 15 * time.Second, ScaleDownCooldown: 15 * time.Second}
 }
 
+// allowance returns how many cores each node is taken to have, 0 for all. Nodes that share
+// a machine never all use what it has: without a limit of their own none would ever seem
+// busy, so each is taken to have the part that is left to it when there are as many as may be.
+func (s Settings) allowance(cores int) float64 {
+	if s.CPULimit > 0 || !s.Autonomy {
+		return s.CPULimit
+	}
+	return float64(cores) / float64(s.autonomous().MaxCapacity)
+}
+
 // configFor returns a process's configuration.
 func (st *state) configFor(dir, binDir string, m member) any {
 	var peers []peer
@@ -120,6 +132,7 @@ func (st *state) configFor(dir, binDir string, m member) any {
 	return nodeConfig{
 		Name: m.Name, Zone: m.Zone, DataDir: dataDir(dir, m.Name), Orchestrators: orchestrators,
 		Listen: m.clientAddr(), AdminListen: m.adminAddr(), GossipListen: m.gossipAddr(),
+		CPULimit: st.Settings.allowance(runtime.NumCPU()),
 	}
 }
 

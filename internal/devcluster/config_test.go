@@ -47,6 +47,18 @@ func TestProcessesTakeTheirConfiguration(t *testing.T) {
 		t.Errorf("node2 reads %+v", n)
 	}
 
+	if n.CPULimit != 0 {
+		t.Errorf("node2 has %v cores, want all", n.CPULimit)
+	}
+	st.Settings.CPULimit = 0.5
+	read("node2", &n)
+	if n.CPULimit != 0.5 {
+		t.Errorf("node2 has %v cores, want 0.5", n.CPULimit)
+	}
+	if got := (Settings{Nodes: 3, Autonomy: true}).allowance(6); got != 0.5 {
+		t.Errorf("of 6 cores, one of up to 12 nodes has %v, want 0.5", got)
+	}
+
 	o := orchestrator.Defaults()
 	read("orch1", &o)
 	if err := o.Validate(); err != nil {

@@ -170,6 +170,23 @@ func (r *rig) named(role string) (names []string) {
 	return names
 }
 
+// kvctl runs a command against the cluster and returns what it printed.
+func (r *rig) kvctl(args ...string) []byte {
+	r.t.Helper()
+	bin, err := binaries()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	cmd := exec.Command(filepath.Join(bin, "kvctl"), append([]string{"--endpoints", strings.Join(r.endpoints(), ",")}, args...)...)
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		r.t.Fatalf("kvctl %s: %v: %s", strings.Join(args, " "), err, &stderr)
+	}
+	return out
+}
+
 func (r *rig) endpoints() (out []string) {
 	for _, p := range r.status() {
 		if p.Role == devcluster.RoleData {

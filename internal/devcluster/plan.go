@@ -3,6 +3,7 @@ package devcluster
 import (
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"slices"
 	"strconv"
@@ -41,6 +42,8 @@ type Settings struct {
 	Autonomy bool `json:"autonomy,omitempty"`
 	// ReplaceAfter is how long a node is dead before others take its place. Default 20 s.
 	ReplaceAfter time.Duration `json:"replace_after,omitempty"`
+	// CPULimit is how many cores each node is taken to have; 0: see allowance.
+	CPULimit float64 `json:"cpu_limit,omitempty"`
 }
 
 // DefaultZones returns the number of zones for a number of nodes.
@@ -58,6 +61,9 @@ func (s Settings) Validate() error {
 	}
 	if s.Zones < 1 || s.Zones > max(s.Nodes, 1) {
 		bad("--zones %d: want 1 to the number of nodes, %d", s.Zones, s.Nodes)
+	}
+	if !(s.CPULimit >= 0) || math.IsInf(s.CPULimit, 1) { // NaN is not at least 0
+		bad("--cpu-limit %v: want a number of cores, such as 0.5", s.CPULimit)
 	}
 	lowest, highest := s.Port-portStride*s.Orchestrators, s.Port+portStride*(s.Nodes-1)+portsPerNode-1
 	if len(errs) == 0 && (lowest < 1 || highest > 65535) {

@@ -193,6 +193,8 @@ func (r *rig) even(names []string) {
 type load struct {
 	t       *testing.T
 	c       *client.Client
+	pace    *rate.Limiter
+	raised  time.Time
 	stop    chan struct{}
 	callers sync.WaitGroup
 	done    atomic.Int64
@@ -216,8 +218,7 @@ func loadKey(caller, k int) []byte { return fmt.Appendf(nil, "load/%d/%d", calle
 // the test, and so does any read that misses the caller's last write.
 func loadOn(t *testing.T, c *client.Client, perSecond float64) *load {
 	const callers = 64
-	l := &load{t: t, c: c, stop: make(chan struct{}), began: time.Now(), last: make([][]int, callers)}
-	pace := rate.NewLimiter(rate.Limit(perSecond), 64)
+	l := &load{t: t, c: c, pace: rate.NewLimiter(rate.Limit(perSecond), 64), stop: make(chan struct{}), began: time.Now(), last: make([][]int, callers)}
 	t.Cleanup(l.halt) // where the test fails before it ends the load
 	for i := range callers {
 		l.last[i] = make([]int, loadKeys)
@@ -229,7 +230,7 @@ func loadOn(t *testing.T, c *client.Client, perSecond float64) *load {
 					return
 				default:
 				}
-				if err := pace.Wait(context.Background()); err != nil {
+				if err := l.pace.Wait(context.Background()); err != nil {
 					t.Error(err)
 				}
 				k := rng.IntN(loadKeys)

@@ -3,9 +3,6 @@ package devcluster_test
 import (
 	"context"
 	"encoding/json"
-	"os/exec"
-	"path/filepath"
-	"strings"
 	"testing"
 
 	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
@@ -19,18 +16,7 @@ func (r *rig) roll() (out []struct {
 	ConvergedMs int `json:"converged_ms"`
 }) {
 	r.t.Helper()
-	bin, err := binaries()
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	cmd := exec.Command(filepath.Join(bin, "kvctl"), "--endpoints", strings.Join(r.endpoints(), ","), "cluster", "roll", "-o", "json")
-	var stderr strings.Builder
-	cmd.Stderr = &stderr
-	doc, err := cmd.Output()
-	if err != nil {
-		r.t.Fatalf("%v: %s", err, &stderr)
-	}
-	if err := json.Unmarshal(doc, &out); err != nil {
+	if err := json.Unmarshal(r.kvctl("cluster", "roll", "-o", "json"), &out); err != nil {
 		r.t.Fatal(err)
 	}
 	return out
