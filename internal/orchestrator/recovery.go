@@ -26,6 +26,9 @@ func recoverNodes(s *topology.State, v view) *topologyv1.Command {
 	}
 	dead := deadNodes(t, v)
 	if len(dead) == 0 {
+		if d := deadSpare(s, v); d != nil {
+			return startRecovery(s, []*topology.Node{d}, fmt.Sprintf("%s, a spare, is dead and leaves", d.Name), placement.Of(t), v)
+		}
 		return condition(s, topology.ConditionRecovery, "recovery", "", "no dead node is left to be replaced")
 	}
 	d := dead[0]
@@ -62,6 +65,18 @@ func deadNodes(t *topology.Topology, v view) (dead []*topology.Node) {
 	}
 	slices.SortStableFunc(dead, func(a, b *topology.Node) int { return -cmp.Compare(v.down(a.Incarnation), v.down(b.Incarnation)) })
 	return dead
+}
+
+// deadSpare returns a dead node that the provisioner launched and that has no slots, or nil.
+// What people started without slots is theirs to remove.
+func deadSpare(s *topology.State, v view) *topology.Node {
+	for _, p := range s.Provisions {
+		n := s.Topology.Node(p.Incarnation)
+		if v.provisions && p.Kind == topology.Launch && n != nil && !s.Topology.Names(n.Incarnation) && v.dead(s.Topology, n.Incarnation) {
+			return n
+		}
+	}
+	return nil
 }
 
 // unblock aborts an operation that cannot end as things are, or need not: one that moves

@@ -140,6 +140,31 @@ func TestTheProvisionerIsAskedForANode(t *testing.T) {
 	}
 }
 
+// A launched node that dies before it has slots is cleared away. One that people started is
+// left to them.
+func TestADeadSpareThatWasLaunchedLeaves(t *testing.T) {
+	s, cfg := ringOf(t, 3)
+	s = setSettings(t, s, func(set *topology.Settings) { set.Join = topology.JoinManual })
+	launch := askProvision(topology.Provision{Kind: topology.Launch, Zone: "z"})
+	s, _, err := s.Apply(&topologyv1.Command{Mutations: []*topologyv1.Mutation{launch}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := provisionOf(s, topology.Launch).Node
+	s = registerNode(t, s, name, "z")
+	s = registerNode(t, s, "theirs", "z")
+	s, did := play(t, s, cfg, func(o *observed) { o.provisions = true })
+	happened(t, did, name+" has registered")
+	s, did = play(t, s, cfg, func(o *observed) { lose(4)(o); o.provisions, o.now = true, time.Hour })
+	happened(t, did, name+", a spare, is dead and leaves", name+", #4, has left")
+	if p := provisionOf(s, topology.End); p.Node != name || p.Incarnation != 4 {
+		t.Errorf("ended is %+v", p)
+	}
+	if _, did = play(t, s, cfg, func(o *observed) { lose(5)(o); o.provisions, o.now = true, 2*time.Hour }); len(did) != 0 {
+		t.Errorf("of a node that nobody launched: %q", did)
+	}
+}
+
 // A launch that comes to nothing is cleared away, and tried again later; where the other
 // nodes can take over, they do instead.
 func TestALaunchInVain(t *testing.T) {
