@@ -146,7 +146,7 @@ func (r *rig) within(after uint64) {
 	group := r.topology().Settings.AutoScalingGroup
 	last := time.Time{}
 	for _, c := range resp.GetChanges() {
-		if c.GetSubject() != "capacity" {
+		if what := c.GetWhat(); !strings.Contains(what, "to be launched, for") && !strings.Contains(what, "as fewer nodes are enough (") {
 			continue
 		}
 		at := time.UnixMilli(int64(c.GetAtMs()))

@@ -142,8 +142,12 @@ func shrink(s *topology.State, d *capacity.Decision, v view) *topologyv1.Command
 	for _, inc := range d.Leave {
 		names = append(names, t.NodeName(inc))
 	}
+	leave := "leave"
+	if len(names) == 1 {
+		leave = "leaves"
+	}
 	op := topology.Operation{Kind: kindShrink, Remove: d.Leave, Moves: placement.Moves(placement.Of(t), next),
-		Title: strings.Join(names, ", ") + " leave, as fewer nodes are enough"}
+		Title: strings.Join(names, ", ") + " " + leave + ", as fewer nodes are enough"}
 	cmd := startOperation(s, op, "capacity", eventName(names), fmt.Sprintf("%s: %s (%d moves)", d.Why, op.Title, len(op.Moves)))
 	cmd.Mutations = append(cmd.Mutations, noteScaling(false))
 	return cmd
