@@ -48,6 +48,7 @@ func (c *scaling) next(s *topology.State, v view) *topologyv1.Command {
 	if v.nowMillis-c.mu.seen.AtMillis < lookEvery(c.mu.rules).Milliseconds() {
 		return nil
 	}
+	v.grace = grace(s, v)
 	c.mu.seen = observeLoad(s, v)
 	c.mu.state.LastUpMillis, c.mu.state.LastDownMillis = s.ScaledUpMillis, s.ScaledDownMillis
 	c.mu.state, c.mu.decision = capacity.Decide(c.mu.rules, c.mu.state, c.mu.seen)

@@ -27,6 +27,7 @@ func decide(s *topology.State, cfg *Config, v view, newID string) (*topologyv1.C
 		}
 		return nil, nil
 	}
+	v.grace = grace(s, v)
 	for _, loop := range []func(*topology.State, view) *topologyv1.Command{
 		noteHealth, noteConditions, noteProvisions, correctSettings, unblock, changeRing, recoverNodes, joinSpares, rebalance,
 	} {

@@ -77,6 +77,8 @@ func noteConditions(s *topology.State, v view) *topologyv1.Command {
 		return nil
 	}
 	for _, c := range []struct{ kind, subject, text, over string }{
+		// Before frozen, whose end is what it begins with.
+		{topology.ConditionThaw, "recovery", thawing(s, v), "no node is given time any more after many were unhealthy"},
 		{topology.ConditionFrozen, "recovery", frozen(s.Topology, v), "so few nodes are unhealthy that nothing is held back any more"},
 		{topology.ConditionRedundancy, "recovery", degraded(s.Topology, v), "every vnode has all its replicas alive again"},
 	} {
@@ -127,6 +129,31 @@ func frozen(t *topology.Topology, v view) string {
 	}
 	return fmt.Sprintf("%d of %d nodes are unhealthy (%s): no node is replaced, launched, ended or drained, and nothing rebalanced, while more than %d are",
 		len(suspects), len(members), strings.Join(suspects, ", "), limit)
+}
+
+// thawing returns that nodes which are unhealthy are given time, since many more were
+// until lately, or "". When a broken network heals, one node is well again before the next:
+// those that come last have been away for long and are about to be back.
+func thawing(s *topology.State, v view) string {
+	t := s.Topology
+	unhealthy := slices.ContainsFunc(t.Members(), func(n *topology.Node) bool { return v.unhealthy(n.Incarnation) })
+	switch {
+	case !unhealthy || t.Settings.ReplaceAfter == 0 || frozen(t, v) != "":
+	case s.Condition(topology.ConditionFrozen) != "":
+		return fmt.Sprintf("many nodes were unhealthy until now: those that still are have another %s before they are replaced", t.Settings.ReplaceAfter)
+	case grace(s, v) > 0:
+		return s.Condition(topology.ConditionThaw)
+	}
+	return ""
+}
+
+// grace is for how long no node is dead yet, as many were unhealthy until lately.
+func grace(s *topology.State, v view) time.Duration {
+	since, ok := s.ConditionSince(topology.ConditionThaw)
+	if !ok {
+		return 0
+	}
+	return max(0, s.Topology.Settings.ReplaceAfter-time.Duration(v.nowMillis-since)*time.Millisecond)
 }
 
 // degraded returns how few live replicas a vnode has, or "" where each has all.

@@ -49,11 +49,11 @@ func recoverNodes(s *topology.State, v view) *topologyv1.Command {
 		fmt.Sprintf("%s is dead, and there is no node to take its place: add one (it is used as soon as it registers), or start %s again", d.Name, d.Name), "")
 }
 
-// dead reports whether a node has been unhealthy for longer than replace_after. One that a
-// new data directory of the same name takes the place of needs nothing.
+// dead reports whether a node has been unhealthy for longer than replace_after, and no freeze
+// ended since. One that a new data directory of the same name takes the place of needs nothing.
 func (v view) dead(t *topology.Topology, incarnation uint64) bool {
 	after := t.Settings.ReplaceAfter
-	return after > 0 && v.unhealthy(incarnation) && v.down(incarnation) > after && successor(t, incarnation, v) == nil
+	return after > 0 && v.grace == 0 && v.unhealthy(incarnation) && v.down(incarnation) > after && successor(t, incarnation, v) == nil
 }
 
 // deadNodes returns the nodes with slots that are dead, longest first.

@@ -202,10 +202,32 @@ func TestNothingIsReplacedWhileManyAreSuspect(t *testing.T) {
 	if why := s.Condition(topology.ConditionFrozen); len(did) != 0 || !strings.Contains(why, "2 of 5 nodes are unhealthy (n2, n3)") || !strings.Contains(why, "while more than 1 are") {
 		t.Fatalf("%q, %q", did, why)
 	}
-	s, did = play(t, s, cfg, lose(2))
+	// One is well again. The other may be about to be, and is given the whole time.
+	after := s.Topology.Settings.ReplaceAfter
+	at := func(now time.Duration, lost ...uint64) func(*observed) {
+		return func(o *observed) { lose(lost...)(o); o.provisions, o.now = true, time.Hour+now }
+	}
+	s, did = play(t, s, cfg, at(0, 2))
+	if why := s.Condition(topology.ConditionFrozen); why != "" || len(did) != 0 || !strings.Contains(s.Condition(topology.ConditionThaw), "have another 10m0s") {
+		t.Fatalf("%q, frozen %q, thaw %q", did, why, s.Condition(topology.ConditionThaw))
+	}
+	if s, did = play(t, s, cfg, at(after-time.Second, 2)); len(did) != 0 {
+		t.Fatalf("before its time is over: %q", did)
+	}
+	if well, did := play(t, s, cfg, at(after-time.Second)); len(did) != 0 || len(well.Conditions) != 0 {
+		t.Errorf("all are well again: %q, %+v", did, well.Conditions)
+	}
+	again, did := play(t, s, cfg, at(after-time.Second, 2, 3))
+	if again.Condition(topology.ConditionFrozen) == "" || again.Condition(topology.ConditionThaw) != "" || len(did) != 0 {
+		t.Errorf("many are unhealthy again: %q, %+v", did, again.Conditions)
+	}
+	if again, did = play(t, again, cfg, at(2*after-2*time.Second, 2)); len(did) != 0 || again.Condition(topology.ConditionThaw) == "" {
+		t.Errorf("after the second time: %q, %+v", did, again.Conditions)
+	}
+	s, did = play(t, s, cfg, at(after, 2))
 	happened(t, did, "n6 takes the place of n2")
-	if why := s.Condition(topology.ConditionFrozen); why != "" {
-		t.Errorf("it is frozen still: %q", why)
+	if len(s.Conditions) != 0 {
+		t.Errorf("conditions in the end: %+v", s.Conditions)
 	}
 }
 

@@ -22,6 +22,8 @@ type view struct {
 	reason func(incarnation uint64) string
 	// down is how long a node has been unhealthy.
 	down func(incarnation uint64) time.Duration
+	// grace is for how long no node is taken for dead yet: see the function.
+	grace time.Duration
 	// fresh reports whether what a node last said of itself is of now.
 	fresh func(incarnation uint64) bool
 	// held returns what vnodes hold, or nil while that is not known.

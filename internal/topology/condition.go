@@ -10,6 +10,8 @@ import (
 const (
 	// ConditionFrozen: so many nodes are unhealthy that nothing is decided that could harm.
 	ConditionFrozen = "frozen"
+	// ConditionThaw: that has just ended, and nodes that are unhealthy still are given time.
+	ConditionThaw = "thaw"
 	// ConditionRedundancy: vnodes have fewer live replicas than they should.
 	ConditionRedundancy = "redundancy"
 	// ConditionRecovery: a dead node cannot be replaced.
@@ -32,6 +34,16 @@ func (s *State) Condition(kind string) string {
 		return ""
 	}
 	return s.Conditions[i].Text
+}
+
+// ConditionSince returns since when something of a kind holds, in milliseconds since 1970;
+// ok is false when nothing does.
+func (s *State) ConditionSince(kind string) (millis int64, ok bool) {
+	i := slices.IndexFunc(s.Conditions, func(c Condition) bool { return c.Kind == kind })
+	if i < 0 {
+		return 0, false
+	}
+	return s.Conditions[i].SinceMillis, true
 }
 
 // setCondition notes that something holds, or does no longer. It holds since the first

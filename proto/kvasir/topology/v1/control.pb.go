@@ -379,7 +379,7 @@ func (x *ControlState) GetScaledDownMs() uint64 {
 // Condition is something that holds for a while, such as that redundancy is degraded.
 type Condition struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// "frozen", "redundancy", "recovery", "capacity", "provision" or "rebalance".
+	// "frozen", "thaw", "redundancy", "recovery", "capacity", "provision" or "rebalance".
 	Kind string `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`
 	// What holds, in words.
 	Text string `protobuf:"bytes,2,opt,name=text,proto3" json:"text,omitempty"`
