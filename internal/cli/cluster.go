@@ -92,9 +92,17 @@ type clusterDoc struct {
 	Vnodes                uint32            `json:"vnodes"`
 	AnsweredBy            string            `json:"answered_by"`
 	ControlPlaneAvailable bool              `json:"control_plane_available"`
+	Conditions            []conditionDoc    `json:"conditions"`
 	Nodes                 []nodeDoc         `json:"nodes"`
 	Orchestrators         []orchestratorDoc `json:"orchestrators"`
 	Namespaces            []namespaceDoc    `json:"namespaces"`
+}
+
+// conditionDoc is something that holds for a while, such as a lack of redundancy.
+type conditionDoc struct {
+	Kind  string `json:"kind"`
+	Text  string `json:"text"`
+	Since string `json:"since"`
 }
 
 type orchestratorDoc struct {
@@ -115,7 +123,10 @@ func (s *clusterStatus) doc() clusterDoc {
 	d := clusterDoc{
 		ClusterID: t.ClusterID, Epoch: t.Epoch, Formed: t.Formed(), FoundingNodes: t.FoundingNodes, Vnodes: t.Vnodes,
 		AnsweredBy: s.answeredBy, ControlPlaneAvailable: s.controlled,
-		Nodes: s.nodeDocs(), Orchestrators: []orchestratorDoc{}, Namespaces: []namespaceDoc{},
+		Conditions: []conditionDoc{}, Nodes: s.nodeDocs(), Orchestrators: []orchestratorDoc{}, Namespaces: []namespaceDoc{},
+	}
+	for _, c := range s.conditions {
+		d.Conditions = append(d.Conditions, conditionDoc{c.GetKind(), c.GetText(), millisDoc(c.GetSinceMs())})
 	}
 	for _, o := range s.orchestrators {
 		st := o.GetStatus()
@@ -154,6 +165,12 @@ func (s *clusterStatus) write(w io.Writer) {
 		fmt.Fprintln(w)
 		s.nodeTable().write(w)
 		s.writeReasons(w)
+	}
+	for i, c := range s.conditions {
+		if i == 0 {
+			fmt.Fprintln(w)
+		}
+		fmt.Fprintln(w, c.GetText())
 	}
 	if len(s.orchestrators) > 0 {
 		fmt.Fprintln(w)

@@ -3,6 +3,7 @@ package cli
 import (
 	"context"
 	"fmt"
+	"maps"
 	"math"
 	"net"
 	"path/filepath"
@@ -113,6 +114,20 @@ func TestStatus(t *testing.T) {
 				t.Errorf("%s: a line of %d columns: %s", name, n, line)
 			}
 		}
+	}
+}
+
+// What the orchestrators hold back, and why, is part of the status.
+func TestStatusTellsWhatHolds(t *testing.T) {
+	f := newFake(t, 3)
+	f.mu.Lock()
+	f.mu.conditions = []*topologyv1.Condition{{Kind: "frozen", Text: "2 of 5 nodes are unhealthy: nothing is replaced", SinceMs: 1772366400000}}
+	f.mu.Unlock()
+	f.run("cluster", "status").want(t, 0, "\n\n2 of 5 nodes are unhealthy: nothing is replaced\n")
+	d := decode(t, f.run("cluster", "status", "-o", "json").want(t, 0).stdout)
+	want := map[string]any{"kind": "frozen", "text": "2 of 5 nodes are unhealthy: nothing is replaced", "since": "2026-03-01T12:00:00Z"}
+	if got := d["conditions"].([]any); len(got) != 1 || !maps.Equal(got[0].(map[string]any), want) {
+		t.Errorf("document %v", got)
 	}
 }
 

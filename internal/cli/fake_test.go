@@ -41,7 +41,8 @@ type fake struct {
 		status   map[uint64]*adminv1.NodeStatus
 		ages     map[uint64]uint64
 		// foundMs is since when the unhealthy were found to be, by what was agreed on.
-		foundMs uint64
+		foundMs    uint64
+		conditions []*topologyv1.Condition
 		// repairPaused are the nodes whose repair is.
 		repairPaused map[uint64]bool
 		hints        map[uint64]*adminv1.ListHintsResponse

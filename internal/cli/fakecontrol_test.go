@@ -311,6 +311,9 @@ func (n *fakeNode) GetClusterStatus(context.Context, *adminv1.GetClusterStatusRe
 		}
 		resp.Nodes = append(resp.Nodes, on)
 	}
+	if f.mu.controlled {
+		resp.Conditions = f.mu.conditions
+	}
 	if f.mu.rolling.leader != "" {
 		resp.Orchestrators = f.observedOrchestrators()
 		return resp, nil

@@ -29,6 +29,8 @@ type clusterStatus struct {
 	answeredBy    string
 	// controlled tells whether an orchestrator answered.
 	controlled bool
+	// conditions are what holds at present, by word of the orchestrators.
+	conditions []*topologyv1.Condition
 }
 
 // observedNode is what is known of a node.
@@ -67,6 +69,7 @@ func statusFromProto(resp *adminv1.GetClusterStatusResponse) (*clusterStatus, er
 	}
 	s := &clusterStatus{
 		topology: t, orchestrators: resp.GetOrchestrators(), answeredBy: resp.GetAnsweredBy(), controlled: resp.GetControlPlaneAvailable(),
+		conditions: resp.GetConditions(),
 	}
 	observed := map[uint64]*adminv1.ObservedNode{}
 	for _, o := range resp.GetNodes() {
