@@ -13,6 +13,7 @@ import (
 	"net"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/memberlist"
@@ -120,8 +121,13 @@ func (c Config) Validate() error {
 // Gossip is this process among the members. Its methods are safe for concurrent use.
 type Gossip struct {
 	cfg   Config
-	list  *memberlist.Memberlist
 	table *table
+	// conf is the library's configuration at present, run the library with it: it is
+	// replaced when the address to advertise changes.
+	conf *memberlist.Config
+	run  atomic.Pointer[run]
+	// ports are shared by all runs.
+	ports memberlist.Transport
 	// respread asks for new metadata to be spread. It holds one request.
 	respread chan struct{}
 	// stopping ends the loops, and the streams that they wait for.
@@ -150,24 +156,20 @@ func Start(cfg Config) (*Gossip, error) {
 	}
 	g.turn <- struct{}{}
 	g.stopping, g.stop = context.WithCancel(context.Background())
-	conf := cfg.memberlist(g.table)
-	inner := cfg.Transport
-	if inner == nil {
+	g.conf = cfg.memberlist(g.table)
+	g.ports = cfg.Transport
+	if g.ports == nil {
 		var err error
-		if inner, err = listen(cfg, conf); err != nil {
+		if g.ports, err = listen(cfg, g.conf); err != nil {
 			g.stop()
 			return nil, err
 		}
 	}
-	streams := &transport{Transport: inner, ctx: g.stopping}
-	conf.Transport = streams
-	list, err := memberlist.Create(conf)
-	if err != nil {
+	if err := g.begin(g.conf); err != nil {
 		g.stop()
-		streams.Shutdown()
-		return nil, fmt.Errorf("gossip: %w", err)
+		g.ports.Shutdown()
+		return nil, err
 	}
-	g.list = list
 	g.loops.Go(g.spread)
 	g.loops.Go(g.rejoin)
 	return g, nil
@@ -193,7 +195,6 @@ func (c Config) memberlist(t *table) *memberlist.Config {
 	// was started anew does.
 	conf.DeadNodeReclaimTime = time.Nanosecond
 	conf.Delegate = t
-	conf.Events = t
 	conf.Logger = log.New(logWriter{c.Logger}, "", 0)
 	return conf
 }
@@ -274,7 +275,7 @@ func (g *Gossip) spread() {
 		}
 		// An error says that it is still on its way after the timeout, which is there to
 		// keep changes from chasing each other.
-		_ = g.list.UpdateNode(spreadTimeout)
+		_ = g.run.Load().list.UpdateNode(spreadTimeout)
 	}
 }
 
@@ -293,7 +294,7 @@ func (g *Gossip) Leave(timeout time.Duration) error {
 	g.left = true
 	g.endLoops()
 	// The library takes 0 for no limit.
-	if err := g.list.Leave(max(timeout, time.Nanosecond)); err != nil {
+	if err := g.run.Load().list.Leave(max(timeout, time.Nanosecond)); err != nil {
 		return fmt.Errorf("gossip: leaving: %w", err)
 	}
 	return nil
@@ -310,7 +311,8 @@ func (g *Gossip) Close() error {
 	}
 	g.closed = true
 	g.endLoops()
-	if err := g.list.Shutdown(); err != nil {
+	// The ports first: they wait for somebody to take what has arrived.
+	if err := errors.Join(g.ports.Shutdown(), g.run.Load().list.Shutdown()); err != nil {
 		return fmt.Errorf("gossip: closing: %w", err)
 	}
 	return nil

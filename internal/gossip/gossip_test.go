@@ -185,6 +185,45 @@ func TestQuickRestartElsewhere(t *testing.T) {
 	})
 }
 
+// A process whose address changes while it runs is known under the new one, and knows the
+// others, also when somebody else has the old one by then.
+func TestAddressChanges(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGroup(t)
+		defer g.stop()
+		for i := 1; i <= 4; i++ {
+			g.start(fmt.Sprint("n", i), at(i), nil, at(1), at(2))
+		}
+		g.waitAlive(time.Minute, "n1", "n2", "n3", "n4")
+		g.all["n3"].SetMeta(Meta{3, 7, 0})
+		g.net.move(at(3), at(9))
+		g.start("n5", at(3), nil, at(1), at(2))
+		began := time.Now()
+		known := func(by string) bool {
+			m, ok := g.all[by].Member("n3")
+			return ok && m.Alive && m.Address == at(9) && m.Meta == Meta{3, 7, 0}
+		}
+		for !known("n1") || !known("n2") || !known("n4") || !known("n5") {
+			if time.Since(began) > time.Minute {
+				t.Fatalf("members %v", g.all["n1"].Members())
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+		g.waitAlive(time.Minute, "n1", "n2", "n3", "n4", "n5")
+		t.Logf("seen within %v", time.Since(began))
+		// And it stays so: nothing of before comes up again.
+		for range 600 {
+			time.Sleep(100 * time.Millisecond)
+			g.waitAlive(0, "n1", "n2", "n3", "n4", "n5")
+		}
+		if err := g.all["n3"].Leave(5 * time.Second); err != nil {
+			t.Error(err)
+		}
+		g.kill("n3")
+		g.waitAlive(2*time.Second, "n1", "n2", "n4", "n5")
+	})
+}
+
 func TestLeave(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGroup(t)
@@ -329,8 +368,9 @@ func TestDeadAreForgotten(t *testing.T) {
 func TestDeadAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		tab := newTable(Meta{})
+		run := tab.anew()
 		for i := range maxDead + 100 {
-			tab.report(&memberlist.Node{Name: fmt.Sprint(i), Addr: net.IPv4(10, 0, 0, 1)}, false)
+			run.NotifyLeave(&memberlist.Node{Name: fmt.Sprint(i), Addr: net.IPv4(10, 0, 0, 1)})
 			time.Sleep(time.Millisecond)
 		}
 		if n := len(tab.list()); n != maxDead {
@@ -348,7 +388,7 @@ func TestDeadAreBounded(t *testing.T) {
 // Metadata of a later release does no harm.
 func TestUnreadableMeta(t *testing.T) {
 	tab := newTable(Meta{})
-	tab.report(&memberlist.Node{Name: "n1", Addr: net.IPv4(10, 0, 0, 1), Port: 7, Meta: []byte{99, 1, 2, 3}}, true)
+	tab.anew().NotifyJoin(&memberlist.Node{Name: "n1", Addr: net.IPv4(10, 0, 0, 1), Port: 7, Meta: []byte{99, 1, 2, 3}})
 	if m, known := tab.get("n1"); !known || !m.Alive || m.Meta != (Meta{}) || m.Address != "10.0.0.1:7" {
 		t.Errorf("member %+v, %v", m, known)
 	}

@@ -36,6 +36,8 @@ type table struct {
 	mu      struct {
 		sync.Mutex
 		members map[string]Member
+		// run is which run of the library is reported by.
+		run int
 		// meta is what this process says of itself, encoded.
 		meta []byte
 	}
@@ -54,10 +56,31 @@ func (t *table) setMeta(m Meta) {
 	t.mu.meta = m.encode()
 }
 
-func (t *table) report(n *memberlist.Node, alive bool) {
+// anew forgets the members, and listens to the next run of the library only: timers of
+// the last one may report for some seconds.
+func (t *table) anew() *reporter {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	clear(t.mu.members)
+	t.mu.run++
+	return &reporter{t, t.mu.run}
+}
+
+// reporter is told of members by one run of the library.
+type reporter struct {
+	table *table
+	run   int
+}
+
+func (r *reporter) report(n *memberlist.Node, alive bool) {
+	t := r.table
 	m := Member{Name: n.Name, Address: n.Address(), Alive: alive, Since: time.Now()}
 	m.Meta, _ = decodeMeta(n.Meta)
 	t.mu.Lock()
+	defer t.mu.Unlock()
+	if r.run != t.mu.run {
+		return
+	}
 	if old, ok := t.mu.members[m.Name]; ok && old.Alive == alive {
 		m.Since = old.Since
 	}
@@ -65,7 +88,6 @@ func (t *table) report(n *memberlist.Node, alive bool) {
 	if !alive {
 		t.forget(m.Since)
 	}
-	t.mu.Unlock()
 	signal(t.changed)
 }
 
@@ -111,13 +133,13 @@ func (t *table) get(name string) (Member, bool) {
 }
 
 // NotifyJoin implements memberlist.EventDelegate.
-func (t *table) NotifyJoin(n *memberlist.Node) { t.report(n, true) }
+func (r *reporter) NotifyJoin(n *memberlist.Node) { r.report(n, true) }
 
 // NotifyUpdate implements memberlist.EventDelegate.
-func (t *table) NotifyUpdate(n *memberlist.Node) { t.report(n, true) }
+func (r *reporter) NotifyUpdate(n *memberlist.Node) { r.report(n, true) }
 
 // NotifyLeave implements memberlist.EventDelegate.
-func (t *table) NotifyLeave(n *memberlist.Node) { t.report(n, false) }
+func (r *reporter) NotifyLeave(n *memberlist.Node) { r.report(n, false) }
 
 // NodeMeta implements memberlist.Delegate.
 func (t *table) NodeMeta(int) []byte {

@@ -44,6 +44,20 @@ func (n *network) listen(at string) *host {
 	return h
 }
 
+// move gives a host another address: nobody is at the old one any more.
+func (n *network) move(from, to string) {
+	addr, err := net.ResolveUDPAddr("udp", to)
+	if err != nil {
+		panic(err)
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	h := n.hosts[from]
+	delete(n.hosts, from)
+	h.at = addr
+	n.hosts[to] = h
+}
+
 // split moves hosts to another side; streams that are under way go on.
 func (n *network) split(side int, at ...string) {
 	n.mu.Lock()
@@ -51,6 +65,12 @@ func (n *network) split(side int, at ...string) {
 	for _, a := range at {
 		n.side[a] = side
 	}
+}
+
+func (h *host) here() *net.UDPAddr {
+	h.net.mu.Lock()
+	defer h.net.mu.Unlock()
+	return h.at
 }
 
 // reach returns the host at an address, or nil when it cannot be reached.
@@ -70,14 +90,15 @@ func (h *host) reach(addr string) *host {
 }
 
 func (h *host) FinalAdvertiseAddr(string, int) (net.IP, int, error) {
-	return h.at.IP.To4(), h.at.Port, nil
+	at := h.here()
+	return at.IP.To4(), at.Port, nil
 }
 
 func (h *host) WriteTo(b []byte, addr string) (time.Time, error) {
 	now := time.Now()
 	if to := h.reach(addr); to != nil {
 		select {
-		case to.packets <- &memberlist.Packet{Buf: b, From: h.at, Timestamp: now}:
+		case to.packets <- &memberlist.Packet{Buf: b, From: h.here(), Timestamp: now}:
 		default:
 		}
 	}

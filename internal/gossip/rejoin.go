@@ -23,6 +23,7 @@ const resolveTimeout = 2 * time.Second
 func (g *Gossip) rejoin() {
 	warned := false
 	for {
+		g.follow()
 		alone, reached := g.contactSeeds()
 		if failed := alone && !reached; failed != warned {
 			warned = failed
@@ -68,7 +69,7 @@ func (g *Gossip) contactSeeds() (alone, reached bool) {
 			}
 			limit--
 			// Who answers tells of all the others.
-			if _, err := g.list.Join([]string{addr}); err == nil {
+			if _, err := g.run.Load().list.Join([]string{addr}); err == nil {
 				return alone, true
 			}
 			reached = false

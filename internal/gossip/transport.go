@@ -3,27 +3,21 @@ package gossip
 import (
 	"context"
 	"net"
-	"sync"
 	"time"
 
 	"github.com/hashicorp/memberlist"
 )
 
 // transport breaks the streams that this process opened when its context ends, so
-// that nothing waits for them any longer.
+// that nothing waits for them any longer. It leaves the ports open: they are the
+// process's, and outlast a run of the library.
 type transport struct {
 	memberlist.Transport
-	ctx  context.Context
-	once sync.Once
-	err  error
+	ctx context.Context
 }
 
-// Shutdown implements memberlist.Transport. The library calls it a second time after
-// some failures.
-func (t *transport) Shutdown() error {
-	t.once.Do(func() { t.err = t.Transport.Shutdown() })
-	return t.err
-}
+// Shutdown implements memberlist.Transport.
+func (t *transport) Shutdown() error { return nil }
 
 // DialTimeout implements memberlist.Transport.
 func (t *transport) DialTimeout(addr string, timeout time.Duration) (net.Conn, error) {
