@@ -10,8 +10,7 @@ FIRST    ?= 1
 SEEDS    ?= 32
 MINUTES  ?= 4
 IMAGE    ?= kvasir:dev
-COMPOSE  ?= $(shell if docker compose version >/dev/null 2>&1; then echo docker compose; else echo docker-compose; fi)
-COMPOSE_FILE := deploy/compose/docker-compose.yml
+AUTONOMY ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help build run test lint race sim sim-long sim-mutants e2e chaos fuzz proto check-proto image compose-up compose-down test-compose test-prometheus clean
@@ -76,11 +75,11 @@ check-proto: ## Check that the generated code is up to date
 image: ## Build the container image from static binaries
 	@deploy/docker/build.sh $(IMAGE)
 
-compose-up: image ## Run the compose cluster: 3 orchestrators, 5 nodes in 3 zones
-	$(COMPOSE) -f $(COMPOSE_FILE) up -d
+compose-up: image ## Run the compose cluster: 3 orchestrators, 5 nodes in 3 zones (AUTONOMY=1: it launches and ends nodes)
+	@KVASIR_IMAGE=$(IMAGE) deploy/compose/compose.sh $(if $(AUTONOMY),autonomy,up)
 
-compose-down: ## Stop the compose cluster and delete its volumes
-	$(COMPOSE) -f $(COMPOSE_FILE) down -v
+compose-down: ## Stop the compose cluster, with what it launched, and delete its volumes
+	@deploy/compose/compose.sh down
 
 test-compose: ## Test the compose cluster; skipped where no Docker engine answers
 	@deploy/compose/test.sh
