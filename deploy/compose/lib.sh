@@ -49,7 +49,7 @@ whole() {
 		[ "$(count)" -eq "$1" ] && healthy && ! kvctl operation ls 2>/dev/null | grep -qE 'running|aborting'
 }
 
-# same_node: under this name there is the same incarnation as in $before, healthy.
+# unchanged: the nodes are those of $before, incarnations and slots too, and healthy.
 unchanged() { [ "$(members)" = "$before" ] && healthy; }
 
 # load starts a generator in the cluster's network, bounded by its duration.
@@ -73,5 +73,6 @@ move() { # move SERVICE FROM TO
 	docker network disconnect "$2" "$(container "$1")"
 }
 
+# How many events there were, and those that came after so many.
 since_number() { kvctl events --limit 0 | wc -l; }
 events_since() { kvctl events --limit 0 | tail -n "+$(($1 + 1))" | sed 's/^/    /'; }
