@@ -63,7 +63,7 @@ end_load() {
 	docker kill -s INT "$COMPOSE_PROJECT_NAME-load" >/dev/null 2>&1 || true # it has ended already
 	code="$(timeout 60 docker wait "$COMPOSE_PROJECT_NAME-load")" || fail "the load does not end"
 	docker logs "$COMPOSE_PROJECT_NAME-load" 2>&1 | grep -v '^$'
-	docker rm -f "$COMPOSE_PROJECT_NAME-load" >/dev/null
+	docker rm -fv "$COMPOSE_PROJECT_NAME-load" >/dev/null
 	[ "$code" -eq 0 ] || fail "the load ended with code $code"
 }
 

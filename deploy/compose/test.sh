@@ -25,7 +25,7 @@ cleanup() {
 		for show in "cluster status" "capacity explain" "events"; do kvctl $show 2>&1 || true; done
 		compose logs --no-color --tail=8 2>&1 || true
 	fi
-	docker rm -f "$COMPOSE_PROJECT_NAME-load" >/dev/null 2>&1 || true
+	docker rm -fv "$COMPOSE_PROJECT_NAME-load" >/dev/null 2>&1 || true
 	compose down >/dev/null 2>&1 || status=1
 	docker network rm "$cut" >/dev/null 2>&1 || true
 	docker rmi "$KVASIR_IMAGE" >/dev/null 2>&1 || true
