@@ -411,10 +411,15 @@ func (t *Topology) DataNodes() int {
 // Members returns the data nodes that have a slot, in order of incarnation. The
 // others are spares.
 func (t *Topology) Members() []*Node {
-	has := t.SlotCounts(quorum.MaxN)
+	has := make(map[uint64]bool, len(t.Nodes))
+	for i := 0; i < len(t.Ring) && len(has) < len(t.Nodes); i++ { // mostly all are found soon
+		for _, s := range t.Ring[i].Slots {
+			has[s.Node] = true
+		}
+	}
 	var out []*Node
 	for i := range t.Nodes {
-		if has[t.Nodes[i].Incarnation] > 0 {
+		if has[t.Nodes[i].Incarnation] {
 			out = append(out, &t.Nodes[i])
 		}
 	}
