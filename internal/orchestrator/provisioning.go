@@ -30,7 +30,8 @@ func launchFor(s *topology.State, d *topology.Node, v view) (_ *topologyv1.Comma
 		if p.Kind != topology.Launch || p.Replaces != d.Incarnation {
 			continue
 		}
-		came := s.Topology.Node(p.Incarnation) != nil && !v.dead(s.Topology, p.Incarnation)
+		// One that has slots serves elsewhere: the dead node was back for a while.
+		came := s.Topology.Node(p.Incarnation) != nil && !s.Topology.Names(p.Incarnation) && !v.dead(s.Topology, p.Incarnation)
 		if !p.State.Ended() || came {
 			return nil, true
 		}

@@ -165,6 +165,24 @@ func TestADeadSpareThatWasLaunchedLeaves(t *testing.T) {
 	}
 }
 
+// A node that was launched in the place of one that came back is one of many by then. When
+// the other one dies again, another is launched.
+func TestANodeThatWasLaunchedInVainServes(t *testing.T) {
+	s, cfg := ringOf(t, 4)
+	s = setSettings(t, s, func(set *topology.Settings) { set.Join = topology.JoinAuto })
+	dead := func(o *observed) { lose(2)(o); o.provisions, o.now = true, time.Hour }
+	s, _ = play(t, s, cfg, dead)
+	name := provisionOf(s, topology.Launch).Node
+	s = registerNode(t, s, name, "z")
+	s, did := play(t, s, cfg, func(o *observed) { o.provisions, o.now = true, time.Hour })
+	happened(t, did, name+" joins")
+	s, did = play(t, s, cfg, dead)
+	happened(t, did, "a node is to be launched in zone z: in the place of n2, which is dead")
+	if n := len(s.Provisions); n != 2 || s.Provisions[1].State != topology.Wanted {
+		t.Errorf("provisions %+v", s.Provisions)
+	}
+}
+
 // A launch that comes to nothing is cleared away, and tried again later; where the other
 // nodes can take over, they do instead.
 func TestALaunchInVain(t *testing.T) {
