@@ -13,7 +13,7 @@ IMAGE    ?= kvasir:dev
 AUTONOMY ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test lint race sim sim-long sim-mutants e2e chaos fuzz proto check-proto image compose-up compose-down test-compose test-prometheus clean
+.PHONY: help build run test lint race sim sim-long sim-mutants day e2e chaos fuzz proto check-proto image compose-up compose-down test-compose test-prometheus clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ sim: ## Simulate whole clusters under faults: SEEDS seeds from FIRST on, MINUTES
 
 sim-long: ## Simulate 12 cluster hours under faults
 	@$(MAKE) --no-print-directory sim SEEDS=180
+
+day: ## Simulate a day of the policy and the planner with NODES=1000 nodes, from SEED=1
+	KVASIR_DAY_NODES=$(or $(NODES),1000) KVASIR_DAY_SEED=$(or $(SEED),1) $(GO) test -tags $(TAGS) -count=1 -timeout 4h -v -run '^TestADay$$' ./internal/orchestrator
 
 sim-mutants: ## Check the simulation's checker: it finds every planted bug (MUTANTS=a,b for some)
 	KVASIR_SIM_MINUTES=$(MINUTES) KVASIR_MUTANTS=$(MUTANTS) \
