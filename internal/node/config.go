@@ -99,6 +99,9 @@ type Seams struct {
 	LeastFileBytes int
 	// SyncDelay delays the sync of commits in simulations.
 	SyncDelay func() time.Duration
+	// CPU returns the process's CPU over its allowance, 0 to about 1: a simulated process
+	// shares the real one with others.
+	CPU func() float64
 }
 
 // Defaults returns a configuration with every default filled in.

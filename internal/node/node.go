@@ -280,6 +280,7 @@ func (n *Node) serve(run context.Context) error {
 	cfg := &n.cfg
 	n.clock = replica.NewClock(cfg.Seams.WallClock, n.store.Reserved(), n.store.ReserveClock, cfg.Logger)
 	n.process = newProcess(cfg.CPULimit)
+	n.process.simulated = cfg.Seams.CPU
 	var err error
 	if n.hints, err = replica.LoadHints(n.store, cfg.Seams.WallClock, cfg.Logger); err != nil {
 		return err
