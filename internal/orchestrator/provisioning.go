@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/kvasirdb/kvasir/internal/mutant"
 	"github.com/kvasirdb/kvasir/internal/provision"
 	"github.com/kvasirdb/kvasir/internal/topology"
 	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
@@ -178,7 +179,7 @@ func (p *provisioning) run(ctx context.Context) {
 	defer tick.Stop()
 	for {
 		changed := p.o.machine.changed()
-		if p.o.leads() {
+		if p.o.leads() || mutant.On("followers-provision") {
 			for _, due := range p.due() {
 				p.start(ctx, &calls, due)
 			}

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/kvasirdb/kvasir/internal/mutant"
 	"github.com/kvasirdb/kvasir/internal/placement"
 	"github.com/kvasirdb/kvasir/internal/topology"
 	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
@@ -184,8 +185,12 @@ func startRecovery(s *topology.State, dead []*topology.Node, title string, next 
 	for _, d := range dead {
 		op.Remove = append(op.Remove, d.Incarnation)
 	}
-	return startOperation(s, op, "recovery", dead[0].Name, fmt.Sprintf("%s, #%d, has been unhealthy for %s, replace_after is %s: %s (%d moves)",
+	cmd := startOperation(s, op, "recovery", dead[0].Name, fmt.Sprintf("%s, #%d, has been unhealthy for %s, replace_after is %s: %s (%d moves)",
 		dead[0].Name, dead[0].Incarnation, v.down(dead[0].Incarnation).Round(time.Second), t.Settings.ReplaceAfter, title, len(op.Moves)))
+	if mutant.On("end-before-whole") {
+		cmd.Mutations = append(cmd.Mutations, endRemoved(s, &op, op.Remove)...)
+	}
+	return cmd
 }
 
 func nodeNames(nodes []*topology.Node) string {

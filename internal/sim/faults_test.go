@@ -244,6 +244,10 @@ func TestRunConfigIsPrinted(t *testing.T) {
 	if got, want := (sim.RunConfig{Seed: 3, Minutes: 2}).String(), "seed=3 minutes=2 nodes=5 orchestrators=3 faults=crashes,"; !strings.HasPrefix(got, want) {
 		t.Errorf("%q does not begin with %q", got, want)
 	}
+	loops, err := sim.ParseRunConfig("seed=4 minutes=2 faults=autonomy")
+	if want := "seed=4 minutes=2 nodes=5 orchestrators=3 faults=more-cuts,"; err != nil || !strings.HasPrefix(loops.String(), want) || !strings.Contains(loops.String(), ",lost-leaders,") {
+		t.Errorf("%q does not begin with %q: %v", loops, want, err)
+	}
 	for _, s := range []string{"seed", "seed=x", "speed=1", "faults=meteors"} {
 		if _, err := sim.ParseRunConfig(s); err == nil {
 			t.Errorf("%q is accepted", s)

@@ -49,6 +49,13 @@ var mutants = [][2]string{
 	{"two-transitions", "two slots of a vnode are in transition at once"},
 }
 
+// loopMutants are those of the control loops: they are looked for with the faults of autonomy.
+var loopMutants = [][2]string{
+	{"freeze-ignored", "nodes are given up however many are suspect"},
+	{"end-before-whole", "a dead node's process and disk are ended as its recovery begins"},
+	{"followers-provision", "every orchestrator calls the provisioner, not the leader alone"},
+}
+
 const envMutant = "KVASIR_MUTANT"
 
 // TestMutants checks the checker: every planted bug is found by the seeds of make sim,
@@ -61,21 +68,29 @@ func TestMutants(t *testing.T) {
 		invariant  int
 		seeds      int
 	}
-	rows := make([]row, len(mutants))
+	type runOf struct {
+		faults string
+		seed   uint64
+	}
+	all := slices.Concat(mutants, loopMutants)
+	rows := make([]row, len(all))
 	var mu sync.Mutex
-	needed := map[uint64]bool{}
+	needed := map[runOf]bool{}
 	began := time.Now()
 	only := os.Getenv("KVASIR_MUTANTS") // names, separated by commas
-	forEach(len(mutants), func(i int) {
-		m := mutants[i]
+	forEach(len(all), func(i int) {
+		m, faults := all[i], ""
+		if i >= len(mutants) {
+			faults = autonomy
+		}
 		rows[i] = row{name: m[0], what: m[1]}
 		if only != "" && !slices.Contains(strings.Split(only, ","), m[0]) {
 			return
 		}
 		for seed := uint64(1); seed <= maxSeeds; seed++ {
-			o := runSeed(seed, minutes, []string{envMutant + "=" + m[0]})
+			o := runSeed(seed, minutes, faults, []string{envMutant + "=" + m[0]})
 			mu.Lock()
-			needed[seed] = true
+			needed[runOf{faults, seed}] = true
 			mu.Unlock()
 			if o.failed() {
 				rows[i].seeds = int(seed)
@@ -90,9 +105,9 @@ func TestMutants(t *testing.T) {
 		}
 		t.Errorf("%s is not caught within %d seeds", m[0], maxSeeds)
 	})
-	seeds := slices.Sorted(maps.Keys(needed))
+	seeds := slices.Collect(maps.Keys(needed))
 	forEach(len(seeds), func(i int) {
-		if o := runSeed(seeds[i], minutes, nil); o.failed() {
+		if o := runSeed(seeds[i].seed, minutes, seeds[i].faults, nil); o.failed() {
 			t.Errorf("without a mutant: %s", o.explain())
 		}
 	})

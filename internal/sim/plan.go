@@ -15,6 +15,8 @@ type track struct {
 	name  string
 	every time.Duration
 	fault func(*faults, *rand.Rand)
+	// loops: it runs where the control loops are at work, which it puts to work if it is asked for.
+	loops bool
 }
 
 // tracks are all there are.
@@ -49,21 +51,39 @@ var tracks = []track{
 	{name: "split-moves", every: 10 * time.Second, fault: (*faults).splitMove},
 	{name: "lost-disks", every: 60 * time.Second, fault: (*faults).lostDisk},
 	{name: "flipped-bits", every: 60 * time.Second, fault: (*faults).flipBit},
+	{name: "loads", every: 45 * time.Second, fault: (*faults).changeLoad, loops: true},
+	{name: "dead-nodes", every: 50 * time.Second, fault: (*faults).deadNode, loops: true},
+	{name: "flapping-nodes", every: 30 * time.Second, fault: (*faults).flap, loops: true},
+	{name: "gossip-lies", every: 30 * time.Second, fault: (*faults).lie, loops: true},
+	{name: "lost-leaders", every: 8 * time.Second, fault: (*faults).loseLeader, loops: true},
+	{name: provisionerTrack, every: 30 * time.Second, fault: (*faults).killWrong, loops: true},
+	{name: "no-majority", every: 50 * time.Second, fault: (*faults).noMajority, loops: true},
 }
 
-// Tracks returns the names of the tracks of faults.
+// Tracks returns the names of the tracks of faults that run unless others are asked for: all
+// that expect no change of the cluster but those that they make.
 func Tracks() []string {
 	var out []string
 	for _, t := range tracks {
-		out = append(out, t.name)
+		if !t.loops {
+			out = append(out, t.name)
+		}
 	}
 	return out
 }
 
+// loops reports whether the control loops are at work.
+func (c RunConfig) loops() bool {
+	return slices.ContainsFunc(c.tracks(), func(t track) bool { return t.loops })
+}
+
+// zones is over how many zones the nodes of a run are spread where the control loops are at work.
+func (c RunConfig) zones() int { return []int{1, 3}[c.Seed/2%2] }
+
 // size is how large the cluster of a run is.
 func (c RunConfig) size() (nodes, orchestrators int) {
 	switch {
-	case c.Seed%2 == 1:
+	case c.Seed%2 == 1, c.loops():
 		return 5, 3
 	case c.Seed%4 == 2:
 		return 3, 3
@@ -124,17 +144,20 @@ func ParseRunConfig(s string) (RunConfig, error) {
 	return c, nil
 }
 
-// ParseFaults reads names of tracks of faults, separated by commas; "" stands for none.
+// ParseFaults reads names of tracks of faults, separated by commas; "" stands for none, and
+// autonomy for those that run beside the control loops.
 func ParseFaults(s string) ([]string, error) {
-	out, known := []string{}, Tracks()
+	out := []string{}
 	for name := range strings.SplitSeq(s, ",") {
-		if name == "" {
-			continue
-		}
-		if !slices.Contains(known, name) {
+		switch {
+		case name == "":
+		case name == autonomy:
+			out = append(out, autonomyTracks...)
+		case slices.ContainsFunc(tracks, func(t track) bool { return t.name == name }):
+			out = append(out, name)
+		default:
 			return nil, fmt.Errorf("there are no faults %q", name)
 		}
-		out = append(out, name)
 	}
 	return out, nil
 }

@@ -37,6 +37,8 @@ type Report struct {
 	Faults    map[string]int
 	Outcomes  map[string]int
 	Completed int
+	// Loops counts what the control loops did, by name.
+	Loops map[string]int
 	// Hit counts what ended or stopped while a slot moved, by what it was to the move and
 	// the slot's phase.
 	Hit map[Hit]int
@@ -82,7 +84,11 @@ type run struct {
 	conns      map[string]*grpc.ClientConn
 	report     *Report
 	damage     damage
-	mu         struct {
+	faults     *faults
+	// fleet and loops are set where the control loops are at work.
+	fleet *fleet
+	loops *loops
+	mu    struct {
 		sync.Mutex
 		left map[string]*remains // of processes that started again
 	}
@@ -92,36 +98,54 @@ type run struct {
 // invariants of the design. It must be called in a synctest bubble. It reports
 // what it found; broken invariants are not errors of t.
 func Run(t testing.TB, cfg RunConfig) (*Report, *History) {
-	r := &run{t: t, cfg: cfg, report: &Report{Seed: cfg.Seed, Minutes: cfg.Minutes, Faults: map[string]int{}, Hit: map[Hit]int{}}}
+	r := &run{t: t, cfg: cfg, report: &Report{Seed: cfg.Seed, Minutes: cfg.Minutes, Faults: map[string]int{}, Loops: map[string]int{}, Hit: map[Hit]int{}}}
 	r.report.Nodes, r.report.Orchestrators = cfg.size()
 	r.report.Options = cfg.String()
 	began := time.Now()
 	f := newFaults(r)
-	r.w = New(t, Config{
-		Seed: cfg.Seed, Nodes: r.report.Nodes, Orchestrators: r.report.Orchestrators,
-		SyncDelay: f.syncDelay, Starting: r.starting,
-	})
+	r.faults = f
 	r.history = NewHistory()
 	r.checker = NewChecker(r.history, f.clockError())
 	r.topologies = newTopologies(r.checker)
+	wc := Config{
+		Seed: cfg.Seed, Nodes: r.report.Nodes, Orchestrators: r.report.Orchestrators,
+		SyncDelay: f.syncDelay, Starting: r.starting,
+	}
+	if cfg.loops() {
+		r.fleet = newFleet(r)
+		r.topologies.moves = true
+		wc.fleet, wc.Zones = r.fleet, cfg.zones()
+	}
+	r.w = New(t, wc)
 	r.addSpares()
 	time.Sleep(2 * time.Second) // links and members find each other
 	r.prepare()
 
 	ctx, cancel := context.WithCancel(context.Background())
 	var watching sync.WaitGroup
-	watching.Go(func() { r.topologies.watch(ctx, r.controls, rand.New(rand.NewPCG(cfg.Seed, 0x70b0))) })
+	watching.Go(func() { r.topologies.watch(ctx, r.watched(), rand.New(rand.NewPCG(cfg.Seed, 0x70b0))) })
+	if r.loops != nil {
+		watching.Go(func() { r.loops.watch(ctx) })
+	}
 	load := &Workload{
-		World: r.w, Checker: r.checker, Spaces: Spaces(r.report.Nodes), Seed: cfg.Seed, Clients: 6, Think: 250 * time.Millisecond,
+		World: r.w, Checker: r.checker, Spaces: r.spaces(), Seed: cfg.Seed, Clients: 6, Think: 250 * time.Millisecond,
 		Incarnations: r.topologies.incarnations, Conns: r.conns,
 		Watched: f.watched, Shown: f.shown, Through: f.through, Clearing: f.clearing, Reading: f.reading, Parted: f.nowParted,
+	}
+	if r.fleet != nil { // what changes is what matters
+		load.Clients, load.Think = 3, 400*time.Millisecond
 	}
 	load.Start()
 	f.run(time.Now().Add(time.Duration(cfg.Minutes * float64(time.Minute))))
 	load.Stop()
+	if r.loops == nil {
+		cancel()
+		watching.Wait()
+	}
+	r.settle()
 	cancel()
 	watching.Wait()
-	r.settle()
+	r.endLoops()
 	r.w.Close()
 	r.report.AllMinutes = time.Since(began).Minutes()
 	r.report.Outcomes, r.report.Completed = r.history.Outcomes()
@@ -137,6 +161,9 @@ func (r *run) starting(name string) {
 	p := r.w.processes[name]
 	if t == nil || r.controls[name] == nil || t.Resolve(name) == nil || len(r.history.Violations()) > 0 {
 		return
+	}
+	if r.fleet != nil && hostOf(t.Resolve(name).Address) != p.host {
+		return // another process has the name
 	}
 	left, err := readRemains(p.disk, t)
 	if err != nil || left.incarnation == 0 || !left.whole() {
@@ -172,7 +199,10 @@ func (r *run) prepare() {
 		r.conns[name] = r.w.Conn(name)
 		r.controls[name] = adminv1.NewControlServiceClient(r.conns[name])
 	}
-	for _, s := range Spaces(r.report.Nodes) {
+	if r.fleet != nil {
+		r.loops = newLoops(r)
+	}
+	for _, s := range r.spaces() {
 		if !s.Create {
 			continue
 		}
@@ -195,6 +225,51 @@ func (r *run) prepare() {
 	r.topologies.see("node1", s.GetTopology())
 }
 
+// endLoops stops the orchestrators where their control loops are at work, and with them all
+// that launches and ends nodes.
+func (r *run) endLoops() {
+	if r.fleet == nil {
+		return
+	}
+	for _, name := range r.orchestrators() {
+		if r.w.process(name).live != nil {
+			r.w.Stop(name)
+		}
+	}
+	r.fleet.close()
+}
+
+// spaces returns the namespaces of the run.
+func (r *run) spaces() []Space {
+	if r.fleet != nil {
+		return Spaces(3) // so that few nodes are enough
+	}
+	return Spaces(r.report.Nodes)
+}
+
+// watched returns the processes that are asked for what they know.
+func (r *run) watched() map[string]adminv1.ControlServiceClient {
+	if r.fleet == nil {
+		return r.controls
+	}
+	out := map[string]adminv1.ControlServiceClient{} // most nodes do not run
+	for _, name := range r.orchestrators() {
+		out[name] = r.controls[name]
+	}
+	for i := range loopsMax {
+		name := fmt.Sprint("node", i+1)
+		out[name] = r.controls[name]
+	}
+	return out
+}
+
+// count counts what is told of in the report.
+func (r *run) count(m map[string]int, what string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	m[what]++
+}
+
 // settleFor is how long the replicas may take to become equal.
 const settleFor = 10 * time.Minute
 
@@ -206,7 +281,7 @@ func (r *run) settle() {
 	}
 	c := r.w.Client(client.WithTimeout(opTimeout))
 	defer c.Close()
-	if !r.finishOperation() || !r.converge(c) {
+	if r.loops != nil && !r.loops.rest() || !r.finishOperation() || !r.converge(c) {
 		return
 	}
 	for _, p := range r.checker.Places() {
@@ -237,7 +312,7 @@ func (r *run) converge(c *client.Client) bool {
 
 // difference describes one key whose replicas differ, or returns "".
 func (r *run) difference(c *client.Client) string {
-	s, err := clusterStatus(context.Background(), r.controls["node1"])
+	s, err := clusterStatus(context.Background(), r.control())
 	if err != nil {
 		return "no topology: " + err.Error()
 	}
@@ -280,22 +355,23 @@ func (r *run) final(c *client.Client, p Place) bool {
 
 // compare stops the nodes and compares their disks.
 func (r *run) compare() {
-	s, err := clusterStatus(context.Background(), r.controls["node1"])
+	s, err := clusterStatus(context.Background(), r.control())
 	if err != nil {
 		r.history.violate(4, "no topology after settling: %v", err)
 		return
 	}
 	r.topologies.see("node1", s.GetTopology())
 	t := r.topologies.latest()
+	r.endLoops()
 	disks := map[uint64]disk{}
 	now := time.Now()
 	for _, n := range t.Nodes {
-		p := r.w.processes[n.Name]
+		p := r.w.at(n.Address)
 		if p == nil || p.live == nil || t.Resolve(n.Name).Incarnation != n.Incarnation {
 			continue
 		}
-		r.w.Stop(n.Name)
-		d, err := readDisk(r.w.Disk(n.Name), t)
+		r.w.Stop(p.name)
+		d, err := readDisk(p.disk, t)
 		if err != nil {
 			r.history.violate(4, "the disk of %s cannot be read: %v", n.Name, err)
 			return

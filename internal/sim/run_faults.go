@@ -82,13 +82,21 @@ func (f *faults) jumps() bool { return f.r.cfg.Seed%3 == 0 }
 // mended when it returns.
 func (f *faults) run(until time.Time) {
 	f.until = until
+	if f.r.fleet != nil {
+		f.r.fleet.err(until)
+		f.r.fleet.setLoad(loopsTarget * float64(f.r.report.Nodes))
+	}
 	f.r.w.Net.SetLatency(f.latency)
 	var tracks sync.WaitGroup
 	for _, t := range f.r.cfg.tracks() {
 		rng := f.r.w.stream("faults: " + t.name)
 		tracks.Go(func() {
 			for {
-				time.Sleep(time.Duration((0.2 + rng.ExpFloat64()) * float64(t.every) * 0.8))
+				wait := time.Duration((0.2 + rng.ExpFloat64()) * float64(t.every) * 0.8)
+				if f.r.fleet != nil {
+					wait = min(wait, time.Until(f.until)+time.Millisecond)
+				}
+				time.Sleep(wait)
 				if time.Now().After(f.until) || len(f.r.history.Violations()) > 0 {
 					return
 				}
@@ -101,9 +109,7 @@ func (f *faults) run(until time.Time) {
 
 // note counts and records a fault.
 func (f *faults) note(kind, format string, args ...any) {
-	f.mu.Lock()
-	f.r.report.Faults[kind]++
-	f.mu.Unlock()
+	f.r.count(f.r.report.Faults, kind)
 	f.r.history.Note("%s: %s", kind, fmt.Sprintf(format, args...))
 }
 
@@ -119,7 +125,8 @@ func (f *faults) claim(rng *rand.Rand) string {
 	if f.mu.down >= limit {
 		return ""
 	}
-	name := fmt.Sprint("node", 1+rng.IntN(f.r.nodes()))
+	names := f.r.nodeNames()
+	name := names[rng.IntN(len(names))]
 	if f.mu.busy[name] {
 		return ""
 	}
@@ -139,6 +146,11 @@ func (f *faults) release(name string) {
 func (f *faults) start(name string) {
 	f.r.history.Note("start %s", name)
 	down := f.down()
+	if f.r.fleet != nil && strings.HasPrefix(name, "node") {
+		f.r.fleet.up(name)
+		f.setEnded(name, false)
+		return
+	}
 	if err := f.r.w.TryStart(name); err != nil {
 		f.r.history.violate(0, "%s does not start: %v", name, err)
 		return
@@ -154,7 +166,11 @@ func (f *faults) end(name string, how Crash) {
 		return
 	}
 	f.hits(name)
-	f.r.w.Crash(name, how)
+	if f.r.fleet != nil && strings.HasPrefix(name, "node") {
+		f.r.fleet.down(name, how, false)
+	} else {
+		f.r.w.Crash(name, how)
+	}
 	f.setEnded(name, true)
 }
 
@@ -337,8 +353,8 @@ func (f *faults) cut(rng *rand.Rand) {
 		}
 	default:
 		kind = "cut from some nodes"
-		for i := range f.r.nodes() {
-			if o := fmt.Sprint("node", i+1); o != name && (len(others) == 0 || rng.IntN(2) == 0) {
+		for _, o := range f.r.nodeNames() {
+			if o != name && (len(others) == 0 || rng.IntN(2) == 0) {
 				others = append(others, o)
 			}
 		}

@@ -18,7 +18,7 @@ const spares = 2
 
 // nodes is how many nodes a run has.
 func (r *run) nodes() int {
-	if r.cfg.Faults == nil || slices.Contains(r.cfg.Faults, ringChanges) {
+	if r.fleet == nil && (r.cfg.Faults == nil || slices.Contains(r.cfg.Faults, ringChanges)) {
 		return r.report.Nodes + spares
 	}
 	return r.report.Nodes
@@ -29,6 +29,9 @@ const ringChanges = "ring-changes"
 
 // addSpares starts the nodes beyond the founding ones, in order of incarnation.
 func (r *run) addSpares() {
+	if r.fleet != nil {
+		r.fleet.addMachines(r.report.Nodes)
+	}
 	for i := r.report.Nodes; i < r.nodes(); i++ {
 		name := fmt.Sprint("node", i+1)
 		r.w.AddNode(name, "z1")
@@ -420,7 +423,7 @@ func (r *run) finishOperation() bool {
 	for waited := time.Duration(0); waited < settleFor; waited += time.Second {
 		time.Sleep(time.Second)
 		ctx, cancel := context.WithTimeout(context.Background(), ringQuestion)
-		op, err := activeOperation(ctx, r.controls["node1"])
+		op, err := activeOperation(ctx, r.control())
 		switch {
 		case err != nil:
 			last = err.Error()
@@ -429,13 +432,13 @@ func (r *run) finishOperation() bool {
 			return true
 		default:
 			last = fmt.Sprintf("operation %d is %s", op.GetId(), topology.OperationState(op.GetState()))
-			if resp, err := r.controls["node1"].ListOperations(ctx, &adminv1.ListOperationsRequest{Id: op.GetId()}); err == nil {
+			if resp, err := r.control().ListOperations(ctx, &adminv1.ListOperationsRequest{Id: op.GetId()}); err == nil {
 				for _, p := range resp.GetOperations()[0].GetMoving() {
 					last += fmt.Sprintf("; vnode %d to #%d: %s", p.GetMove().GetVnode(), p.GetMove().GetTo(), p.GetWaitsFor())
 				}
 			}
 			if topology.OperationState(op.GetState()) == topology.Paused {
-				_, _ = r.controls["node1"].SteerOperation(ctx, &adminv1.SteerOperationRequest{Id: op.GetId(), State: topologyv1.Operation_STATE_RUNNING})
+				_, _ = r.control().SteerOperation(ctx, &adminv1.SteerOperationRequest{Id: op.GetId(), State: topologyv1.Operation_STATE_RUNNING})
 			}
 		}
 		cancel()

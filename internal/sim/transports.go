@@ -59,6 +59,9 @@ func (t *gossipTransport) receive() {
 			if err != nil {
 				continue
 			}
+			if t.deafTo(p.From) {
+				continue
+			}
 			select {
 			case t.in <- &memberlist.Packet{Buf: p.Data, From: from, Timestamp: p.At}:
 			default: // as a full socket buffer drops it
@@ -72,6 +75,10 @@ func (t *gossipTransport) accept() {
 		c, err := t.listen.Accept()
 		if err != nil {
 			return
+		}
+		if t.deafTo(c.RemoteAddr().String()) {
+			c.Close()
+			continue
 		}
 		select {
 		case t.streams <- c:
@@ -87,6 +94,9 @@ func (t *gossipTransport) FinalAdvertiseAddr(string, int) (net.IP, int, error) {
 }
 
 func (t *gossipTransport) WriteTo(b []byte, addr string) (time.Time, error) {
+	if t.deafTo(addr) {
+		return time.Now(), nil
+	}
 	return time.Now(), t.packets.Send(addr, b)
 }
 
@@ -96,7 +106,18 @@ func (t *gossipTransport) StreamCh() <-chan net.Conn           { return t.stream
 func (t *gossipTransport) DialTimeout(addr string, timeout time.Duration) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
+	if t.deafTo(addr) {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
 	return t.instance.dial(ctx, addr)
+}
+
+// deafTo reports whether gossip with an address is lost.
+func (t *gossipTransport) deafTo(address string) bool {
+	deaf := t.instance.p.deafTo.Load()
+	host, _, _ := net.SplitHostPort(address)
+	return deaf != nil && (*deaf)(host)
 }
 
 func (t *gossipTransport) Shutdown() error {

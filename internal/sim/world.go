@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -45,6 +46,8 @@ type Config struct {
 	// Starting, when set, is called with every process that is about to start again.
 	Starting func(name string)
 	Logger   *slog.Logger
+	// fleet, when set, has the control loops at work.
+	fleet *fleet
 }
 
 // World is a cluster with what it stands on.
@@ -75,8 +78,10 @@ type process struct {
 	rng *rand.Rand
 	// started is set once it has run.
 	started bool
-	// zone is what a node says at its next start.
-	zone string
+	// zone is what a node says at its next start, node what it is named.
+	zone, node string
+	// deafTo reports whether gossip with a host is lost; nil: with none.
+	deafTo atomic.Pointer[func(host string) bool]
 }
 
 // instance is one run of a process. What it does after its end goes nowhere.
@@ -89,6 +94,9 @@ type instance struct {
 	stop  func()
 	err   error
 	ready chan struct{} // closed when run has returned
+	// starting ends with cancel: it does not start any more then.
+	starting context.Context
+	cancel   context.CancelFunc
 }
 
 // New starts a cluster and returns once every process serves.
@@ -145,6 +153,9 @@ func (w *World) addOrchestrator(name, host string, peers []orchestrator.Peer) {
 			cfg.Bootstrap.MaxHints = w.cfg.MaxHints
 		}
 		cfg.ElectionTimeout = 500 * time.Millisecond
+		if w.cfg.fleet != nil {
+			w.cfg.fleet.configure(&cfg, in)
+		}
 		cfg.Logger, cfg.Software, cfg.Fatal = w.logger(name), "sim", in.fatal
 		cfg.Seams = orchestrator.Seams{
 			FS: newFaultyDisk(p.disk, &p.trouble), Listen: in.listen, Dial: in.dial, WallClock: p.wall,
@@ -163,10 +174,10 @@ func (w *World) addOrchestrator(name, host string, peers []orchestrator.Peer) {
 // AddNode adds a node that does not run yet.
 func (w *World) AddNode(name, zone string) {
 	host := fmt.Sprintf("10.0.0.%d", len(w.processes)+1)
-	p := &process{w: w, name: name, host: host, disk: vfs.NewCrashableMem(), rng: w.stream("crash of " + name), zone: zone}
+	p := &process{w: w, name: name, host: host, disk: vfs.NewCrashableMem(), rng: w.stream("crash of " + name), zone: zone, node: name}
 	p.run = func(in *instance) (func(), error) {
 		cfg := node.Defaults()
-		cfg.Name, cfg.Zone, cfg.DataDir = name, p.zone, "data"
+		cfg.Name, cfg.Zone, cfg.DataDir = p.node, p.zone, "data"
 		cfg.Listen, cfg.AdminListen, cfg.GossipListen = host+":7400", host+":7401", host+":7402"
 		cfg.CacheBytes, cfg.MemTableBytes = 1<<20, 1<<20
 		for i := range w.cfg.Orchestrators {
@@ -175,10 +186,10 @@ func (w *World) AddNode(name, zone string) {
 		cfg.Logger, cfg.Software, cfg.Fatal = w.logger(name), "sim", in.fatal
 		cfg.Seams = node.Seams{
 			FS: newFaultyDisk(p.disk, &p.trouble), Listen: in.listen, Dial: in.dial, WallClock: p.wall, SyncDelay: func() time.Duration { return w.syncDelay(name) },
-			LeastFileBytes: 100,
-			Gossip:         func(bind string) (memberlist.Transport, error) { return newGossipTransport(in, bind) },
+			LeastFileBytes: 100, CPU: w.cpu(p),
+			Gossip: func(bind string) (memberlist.Transport, error) { return newGossipTransport(in, bind) },
 		}
-		n, err := node.Start(context.Background(), cfg)
+		n, err := node.Start(in.starting, cfg)
 		if err != nil {
 			return nil, err
 		}
@@ -202,6 +213,14 @@ func (w *World) syncDelay(name string) time.Duration {
 		return 0
 	}
 	return w.cfg.SyncDelay(name)
+}
+
+// cpu returns what reads a node's CPU, or nil.
+func (w *World) cpu(p *process) func() float64 {
+	if w.cfg.fleet == nil {
+		return nil
+	}
+	return func() float64 { return w.cfg.fleet.cpu(p.host) }
 }
 
 func (w *World) logger(name string) *slog.Logger { return w.cfg.Logger.With("process", name) }
@@ -229,6 +248,7 @@ func (w *World) begin(p *process) {
 	}
 	p.started = true
 	in := &instance{p: p, ready: make(chan struct{}), died: make(chan struct{})}
+	in.starting, in.cancel = context.WithCancel(context.Background())
 	p.live = in
 	go func() {
 		defer close(in.ready)
@@ -304,6 +324,7 @@ func (w *World) Stop(name string) {
 
 // end waits until an instance has ended.
 func (w *World) end(in *instance) {
+	in.cancel()
 	<-in.ready
 	if in.stop != nil {
 		in.stop()
@@ -342,6 +363,9 @@ func (w *World) eachOther(name string, f func(from, to string)) {
 
 // Endpoints returns the addresses of all nodes.
 func (w *World) Endpoints() []string {
+	if w.cfg.fleet != nil {
+		return w.cfg.fleet.endpoints()
+	}
 	var out []string
 	for i := range w.cfg.Nodes {
 		out = append(out, w.process(fmt.Sprintf("node%d", i+1)).host+":7400")
@@ -402,6 +426,25 @@ func (w *World) TryStart(name string) error {
 // CopyDisk returns a copy of what a process has on disk.
 func (w *World) CopyDisk(name string) *vfs.MemFS {
 	return w.process(name).disk.CrashClone(vfs.CrashCloneCfg{UnsyncedDataPercent: 100, RNG: w.rng})
+}
+
+// Mute has gossip lost between a node and hosts of which deaf reports true; nil undoes it.
+func (w *World) Mute(name string, deaf func(host string) bool) {
+	if deaf == nil {
+		w.process(name).deafTo.Store(nil)
+		return
+	}
+	w.process(name).deafTo.Store(&deaf)
+}
+
+// at returns the process that serves at an address.
+func (w *World) at(address string) *process {
+	for _, p := range w.processes {
+		if strings.HasPrefix(address, p.host+":") {
+			return p
+		}
+	}
+	return nil
 }
 
 // SetDisk gives a process that does not run another disk.

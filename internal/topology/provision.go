@@ -6,6 +6,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/kvasirdb/kvasir/internal/mutant"
 	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
 )
 
@@ -118,7 +119,7 @@ func (d *draft) askProvision(pb *topologyv1.AskProvision, atMillis int64) error 
 		if slices.ContainsFunc(d.Provisions, func(o Provision) bool { return o.Kind == End && o.Node == p.Node && o.Incarnation == p.Incarnation }) {
 			return nil
 		}
-		if p.Incarnation != 0 && d.Topology.Names(p.Incarnation) {
+		if p.Incarnation != 0 && d.Topology.Names(p.Incarnation) && !mutant.On("end-before-whole") {
 			return refuse(Precondition, "NODE_HAS_SLOTS", fmt.Sprintf("node %s, #%d, has slots: they must go elsewhere first", p.Node, p.Incarnation), "incarnation", p.Incarnation)
 		}
 	default:

@@ -411,9 +411,12 @@ func (t *Topology) DataNodes() int {
 // Members returns the data nodes that have a slot, in order of incarnation. The
 // others are spares.
 func (t *Topology) Members() []*Node {
-	has := make(map[uint64]bool, len(t.Nodes))
-	for i := 0; i < len(t.Ring) && len(has) < len(t.Nodes); i++ { // mostly all are found soon
+	has, left := make(map[uint64]bool, len(t.Nodes)), len(t.Nodes)
+	for i := 0; i < len(t.Ring) && left > 0; i++ { // mostly all are found soon
 		for _, s := range t.Ring[i].Slots {
+			if !has[s.Node] && t.Node(s.Node) != nil { // one that was removed may still have slots
+				left--
+			}
 			has[s.Node] = true
 		}
 	}

@@ -114,6 +114,9 @@ func (n *Network) cut(from, to string) bool {
 	return n.mu.cut[[2]string{from, to}] || n.mu.frozen[from] || n.mu.frozen[to]
 }
 
+// Reaches reports whether two hosts can talk to each other.
+func (n *Network) Reaches(a, b string) bool { return n.blocked(a, b) == nil }
+
 // blocked returns nil where a connection can be made, else what is closed when it is
 // worth another look.
 func (n *Network) blocked(a, b string) <-chan struct{} {
