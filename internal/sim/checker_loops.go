@@ -38,6 +38,7 @@ type loops struct {
 	mu struct {
 		sync.Mutex
 		changes    map[uint64]*topologyv1.Change // by number
+		recent     []*topologyv1.Change          // too new for alone
 		last       uint64
 		unhealthy  map[uint64]bool // as was agreed on
 		ops        map[uint64]*topologyv1.Operation
@@ -50,13 +51,16 @@ type loops struct {
 
 // headless is a time without a majority of orchestrators.
 type headless struct {
-	from, to time.Time // to is the zero time while it lasts
+	from, to time.Time // to is when it was last seen to be so
+	over     bool
 }
 
 // Slack of what is observed from outside.
 const (
 	// leaderGone is how long a leader may go on without a majority.
 	leaderGone = 2 * time.Second
+	// seenLate is how long what has changed may go unseen.
+	seenLate = time.Second
 	// callsEnd is how long a call of an old leader may go on, or be begun, beside those of the next.
 	callsEnd = time.Second
 	// sampleHeads is the time between two looks at who reaches whom.
@@ -115,12 +119,14 @@ func (l *loops) sample(ctx context.Context) {
 		has := l.majority()
 		l.mu.Lock()
 		n := len(l.mu.headless)
-		lasts := n > 0 && l.mu.headless[n-1].to.IsZero()
+		lasts := n > 0 && !l.mu.headless[n-1].over
 		switch {
-		case !has && !lasts:
-			l.mu.headless = append(l.mu.headless, headless{from: time.Now()})
-		case has && lasts: // they may have been able to a little earlier
-			l.mu.headless[n-1].to = time.Now().Add(-time.Second)
+		case has && lasts:
+			l.mu.headless[n-1].over = true
+		case lasts:
+			l.mu.headless[n-1].to = time.Now()
+		case !has:
+			l.mu.headless = append(l.mu.headless, headless{from: time.Now(), to: time.Now()})
 		}
 		l.mu.Unlock()
 	}
@@ -144,11 +150,12 @@ func (l *loops) majority() bool {
 	return false
 }
 
-// alone reports whether there was no majority at a time, nor for some time before.
+// alone reports whether there was no majority at a time, nor for some time before and a
+// little after. Of a time that is not as long ago it knows nothing yet.
 // REQUIRES: l.mu is held.
 func (l *loops) alone(at time.Time) bool {
 	return slices.ContainsFunc(l.mu.headless, func(h headless) bool {
-		return at.After(h.from.Add(leaderGone)) && (h.to.IsZero() || at.Before(h.to))
+		return at.After(h.from.Add(leaderGone)) && at.Add(seenLate).Before(h.to)
 	})
 }
 
@@ -211,6 +218,17 @@ func (l *loops) follow(ctx context.Context, rng *rand.Rand) {
 	}
 	for _, c := range changes.GetChanges() {
 		l.change(c)
+	}
+	for len(l.mu.recent) > 0 {
+		c := l.mu.recent[0]
+		at := time.UnixMilli(int64(c.GetAtMs()))
+		if time.Since(at) < 2*seenLate {
+			break
+		}
+		if l.alone(at) {
+			l.h.violate(12, "without a majority of the orchestrators it was agreed on: %s", c.GetWhat())
+		}
+		l.mu.recent = l.mu.recent[1:]
 	}
 	for i := range calls {
 		l.call(&calls[i], calls[:i], asked)
@@ -285,9 +303,7 @@ func (l *loops) change(c *topologyv1.Change) {
 	if c.GetSubject() != topology.SubjectMove {
 		l.h.Note("agreed at %s: %s %s: %s", at.Sub(l.h.began), c.GetSubject(), c.GetName(), c.GetWhat())
 	}
-	if l.alone(at) {
-		l.h.violate(12, "without a majority of the orchestrators it was agreed on: %s", c.GetWhat())
-	}
+	l.mu.recent = append(l.mu.recent, c)
 	if c.GetSubject() == "health" {
 		for _, m := range healthWords.FindAllStringSubmatch(c.GetWhat(), -1) {
 			inc, _ := strconv.ParseUint(m[1], 10, 64)

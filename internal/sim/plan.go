@@ -57,6 +57,7 @@ var tracks = []track{
 	{name: "gossip-lies", every: 30 * time.Second, fault: (*faults).lie, loops: true},
 	{name: "lost-leaders", every: 8 * time.Second, fault: (*faults).loseLeader, loops: true},
 	{name: provisionerTrack, every: 30 * time.Second, fault: (*faults).killWrong, loops: true},
+	{name: "uneven-rings", every: 60 * time.Second, fault: (*faults).unbalance, loops: true},
 	{name: "no-majority", every: 50 * time.Second, fault: (*faults).noMajority, loops: true},
 }
 

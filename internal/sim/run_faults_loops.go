@@ -10,6 +10,7 @@ import (
 	"github.com/kvasirdb/kvasir/client"
 	"github.com/kvasirdb/kvasir/internal/topology"
 	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
+	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
 )
 
 // autonomy names the tracks that run with the control loops at work: those that break what
@@ -21,7 +22,7 @@ const autonomy = "autonomy"
 const provisionerTrack = "provisioner"
 
 var autonomyTracks = []string{
-	"loads", "dead-nodes", "flapping-nodes", "gossip-lies", "lost-leaders", provisionerTrack, "no-majority",
+	"loads", "dead-nodes", "flapping-nodes", "gossip-lies", "lost-leaders", provisionerTrack, "uneven-rings", "no-majority",
 	"more-cuts", "latencies", "orchestrators",
 }
 
@@ -30,6 +31,34 @@ func (f *faults) changeLoad(rng *rand.Rand) {
 	load := loopsTarget * (loopsMin - 1 + rng.Float64()*(loopsMax-loopsMin+2))
 	f.note("load change", "%.2f nodes' CPU", load)
 	f.r.fleet.setLoad(load)
+}
+
+// unbalance has people move slots from one node of a zone to another one, which then has far more
+// than others: that is for the control loops to mend.
+func (f *faults) unbalance(rng *rand.Rand) {
+	ctx, cancel := context.WithTimeout(context.Background(), ringQuestion)
+	defer cancel()
+	by := f.r.control()
+	if op, err := activeOperation(ctx, by); err != nil || op != nil {
+		return
+	}
+	t := f.r.present()
+	members := t.Members()
+	from, to := members[rng.IntN(len(members))], members[rng.IntN(len(members))]
+	if from == to || from.Zone != to.Zone {
+		return
+	}
+	op := &topologyv1.Operation{Kind: "apply", Title: fmt.Sprintf("slots of %s to %s", from.Name, to.Name)}
+	for v := range t.Ring {
+		slots := t.Ring[v].Slots
+		i := slices.IndexFunc(slots, func(s topology.Slot) bool { return s.Node == from.Incarnation })
+		if i >= 0 && len(op.Moves) < 6 && !slices.ContainsFunc(slots, func(s topology.Slot) bool { return s.Node == to.Incarnation }) {
+			op.Moves = append(op.Moves, &topologyv1.Move{Vnode: uint32(v), Slot: uint32(i), From: from.Incarnation, To: to.Incarnation})
+		}
+	}
+	if len(op.GetMoves()) > 0 {
+		f.begin(ctx, by, t, op)
+	}
 }
 
 // deadNode ends a node for good, with its disk, and waits until others have its slots. There is
