@@ -18,9 +18,10 @@ import (
 var ErrOtherBase = errors.New("the difference does not fit the topology that is known here")
 
 // Diff returns what makes next of old, or nil where only the whole will do: there is no
-// old one, or what never changes later differs, as it does when the ring forms.
+// old one, or what never changes later differs, as it does when the ring forms or a
+// generation begins.
 func Diff(old, next *Topology) *topologyv1.TopologyDelta {
-	if old == nil || old.ClusterID != next.ClusterID || old.Epoch >= next.Epoch || old.Vnodes != next.Vnodes ||
+	if old == nil || old.ClusterID != next.ClusterID || old.Epoch >= next.Epoch || old.Vnodes != next.Vnodes || old.Recovery != next.Recovery ||
 		old.FoundingNodes != next.FoundingNodes || len(old.Ring) != len(next.Ring) ||
 		len(next.Orchestrators) == 0 && len(old.Orchestrators) > 0 {
 		return nil

@@ -16,6 +16,7 @@ func FromProto(pb *topologyv1.Topology) (*Topology, error) {
 		Vnodes:        pb.GetVnodes(),
 		FoundingNodes: int(pb.GetFoundingNodes()),
 		Settings:      settingsFromProto(pb.GetSettings()),
+		Recovery:      pb.GetRecovery(),
 	}
 	for _, n := range pb.GetNodes() {
 		t.Nodes = append(t.Nodes, nodeFromProto(n))
@@ -60,6 +61,7 @@ func (t *Topology) restProto() *topologyv1.Topology {
 		Vnodes:        t.Vnodes,
 		FoundingNodes: uint32(t.FoundingNodes),
 		Settings:      t.Settings.Proto(),
+		Recovery:      t.Recovery,
 	}
 	for i := range t.Nodes {
 		pb.Nodes = append(pb.Nodes, t.Nodes[i].Proto())
@@ -83,6 +85,7 @@ func nodeFromProto(n *topologyv1.Node) Node {
 		AdminAddress:  n.GetAdminAddress(),
 		GossipAddress: n.GetGossipAddress(),
 		DataID:        n.GetDataId(),
+		LostEpoch:     n.GetLostEpoch(),
 	}
 }
 
@@ -97,6 +100,7 @@ func (n *Node) Proto() *topologyv1.Node {
 		AdminAddress:  n.AdminAddress,
 		GossipAddress: n.GossipAddress,
 		DataId:        n.DataID,
+		LostEpoch:     n.LostEpoch,
 	}
 }
 

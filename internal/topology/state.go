@@ -50,14 +50,16 @@ type State struct {
 	// ScaledUpMillis and ScaledDownMillis are when the number of nodes was last decided to be
 	// more, and fewer, in milliseconds since 1970.
 	ScaledUpMillis, ScaledDownMillis int64
-	heldBack                         []uint64
-	lastChange                       uint64
-	nextProvision                    uint64
-	lastNodeNumber                   uint64
-	nextIncarnation                  uint64
-	nextNamespace                    uint32
-	nextOperation                    uint64
-	boots                            map[uint64]boot
+	// Losses are what people gave up for lost, oldest first.
+	Losses          []Loss
+	heldBack        []uint64
+	lastChange      uint64
+	nextProvision   uint64
+	lastNodeNumber  uint64
+	nextIncarnation uint64
+	nextNamespace   uint32
+	nextOperation   uint64
+	boots           map[uint64]boot
 }
 
 // Result tells the proposer of a command what came of it.
@@ -114,6 +116,13 @@ func (s *State) Apply(cmd *topologyv1.Command) (*State, Result, error) {
 
 // foundFrom applies the first command there is.
 func foundFrom(cmd *topologyv1.Command) (*State, Result, error) {
+	if len(cmd.GetMutations()) == 1 && cmd.GetMutations()[0].GetRecover() != nil {
+		s, err := StateFromProto(cmd.GetMutations()[0].GetRecover().GetState())
+		if err != nil {
+			return nil, Result{}, refuse(Invalid, "INVALID_TOPOLOGY", err.Error())
+		}
+		return s, Result{Epoch: s.Topology.Epoch}, nil
+	}
 	if len(cmd.GetMutations()) != 1 || cmd.GetMutations()[0].GetFound() == nil {
 		return nil, Result{}, refuse(Precondition, "NOT_FOUNDED", "the cluster has not been founded yet: its orchestrators have no majority so far")
 	}
@@ -159,6 +168,7 @@ func (s *State) draft() *State {
 	next.Health = slices.Clone(s.Health)
 	next.SettingsVersions = slices.Clone(s.SettingsVersions)
 	next.Conditions = slices.Clone(s.Conditions)
+	next.Losses = slices.Clone(s.Losses)
 	next.heldBack = slices.Clone(s.heldBack)
 	next.boots = make(map[uint64]boot, len(s.boots)+1)
 	for k, v := range s.boots {
@@ -218,7 +228,7 @@ type draft struct {
 
 func (d *draft) mutate(m *topologyv1.Mutation, atMillis int64) error {
 	switch m := m.GetKind().(type) {
-	case *topologyv1.Mutation_Found:
+	case *topologyv1.Mutation_Found, *topologyv1.Mutation_Recover:
 		return refuse(Exists, "ALREADY_FOUNDED", "the cluster has been founded already")
 	case *topologyv1.Mutation_Register:
 		return d.register(m.Register)
@@ -254,6 +264,8 @@ func (d *draft) mutate(m *topologyv1.Mutation, atMillis int64) error {
 	case *topologyv1.Mutation_SetCondition:
 		d.setCondition(m.SetCondition, atMillis)
 		return nil
+	case *topologyv1.Mutation_AcceptLoss:
+		return d.acceptLoss(m.AcceptLoss, atMillis)
 	case *topologyv1.Mutation_SetSettings:
 		d.setSettings(m.SetSettings)
 		return nil
@@ -275,6 +287,11 @@ func (d *draft) register(r *topologyv1.Register) error {
 		return d.admit(n, r)
 	}
 	known := d.Topology.Nodes[i]
+	if known.LostEpoch != 0 {
+		return refuse(Precondition, "NODE_REMOVED",
+			fmt.Sprintf("data directory #%d of node %s was given up for lost in epoch %s, and others hold its records now: start the node with an empty data directory to join again", known.Incarnation, known.Name, EpochString(known.LostEpoch)),
+			"incarnation", known.Incarnation)
+	}
 	if n.Incarnation != 0 && n.Incarnation != known.Incarnation {
 		return refuse(Precondition, "INCARNATION_MISMATCH",
 			fmt.Sprintf("the data directory says it is #%d, the cluster knows it as #%d", n.Incarnation, known.Incarnation),
@@ -460,6 +477,9 @@ func (s *State) Proto() *topologyv1.ControlState {
 	for _, c := range s.Conditions {
 		pb.Conditions = append(pb.Conditions, c.Proto())
 	}
+	for _, l := range s.Losses {
+		pb.Losses = append(pb.Losses, l.Proto())
+	}
 	return pb
 }
 
@@ -513,6 +533,9 @@ func StateFromProto(pb *topologyv1.ControlState) (*State, error) {
 	}
 	for _, v := range pb.GetSettingsVersions() {
 		s.SettingsVersions = append(s.SettingsVersions, SettingsVersionFromProto(v))
+	}
+	for _, l := range pb.GetLosses() {
+		s.Losses = append(s.Losses, LossFromProto(l))
 	}
 	for _, c := range pb.GetConditions() {
 		s.Conditions = append(s.Conditions, Condition{c.GetKind(), c.GetText(), int64(c.GetSinceMs())})

@@ -51,6 +51,8 @@ type Node struct {
 	GossipAddress string
 	// DataID is drawn once when the data directory is made.
 	DataID string
+	// LostEpoch is the epoch in which the node was given up for lost, or 0.
+	LostEpoch uint64
 }
 
 // Phase is how far the move of a slot has come.
@@ -274,6 +276,9 @@ type Topology struct {
 	Namespaces    []Namespace
 	Settings      Settings
 	Orchestrators []Orchestrator
+	// Recovery names the recovery of the control plane that began the epoch's generation;
+	// it is empty in the first one.
+	Recovery string
 
 	byIncarnation map[uint64]*Node
 	byName        map[string]*Namespace
@@ -286,7 +291,7 @@ type Topology struct {
 // generation when the control plane has been recovered.
 func EpochString(epoch uint64) string {
 	number := epoch & (1<<generationShift - 1)
-	if g := epoch >> generationShift; g > 0 {
+	if g := Generation(epoch); g > 0 {
 		return fmt.Sprintf("%d.%d", g, number)
 	}
 	return strconv.FormatUint(number, 10)

@@ -84,7 +84,7 @@ func (x NodeStatus_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use NodeStatus_State.Descriptor instead.
 func (NodeStatus_State) EnumDescriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{35, 0}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{37, 0}
 }
 
 type VnodeRepair_State int32
@@ -144,7 +144,7 @@ func (x VnodeRepair_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use VnodeRepair_State.Descriptor instead.
 func (VnodeRepair_State) EnumDescriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{49, 0}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{51, 0}
 }
 
 type RegisterNodeRequest struct {
@@ -1442,6 +1442,124 @@ func (x *ListProvisionsResponse) GetProvisions() []*v1.Provision {
 	return nil
 }
 
+type AcceptLossRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Only the nodes of these vnodes; all that lack replicas where there are none.
+	Vnodes []uint32 `protobuf:"varint,1,rep,packed,name=vnodes,proto3" json:"vnodes,omitempty"`
+	// Only say what would be given up.
+	DryRun bool `protobuf:"varint,2,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	// The epoch of the dry run that people agreed to; the request is refused in another. 0:
+	// any.
+	Epoch         uint64 `protobuf:"fixed64,3,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AcceptLossRequest) Reset() {
+	*x = AcceptLossRequest{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcceptLossRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcceptLossRequest) ProtoMessage() {}
+
+func (x *AcceptLossRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcceptLossRequest.ProtoReflect.Descriptor instead.
+func (*AcceptLossRequest) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *AcceptLossRequest) GetVnodes() []uint32 {
+	if x != nil {
+		return x.Vnodes
+	}
+	return nil
+}
+
+func (x *AcceptLossRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
+}
+
+func (x *AcceptLossRequest) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+type AcceptLossResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Without nodes where there is nothing to give up.
+	Loss *v1.Loss `protobuf:"bytes,1,opt,name=loss,proto3" json:"loss,omitempty"`
+	// The epoch that holds now.
+	Epoch         uint64 `protobuf:"fixed64,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AcceptLossResponse) Reset() {
+	*x = AcceptLossResponse{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcceptLossResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcceptLossResponse) ProtoMessage() {}
+
+func (x *AcceptLossResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcceptLossResponse.ProtoReflect.Descriptor instead.
+func (*AcceptLossResponse) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *AcceptLossResponse) GetLoss() *v1.Loss {
+	if x != nil {
+		return x.Loss
+	}
+	return nil
+}
+
+func (x *AcceptLossResponse) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
 type ListChangesRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Empty, or only changes of this subject and name.
@@ -1459,7 +1577,7 @@ type ListChangesRequest struct {
 
 func (x *ListChangesRequest) Reset() {
 	*x = ListChangesRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1471,7 +1589,7 @@ func (x *ListChangesRequest) String() string {
 func (*ListChangesRequest) ProtoMessage() {}
 
 func (x *ListChangesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1484,7 +1602,7 @@ func (x *ListChangesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChangesRequest.ProtoReflect.Descriptor instead.
 func (*ListChangesRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{19}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ListChangesRequest) GetSubject() string {
@@ -1532,7 +1650,7 @@ type ListChangesResponse struct {
 
 func (x *ListChangesResponse) Reset() {
 	*x = ListChangesResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[20]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1544,7 +1662,7 @@ func (x *ListChangesResponse) String() string {
 func (*ListChangesResponse) ProtoMessage() {}
 
 func (x *ListChangesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[20]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1557,7 +1675,7 @@ func (x *ListChangesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChangesResponse.ProtoReflect.Descriptor instead.
 func (*ListChangesResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{20}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ListChangesResponse) GetChanges() []*v1.Change {
@@ -1579,7 +1697,7 @@ type StartOperationRequest struct {
 
 func (x *StartOperationRequest) Reset() {
 	*x = StartOperationRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[21]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1591,7 +1709,7 @@ func (x *StartOperationRequest) String() string {
 func (*StartOperationRequest) ProtoMessage() {}
 
 func (x *StartOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[21]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1604,7 +1722,7 @@ func (x *StartOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartOperationRequest.ProtoReflect.Descriptor instead.
 func (*StartOperationRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{21}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *StartOperationRequest) GetEpoch() uint64 {
@@ -1630,7 +1748,7 @@ type StartOperationResponse struct {
 
 func (x *StartOperationResponse) Reset() {
 	*x = StartOperationResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[22]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1642,7 +1760,7 @@ func (x *StartOperationResponse) String() string {
 func (*StartOperationResponse) ProtoMessage() {}
 
 func (x *StartOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[22]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1655,7 +1773,7 @@ func (x *StartOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartOperationResponse.ProtoReflect.Descriptor instead.
 func (*StartOperationResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{22}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *StartOperationResponse) GetOperation() *v1.Operation {
@@ -1676,7 +1794,7 @@ type SteerOperationRequest struct {
 
 func (x *SteerOperationRequest) Reset() {
 	*x = SteerOperationRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[23]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1688,7 +1806,7 @@ func (x *SteerOperationRequest) String() string {
 func (*SteerOperationRequest) ProtoMessage() {}
 
 func (x *SteerOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[23]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1701,7 +1819,7 @@ func (x *SteerOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SteerOperationRequest.ProtoReflect.Descriptor instead.
 func (*SteerOperationRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{23}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *SteerOperationRequest) GetId() uint64 {
@@ -1727,7 +1845,7 @@ type SteerOperationResponse struct {
 
 func (x *SteerOperationResponse) Reset() {
 	*x = SteerOperationResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[24]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1739,7 +1857,7 @@ func (x *SteerOperationResponse) String() string {
 func (*SteerOperationResponse) ProtoMessage() {}
 
 func (x *SteerOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[24]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1752,7 +1870,7 @@ func (x *SteerOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SteerOperationResponse.ProtoReflect.Descriptor instead.
 func (*SteerOperationResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{24}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *SteerOperationResponse) GetOperation() *v1.Operation {
@@ -1772,7 +1890,7 @@ type ListOperationsRequest struct {
 
 func (x *ListOperationsRequest) Reset() {
 	*x = ListOperationsRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[25]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1784,7 +1902,7 @@ func (x *ListOperationsRequest) String() string {
 func (*ListOperationsRequest) ProtoMessage() {}
 
 func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[25]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1797,7 +1915,7 @@ func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsRequest.ProtoReflect.Descriptor instead.
 func (*ListOperationsRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{25}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ListOperationsRequest) GetId() uint64 {
@@ -1817,7 +1935,7 @@ type ListOperationsResponse struct {
 
 func (x *ListOperationsResponse) Reset() {
 	*x = ListOperationsResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[26]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1829,7 +1947,7 @@ func (x *ListOperationsResponse) String() string {
 func (*ListOperationsResponse) ProtoMessage() {}
 
 func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[26]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1842,7 +1960,7 @@ func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsResponse.ProtoReflect.Descriptor instead.
 func (*ListOperationsResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{26}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ListOperationsResponse) GetOperations() []*ObservedOperation {
@@ -1863,7 +1981,7 @@ type ObservedOperation struct {
 
 func (x *ObservedOperation) Reset() {
 	*x = ObservedOperation{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[27]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1875,7 +1993,7 @@ func (x *ObservedOperation) String() string {
 func (*ObservedOperation) ProtoMessage() {}
 
 func (x *ObservedOperation) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[27]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1888,7 +2006,7 @@ func (x *ObservedOperation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObservedOperation.ProtoReflect.Descriptor instead.
 func (*ObservedOperation) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{27}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ObservedOperation) GetOperation() *v1.Operation {
@@ -1921,7 +2039,7 @@ type MoveProgress struct {
 
 func (x *MoveProgress) Reset() {
 	*x = MoveProgress{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[28]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1933,7 +2051,7 @@ func (x *MoveProgress) String() string {
 func (*MoveProgress) ProtoMessage() {}
 
 func (x *MoveProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[28]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1946,7 +2064,7 @@ func (x *MoveProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveProgress.ProtoReflect.Descriptor instead.
 func (*MoveProgress) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{28}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *MoveProgress) GetMove() *v1.Move {
@@ -1992,7 +2110,7 @@ type GetNodeUseRequest struct {
 
 func (x *GetNodeUseRequest) Reset() {
 	*x = GetNodeUseRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[29]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2004,7 +2122,7 @@ func (x *GetNodeUseRequest) String() string {
 func (*GetNodeUseRequest) ProtoMessage() {}
 
 func (x *GetNodeUseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[29]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2017,7 +2135,7 @@ func (x *GetNodeUseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetNodeUseRequest.ProtoReflect.Descriptor instead.
 func (*GetNodeUseRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{29}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{31}
 }
 
 // GetNodeUseResponse says what a node holds of the vnodes that it is an endpoint of.
@@ -2030,7 +2148,7 @@ type GetNodeUseResponse struct {
 
 func (x *GetNodeUseResponse) Reset() {
 	*x = GetNodeUseResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[30]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2042,7 +2160,7 @@ func (x *GetNodeUseResponse) String() string {
 func (*GetNodeUseResponse) ProtoMessage() {}
 
 func (x *GetNodeUseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[30]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2055,7 +2173,7 @@ func (x *GetNodeUseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetNodeUseResponse.ProtoReflect.Descriptor instead.
 func (*GetNodeUseResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{30}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *GetNodeUseResponse) GetVnodes() []*VnodeUse {
@@ -2081,7 +2199,7 @@ type VnodeUse struct {
 
 func (x *VnodeUse) Reset() {
 	*x = VnodeUse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[31]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2093,7 +2211,7 @@ func (x *VnodeUse) String() string {
 func (*VnodeUse) ProtoMessage() {}
 
 func (x *VnodeUse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[31]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2106,7 +2224,7 @@ func (x *VnodeUse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VnodeUse.ProtoReflect.Descriptor instead.
 func (*VnodeUse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{31}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *VnodeUse) GetNamespaceId() uint32 {
@@ -2145,7 +2263,7 @@ type GetNodeStatusRequest struct {
 
 func (x *GetNodeStatusRequest) Reset() {
 	*x = GetNodeStatusRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[32]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2157,7 +2275,7 @@ func (x *GetNodeStatusRequest) String() string {
 func (*GetNodeStatusRequest) ProtoMessage() {}
 
 func (x *GetNodeStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[32]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2170,7 +2288,7 @@ func (x *GetNodeStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetNodeStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetNodeStatusRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{32}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{34}
 }
 
 type OperationStats struct {
@@ -2186,7 +2304,7 @@ type OperationStats struct {
 
 func (x *OperationStats) Reset() {
 	*x = OperationStats{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[33]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2198,7 +2316,7 @@ func (x *OperationStats) String() string {
 func (*OperationStats) ProtoMessage() {}
 
 func (x *OperationStats) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[33]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2211,7 +2329,7 @@ func (x *OperationStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OperationStats.ProtoReflect.Descriptor instead.
 func (*OperationStats) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{33}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *OperationStats) GetPerSecond() float64 {
@@ -2261,7 +2379,7 @@ type HintBacklog struct {
 
 func (x *HintBacklog) Reset() {
 	*x = HintBacklog{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[34]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2273,7 +2391,7 @@ func (x *HintBacklog) String() string {
 func (*HintBacklog) ProtoMessage() {}
 
 func (x *HintBacklog) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[34]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2286,7 +2404,7 @@ func (x *HintBacklog) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HintBacklog.ProtoReflect.Descriptor instead.
 func (*HintBacklog) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{34}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *HintBacklog) GetTarget() uint64 {
@@ -2370,7 +2488,7 @@ type NodeStatus struct {
 
 func (x *NodeStatus) Reset() {
 	*x = NodeStatus{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[35]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2382,7 +2500,7 @@ func (x *NodeStatus) String() string {
 func (*NodeStatus) ProtoMessage() {}
 
 func (x *NodeStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[35]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2395,7 +2513,7 @@ func (x *NodeStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeStatus.ProtoReflect.Descriptor instead.
 func (*NodeStatus) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{35}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *NodeStatus) GetIncarnation() uint64 {
@@ -2627,7 +2745,7 @@ type Filling struct {
 
 func (x *Filling) Reset() {
 	*x = Filling{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[36]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2639,7 +2757,7 @@ func (x *Filling) String() string {
 func (*Filling) ProtoMessage() {}
 
 func (x *Filling) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[36]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2652,7 +2770,7 @@ func (x *Filling) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Filling.ProtoReflect.Descriptor instead.
 func (*Filling) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{36}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Filling) GetVnode() uint32 {
@@ -2715,7 +2833,7 @@ type QueueDepth struct {
 
 func (x *QueueDepth) Reset() {
 	*x = QueueDepth{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[37]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2727,7 +2845,7 @@ func (x *QueueDepth) String() string {
 func (*QueueDepth) ProtoMessage() {}
 
 func (x *QueueDepth) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[37]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2740,7 +2858,7 @@ func (x *QueueDepth) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueueDepth.ProtoReflect.Descriptor instead.
 func (*QueueDepth) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{37}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *QueueDepth) GetName() string {
@@ -2773,7 +2891,7 @@ type GetNodeStatusResponse struct {
 
 func (x *GetNodeStatusResponse) Reset() {
 	*x = GetNodeStatusResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[38]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2785,7 +2903,7 @@ func (x *GetNodeStatusResponse) String() string {
 func (*GetNodeStatusResponse) ProtoMessage() {}
 
 func (x *GetNodeStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[38]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2798,7 +2916,7 @@ func (x *GetNodeStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetNodeStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetNodeStatusResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{38}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *GetNodeStatusResponse) GetStatus() *NodeStatus {
@@ -2816,7 +2934,7 @@ type GetOrchestratorStatusRequest struct {
 
 func (x *GetOrchestratorStatusRequest) Reset() {
 	*x = GetOrchestratorStatusRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[39]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2828,7 +2946,7 @@ func (x *GetOrchestratorStatusRequest) String() string {
 func (*GetOrchestratorStatusRequest) ProtoMessage() {}
 
 func (x *GetOrchestratorStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[39]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2841,7 +2959,7 @@ func (x *GetOrchestratorStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOrchestratorStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetOrchestratorStatusRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{39}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{41}
 }
 
 type OrchestratorStatus struct {
@@ -2863,7 +2981,7 @@ type OrchestratorStatus struct {
 
 func (x *OrchestratorStatus) Reset() {
 	*x = OrchestratorStatus{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[40]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2875,7 +2993,7 @@ func (x *OrchestratorStatus) String() string {
 func (*OrchestratorStatus) ProtoMessage() {}
 
 func (x *OrchestratorStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[40]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2888,7 +3006,7 @@ func (x *OrchestratorStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OrchestratorStatus.ProtoReflect.Descriptor instead.
 func (*OrchestratorStatus) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{40}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *OrchestratorStatus) GetName() string {
@@ -2963,7 +3081,7 @@ type GetOrchestratorStatusResponse struct {
 
 func (x *GetOrchestratorStatusResponse) Reset() {
 	*x = GetOrchestratorStatusResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[41]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2975,7 +3093,7 @@ func (x *GetOrchestratorStatusResponse) String() string {
 func (*GetOrchestratorStatusResponse) ProtoMessage() {}
 
 func (x *GetOrchestratorStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[41]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2988,7 +3106,7 @@ func (x *GetOrchestratorStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOrchestratorStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetOrchestratorStatusResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{41}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *GetOrchestratorStatusResponse) GetStatus() *OrchestratorStatus {
@@ -3006,7 +3124,7 @@ type GetClusterStatusRequest struct {
 
 func (x *GetClusterStatusRequest) Reset() {
 	*x = GetClusterStatusRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[42]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3018,7 +3136,7 @@ func (x *GetClusterStatusRequest) String() string {
 func (*GetClusterStatusRequest) ProtoMessage() {}
 
 func (x *GetClusterStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[42]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3031,7 +3149,7 @@ func (x *GetClusterStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetClusterStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetClusterStatusRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{42}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{44}
 }
 
 type ObservedNode struct {
@@ -3051,7 +3169,7 @@ type ObservedNode struct {
 
 func (x *ObservedNode) Reset() {
 	*x = ObservedNode{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[43]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3063,7 +3181,7 @@ func (x *ObservedNode) String() string {
 func (*ObservedNode) ProtoMessage() {}
 
 func (x *ObservedNode) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[43]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3076,7 +3194,7 @@ func (x *ObservedNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObservedNode.ProtoReflect.Descriptor instead.
 func (*ObservedNode) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{43}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ObservedNode) GetHealth() *v1.NodeHealth {
@@ -3128,7 +3246,7 @@ type HealthCheck struct {
 
 func (x *HealthCheck) Reset() {
 	*x = HealthCheck{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[44]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3140,7 +3258,7 @@ func (x *HealthCheck) String() string {
 func (*HealthCheck) ProtoMessage() {}
 
 func (x *HealthCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[44]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3153,7 +3271,7 @@ func (x *HealthCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HealthCheck.ProtoReflect.Descriptor instead.
 func (*HealthCheck) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{44}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *HealthCheck) GetAgeMs() uint64 {
@@ -3195,7 +3313,7 @@ type ObservedOrchestrator struct {
 
 func (x *ObservedOrchestrator) Reset() {
 	*x = ObservedOrchestrator{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[45]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3207,7 +3325,7 @@ func (x *ObservedOrchestrator) String() string {
 func (*ObservedOrchestrator) ProtoMessage() {}
 
 func (x *ObservedOrchestrator) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[45]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3220,7 +3338,7 @@ func (x *ObservedOrchestrator) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObservedOrchestrator.ProtoReflect.Descriptor instead.
 func (*ObservedOrchestrator) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{45}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ObservedOrchestrator) GetName() string {
@@ -3255,14 +3373,16 @@ type GetClusterStatusResponse struct {
 	// What holds at present, such as a lack of redundancy; known to the orchestrators only.
 	Conditions []*v1.Condition `protobuf:"bytes,6,rep,name=conditions,proto3" json:"conditions,omitempty"`
 	// What was agreed on of the nodes' health.
-	Found         []*v1.FoundHealth `protobuf:"bytes,7,rep,name=found,proto3" json:"found,omitempty"`
+	Found []*v1.FoundHealth `protobuf:"bytes,7,rep,name=found,proto3" json:"found,omitempty"`
+	// Of what was given up for lost, oldest first; known to the orchestrators only.
+	Losses        []*v1.Loss `protobuf:"bytes,60,rep,name=losses,proto3" json:"losses,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *GetClusterStatusResponse) Reset() {
 	*x = GetClusterStatusResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[46]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3274,7 +3394,7 @@ func (x *GetClusterStatusResponse) String() string {
 func (*GetClusterStatusResponse) ProtoMessage() {}
 
 func (x *GetClusterStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[46]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3287,7 +3407,7 @@ func (x *GetClusterStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetClusterStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetClusterStatusResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{46}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *GetClusterStatusResponse) GetTopology() *v1.Topology {
@@ -3339,6 +3459,13 @@ func (x *GetClusterStatusResponse) GetFound() []*v1.FoundHealth {
 	return nil
 }
 
+func (x *GetClusterStatusResponse) GetLosses() []*v1.Loss {
+	if x != nil {
+		return x.Losses
+	}
+	return nil
+}
+
 type GetRepairStatusRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Vnodes too, not only the sums.
@@ -3349,7 +3476,7 @@ type GetRepairStatusRequest struct {
 
 func (x *GetRepairStatusRequest) Reset() {
 	*x = GetRepairStatusRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[47]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3361,7 +3488,7 @@ func (x *GetRepairStatusRequest) String() string {
 func (*GetRepairStatusRequest) ProtoMessage() {}
 
 func (x *GetRepairStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[47]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3374,7 +3501,7 @@ func (x *GetRepairStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRepairStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetRepairStatusRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{47}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *GetRepairStatusRequest) GetVnodes() bool {
@@ -3409,7 +3536,7 @@ type GetRepairStatusResponse struct {
 
 func (x *GetRepairStatusResponse) Reset() {
 	*x = GetRepairStatusResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[48]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3421,7 +3548,7 @@ func (x *GetRepairStatusResponse) String() string {
 func (*GetRepairStatusResponse) ProtoMessage() {}
 
 func (x *GetRepairStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[48]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3434,7 +3561,7 @@ func (x *GetRepairStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRepairStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetRepairStatusResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{48}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *GetRepairStatusResponse) GetPaused() bool {
@@ -3549,7 +3676,7 @@ type VnodeRepair struct {
 
 func (x *VnodeRepair) Reset() {
 	*x = VnodeRepair{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[49]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3561,7 +3688,7 @@ func (x *VnodeRepair) String() string {
 func (*VnodeRepair) ProtoMessage() {}
 
 func (x *VnodeRepair) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[49]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3574,7 +3701,7 @@ func (x *VnodeRepair) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VnodeRepair.ProtoReflect.Descriptor instead.
 func (*VnodeRepair) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{49}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *VnodeRepair) GetNamespace() string {
@@ -3671,7 +3798,7 @@ type StartRepairRequest struct {
 
 func (x *StartRepairRequest) Reset() {
 	*x = StartRepairRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[50]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3683,7 +3810,7 @@ func (x *StartRepairRequest) String() string {
 func (*StartRepairRequest) ProtoMessage() {}
 
 func (x *StartRepairRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[50]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3696,7 +3823,7 @@ func (x *StartRepairRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRepairRequest.ProtoReflect.Descriptor instead.
 func (*StartRepairRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{50}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *StartRepairRequest) GetScrub() bool {
@@ -3714,7 +3841,7 @@ type StartRepairResponse struct {
 
 func (x *StartRepairResponse) Reset() {
 	*x = StartRepairResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[51]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3726,7 +3853,7 @@ func (x *StartRepairResponse) String() string {
 func (*StartRepairResponse) ProtoMessage() {}
 
 func (x *StartRepairResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[51]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3739,7 +3866,7 @@ func (x *StartRepairResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRepairResponse.ProtoReflect.Descriptor instead.
 func (*StartRepairResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{51}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{53}
 }
 
 type PauseRepairRequest struct {
@@ -3750,7 +3877,7 @@ type PauseRepairRequest struct {
 
 func (x *PauseRepairRequest) Reset() {
 	*x = PauseRepairRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[52]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3762,7 +3889,7 @@ func (x *PauseRepairRequest) String() string {
 func (*PauseRepairRequest) ProtoMessage() {}
 
 func (x *PauseRepairRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[52]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3775,7 +3902,7 @@ func (x *PauseRepairRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseRepairRequest.ProtoReflect.Descriptor instead.
 func (*PauseRepairRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{52}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{54}
 }
 
 type PauseRepairResponse struct {
@@ -3786,7 +3913,7 @@ type PauseRepairResponse struct {
 
 func (x *PauseRepairResponse) Reset() {
 	*x = PauseRepairResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[53]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3798,7 +3925,7 @@ func (x *PauseRepairResponse) String() string {
 func (*PauseRepairResponse) ProtoMessage() {}
 
 func (x *PauseRepairResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[53]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3811,7 +3938,7 @@ func (x *PauseRepairResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseRepairResponse.ProtoReflect.Descriptor instead.
 func (*PauseRepairResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{53}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{55}
 }
 
 type ExplainCollectionRequest struct {
@@ -3828,7 +3955,7 @@ type ExplainCollectionRequest struct {
 
 func (x *ExplainCollectionRequest) Reset() {
 	*x = ExplainCollectionRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[54]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3840,7 +3967,7 @@ func (x *ExplainCollectionRequest) String() string {
 func (*ExplainCollectionRequest) ProtoMessage() {}
 
 func (x *ExplainCollectionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[54]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3853,7 +3980,7 @@ func (x *ExplainCollectionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainCollectionRequest.ProtoReflect.Descriptor instead.
 func (*ExplainCollectionRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{54}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ExplainCollectionRequest) GetNamespace() string {
@@ -3921,7 +4048,7 @@ type ExplainCollectionResponse struct {
 
 func (x *ExplainCollectionResponse) Reset() {
 	*x = ExplainCollectionResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[55]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3933,7 +4060,7 @@ func (x *ExplainCollectionResponse) String() string {
 func (*ExplainCollectionResponse) ProtoMessage() {}
 
 func (x *ExplainCollectionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[55]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3946,7 +4073,7 @@ func (x *ExplainCollectionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainCollectionResponse.ProtoReflect.Descriptor instead.
 func (*ExplainCollectionResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{55}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ExplainCollectionResponse) GetVnode() uint32 {
@@ -4007,7 +4134,7 @@ type CollectionReplica struct {
 
 func (x *CollectionReplica) Reset() {
 	*x = CollectionReplica{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[56]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4019,7 +4146,7 @@ func (x *CollectionReplica) String() string {
 func (*CollectionReplica) ProtoMessage() {}
 
 func (x *CollectionReplica) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[56]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4032,7 +4159,7 @@ func (x *CollectionReplica) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CollectionReplica.ProtoReflect.Descriptor instead.
 func (*CollectionReplica) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{56}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *CollectionReplica) GetIncarnation() uint64 {
@@ -4101,7 +4228,7 @@ type ListHintsRequest struct {
 
 func (x *ListHintsRequest) Reset() {
 	*x = ListHintsRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[57]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4113,7 +4240,7 @@ func (x *ListHintsRequest) String() string {
 func (*ListHintsRequest) ProtoMessage() {}
 
 func (x *ListHintsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[57]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4126,7 +4253,7 @@ func (x *ListHintsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHintsRequest.ProtoReflect.Descriptor instead.
 func (*ListHintsRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{57}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *ListHintsRequest) GetTarget() uint64 {
@@ -4155,7 +4282,7 @@ type ListHintsResponse struct {
 
 func (x *ListHintsResponse) Reset() {
 	*x = ListHintsResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[58]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4167,7 +4294,7 @@ func (x *ListHintsResponse) String() string {
 func (*ListHintsResponse) ProtoMessage() {}
 
 func (x *ListHintsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[58]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4180,7 +4307,7 @@ func (x *ListHintsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHintsResponse.ProtoReflect.Descriptor instead.
 func (*ListHintsResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{58}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *ListHintsResponse) GetGroups() []*HintGroup {
@@ -4261,7 +4388,7 @@ type HintGroup struct {
 
 func (x *HintGroup) Reset() {
 	*x = HintGroup{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[59]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4273,7 +4400,7 @@ func (x *HintGroup) String() string {
 func (*HintGroup) ProtoMessage() {}
 
 func (x *HintGroup) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[59]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4286,7 +4413,7 @@ func (x *HintGroup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HintGroup.ProtoReflect.Descriptor instead.
 func (*HintGroup) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{59}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *HintGroup) GetTarget() uint64 {
@@ -4450,7 +4577,14 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\x16ListProvisionsResponse\x12=\n" +
 	"\n" +
 	"provisions\x18\x01 \x03(\v2\x1d.kvasir.topology.v1.ProvisionR\n" +
-	"provisions\"\x87\x01\n" +
+	"provisions\"Z\n" +
+	"\x11AcceptLossRequest\x12\x16\n" +
+	"\x06vnodes\x18\x01 \x03(\rR\x06vnodes\x12\x17\n" +
+	"\adry_run\x18\x02 \x01(\bR\x06dryRun\x12\x14\n" +
+	"\x05epoch\x18\x03 \x01(\x06R\x05epoch\"X\n" +
+	"\x12AcceptLossResponse\x12,\n" +
+	"\x04loss\x18\x01 \x01(\v2\x18.kvasir.topology.v1.LossR\x04loss\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\x06R\x05epoch\"\x87\x01\n" +
 	"\x12ListChangesRequest\x12\x18\n" +
 	"\asubject\x18\x01 \x01(\tR\asubject\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x14\n" +
@@ -4593,7 +4727,7 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\x14ObservedOrchestrator\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\treachable\x18\x02 \x01(\bR\treachable\x12;\n" +
-	"\x06status\x18\x03 \x01(\v2#.kvasir.admin.v1.OrchestratorStatusR\x06status\"\xa5\x03\n" +
+	"\x06status\x18\x03 \x01(\v2#.kvasir.admin.v1.OrchestratorStatusR\x06status\"\xd7\x03\n" +
 	"\x18GetClusterStatusResponse\x128\n" +
 	"\btopology\x18\x01 \x01(\v2\x1c.kvasir.topology.v1.TopologyR\btopology\x123\n" +
 	"\x05nodes\x18\x02 \x03(\v2\x1d.kvasir.admin.v1.ObservedNodeR\x05nodes\x12K\n" +
@@ -4604,7 +4738,8 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\n" +
 	"conditions\x18\x06 \x03(\v2\x1d.kvasir.topology.v1.ConditionR\n" +
 	"conditions\x125\n" +
-	"\x05found\x18\a \x03(\v2\x1f.kvasir.topology.v1.FoundHealthR\x05found\"0\n" +
+	"\x05found\x18\a \x03(\v2\x1f.kvasir.topology.v1.FoundHealthR\x05found\x120\n" +
+	"\x06losses\x18< \x03(\v2\x18.kvasir.topology.v1.LossR\x06losses\"0\n" +
 	"\x16GetRepairStatusRequest\x12\x16\n" +
 	"\x06vnodes\x18\x01 \x01(\bR\x06vnodes\"\xf4\x03\n" +
 	"\x17GetRepairStatusResponse\x12\x16\n" +
@@ -4692,7 +4827,7 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\x05vnode\x18\x03 \x01(\rR\x05vnode\x12\x14\n" +
 	"\x05count\x18\x04 \x01(\x04R\x05count\x12\x14\n" +
 	"\x05bytes\x18\x05 \x01(\x04R\x05bytes\x12\x1b\n" +
-	"\toldest_ms\x18\x06 \x01(\x04R\boldestMs2\x82\n" +
+	"\toldest_ms\x18\x06 \x01(\x04R\boldestMs2\xd9\n" +
 	"\n" +
 	"\x0eControlService\x12[\n" +
 	"\fRegisterNode\x12$.kvasir.admin.v1.RegisterNodeRequest\x1a%.kvasir.admin.v1.RegisterNodeResponse\x12d\n" +
@@ -4707,7 +4842,9 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\x0eUpdateSettings\x12&.kvasir.admin.v1.UpdateSettingsRequest\x1a'.kvasir.admin.v1.UpdateSettingsResponse\x12[\n" +
 	"\fListSettings\x12$.kvasir.admin.v1.ListSettingsRequest\x1a%.kvasir.admin.v1.ListSettingsResponse\x12X\n" +
 	"\vGetCapacity\x12#.kvasir.admin.v1.GetCapacityRequest\x1a$.kvasir.admin.v1.GetCapacityResponse\x12a\n" +
-	"\x0eListProvisions\x12&.kvasir.admin.v1.ListProvisionsRequest\x1a'.kvasir.admin.v1.ListProvisionsResponse2\xbe\x02\n" +
+	"\x0eListProvisions\x12&.kvasir.admin.v1.ListProvisionsRequest\x1a'.kvasir.admin.v1.ListProvisionsResponse\x12U\n" +
+	"\n" +
+	"AcceptLoss\x12\".kvasir.admin.v1.AcceptLossRequest\x1a#.kvasir.admin.v1.AcceptLossResponse2\xbe\x02\n" +
 	"\rStatusService\x12^\n" +
 	"\rGetNodeStatus\x12%.kvasir.admin.v1.GetNodeStatusRequest\x1a&.kvasir.admin.v1.GetNodeStatusResponse\x12v\n" +
 	"\x15GetOrchestratorStatus\x12-.kvasir.admin.v1.GetOrchestratorStatusRequest\x1a..kvasir.admin.v1.GetOrchestratorStatusResponse\x12U\n" +
@@ -4733,7 +4870,7 @@ func file_kvasir_admin_v1_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_kvasir_admin_v1_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_kvasir_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
+var file_kvasir_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 63)
 var file_kvasir_admin_v1_admin_proto_goTypes = []any{
 	(NodeStatus_State)(0),                 // 0: kvasir.admin.v1.NodeStatus.State
 	(VnodeRepair_State)(0),                // 1: kvasir.admin.v1.VnodeRepair.State
@@ -4756,162 +4893,169 @@ var file_kvasir_admin_v1_admin_proto_goTypes = []any{
 	(*CapacitySignal)(nil),                // 18: kvasir.admin.v1.CapacitySignal
 	(*ListProvisionsRequest)(nil),         // 19: kvasir.admin.v1.ListProvisionsRequest
 	(*ListProvisionsResponse)(nil),        // 20: kvasir.admin.v1.ListProvisionsResponse
-	(*ListChangesRequest)(nil),            // 21: kvasir.admin.v1.ListChangesRequest
-	(*ListChangesResponse)(nil),           // 22: kvasir.admin.v1.ListChangesResponse
-	(*StartOperationRequest)(nil),         // 23: kvasir.admin.v1.StartOperationRequest
-	(*StartOperationResponse)(nil),        // 24: kvasir.admin.v1.StartOperationResponse
-	(*SteerOperationRequest)(nil),         // 25: kvasir.admin.v1.SteerOperationRequest
-	(*SteerOperationResponse)(nil),        // 26: kvasir.admin.v1.SteerOperationResponse
-	(*ListOperationsRequest)(nil),         // 27: kvasir.admin.v1.ListOperationsRequest
-	(*ListOperationsResponse)(nil),        // 28: kvasir.admin.v1.ListOperationsResponse
-	(*ObservedOperation)(nil),             // 29: kvasir.admin.v1.ObservedOperation
-	(*MoveProgress)(nil),                  // 30: kvasir.admin.v1.MoveProgress
-	(*GetNodeUseRequest)(nil),             // 31: kvasir.admin.v1.GetNodeUseRequest
-	(*GetNodeUseResponse)(nil),            // 32: kvasir.admin.v1.GetNodeUseResponse
-	(*VnodeUse)(nil),                      // 33: kvasir.admin.v1.VnodeUse
-	(*GetNodeStatusRequest)(nil),          // 34: kvasir.admin.v1.GetNodeStatusRequest
-	(*OperationStats)(nil),                // 35: kvasir.admin.v1.OperationStats
-	(*HintBacklog)(nil),                   // 36: kvasir.admin.v1.HintBacklog
-	(*NodeStatus)(nil),                    // 37: kvasir.admin.v1.NodeStatus
-	(*Filling)(nil),                       // 38: kvasir.admin.v1.Filling
-	(*QueueDepth)(nil),                    // 39: kvasir.admin.v1.QueueDepth
-	(*GetNodeStatusResponse)(nil),         // 40: kvasir.admin.v1.GetNodeStatusResponse
-	(*GetOrchestratorStatusRequest)(nil),  // 41: kvasir.admin.v1.GetOrchestratorStatusRequest
-	(*OrchestratorStatus)(nil),            // 42: kvasir.admin.v1.OrchestratorStatus
-	(*GetOrchestratorStatusResponse)(nil), // 43: kvasir.admin.v1.GetOrchestratorStatusResponse
-	(*GetClusterStatusRequest)(nil),       // 44: kvasir.admin.v1.GetClusterStatusRequest
-	(*ObservedNode)(nil),                  // 45: kvasir.admin.v1.ObservedNode
-	(*HealthCheck)(nil),                   // 46: kvasir.admin.v1.HealthCheck
-	(*ObservedOrchestrator)(nil),          // 47: kvasir.admin.v1.ObservedOrchestrator
-	(*GetClusterStatusResponse)(nil),      // 48: kvasir.admin.v1.GetClusterStatusResponse
-	(*GetRepairStatusRequest)(nil),        // 49: kvasir.admin.v1.GetRepairStatusRequest
-	(*GetRepairStatusResponse)(nil),       // 50: kvasir.admin.v1.GetRepairStatusResponse
-	(*VnodeRepair)(nil),                   // 51: kvasir.admin.v1.VnodeRepair
-	(*StartRepairRequest)(nil),            // 52: kvasir.admin.v1.StartRepairRequest
-	(*StartRepairResponse)(nil),           // 53: kvasir.admin.v1.StartRepairResponse
-	(*PauseRepairRequest)(nil),            // 54: kvasir.admin.v1.PauseRepairRequest
-	(*PauseRepairResponse)(nil),           // 55: kvasir.admin.v1.PauseRepairResponse
-	(*ExplainCollectionRequest)(nil),      // 56: kvasir.admin.v1.ExplainCollectionRequest
-	(*ExplainCollectionResponse)(nil),     // 57: kvasir.admin.v1.ExplainCollectionResponse
-	(*CollectionReplica)(nil),             // 58: kvasir.admin.v1.CollectionReplica
-	(*ListHintsRequest)(nil),              // 59: kvasir.admin.v1.ListHintsRequest
-	(*ListHintsResponse)(nil),             // 60: kvasir.admin.v1.ListHintsResponse
-	(*HintGroup)(nil),                     // 61: kvasir.admin.v1.HintGroup
-	nil,                                   // 62: kvasir.admin.v1.UpdateSettingsRequest.ValuesEntry
-	(v1.Role)(0),                          // 63: kvasir.topology.v1.Role
-	(*v1.Topology)(nil),                   // 64: kvasir.topology.v1.Topology
-	(v1.ReadRepairMode)(0),                // 65: kvasir.topology.v1.ReadRepairMode
-	(*v1.Namespace)(nil),                  // 66: kvasir.topology.v1.Namespace
-	(*v1.Operation)(nil),                  // 67: kvasir.topology.v1.Operation
-	(*v1.SettingsVersion)(nil),            // 68: kvasir.topology.v1.SettingsVersion
-	(*v1.Settings)(nil),                   // 69: kvasir.topology.v1.Settings
-	(*v1.Provision)(nil),                  // 70: kvasir.topology.v1.Provision
-	(*v1.Change)(nil),                     // 71: kvasir.topology.v1.Change
-	(v1.Operation_State)(0),               // 72: kvasir.topology.v1.Operation.State
-	(*v1.Move)(nil),                       // 73: kvasir.topology.v1.Move
-	(v1.Phase)(0),                         // 74: kvasir.topology.v1.Phase
-	(*v1.NodeHealth)(nil),                 // 75: kvasir.topology.v1.NodeHealth
-	(*v1.Condition)(nil),                  // 76: kvasir.topology.v1.Condition
-	(*v1.FoundHealth)(nil),                // 77: kvasir.topology.v1.FoundHealth
+	(*AcceptLossRequest)(nil),             // 21: kvasir.admin.v1.AcceptLossRequest
+	(*AcceptLossResponse)(nil),            // 22: kvasir.admin.v1.AcceptLossResponse
+	(*ListChangesRequest)(nil),            // 23: kvasir.admin.v1.ListChangesRequest
+	(*ListChangesResponse)(nil),           // 24: kvasir.admin.v1.ListChangesResponse
+	(*StartOperationRequest)(nil),         // 25: kvasir.admin.v1.StartOperationRequest
+	(*StartOperationResponse)(nil),        // 26: kvasir.admin.v1.StartOperationResponse
+	(*SteerOperationRequest)(nil),         // 27: kvasir.admin.v1.SteerOperationRequest
+	(*SteerOperationResponse)(nil),        // 28: kvasir.admin.v1.SteerOperationResponse
+	(*ListOperationsRequest)(nil),         // 29: kvasir.admin.v1.ListOperationsRequest
+	(*ListOperationsResponse)(nil),        // 30: kvasir.admin.v1.ListOperationsResponse
+	(*ObservedOperation)(nil),             // 31: kvasir.admin.v1.ObservedOperation
+	(*MoveProgress)(nil),                  // 32: kvasir.admin.v1.MoveProgress
+	(*GetNodeUseRequest)(nil),             // 33: kvasir.admin.v1.GetNodeUseRequest
+	(*GetNodeUseResponse)(nil),            // 34: kvasir.admin.v1.GetNodeUseResponse
+	(*VnodeUse)(nil),                      // 35: kvasir.admin.v1.VnodeUse
+	(*GetNodeStatusRequest)(nil),          // 36: kvasir.admin.v1.GetNodeStatusRequest
+	(*OperationStats)(nil),                // 37: kvasir.admin.v1.OperationStats
+	(*HintBacklog)(nil),                   // 38: kvasir.admin.v1.HintBacklog
+	(*NodeStatus)(nil),                    // 39: kvasir.admin.v1.NodeStatus
+	(*Filling)(nil),                       // 40: kvasir.admin.v1.Filling
+	(*QueueDepth)(nil),                    // 41: kvasir.admin.v1.QueueDepth
+	(*GetNodeStatusResponse)(nil),         // 42: kvasir.admin.v1.GetNodeStatusResponse
+	(*GetOrchestratorStatusRequest)(nil),  // 43: kvasir.admin.v1.GetOrchestratorStatusRequest
+	(*OrchestratorStatus)(nil),            // 44: kvasir.admin.v1.OrchestratorStatus
+	(*GetOrchestratorStatusResponse)(nil), // 45: kvasir.admin.v1.GetOrchestratorStatusResponse
+	(*GetClusterStatusRequest)(nil),       // 46: kvasir.admin.v1.GetClusterStatusRequest
+	(*ObservedNode)(nil),                  // 47: kvasir.admin.v1.ObservedNode
+	(*HealthCheck)(nil),                   // 48: kvasir.admin.v1.HealthCheck
+	(*ObservedOrchestrator)(nil),          // 49: kvasir.admin.v1.ObservedOrchestrator
+	(*GetClusterStatusResponse)(nil),      // 50: kvasir.admin.v1.GetClusterStatusResponse
+	(*GetRepairStatusRequest)(nil),        // 51: kvasir.admin.v1.GetRepairStatusRequest
+	(*GetRepairStatusResponse)(nil),       // 52: kvasir.admin.v1.GetRepairStatusResponse
+	(*VnodeRepair)(nil),                   // 53: kvasir.admin.v1.VnodeRepair
+	(*StartRepairRequest)(nil),            // 54: kvasir.admin.v1.StartRepairRequest
+	(*StartRepairResponse)(nil),           // 55: kvasir.admin.v1.StartRepairResponse
+	(*PauseRepairRequest)(nil),            // 56: kvasir.admin.v1.PauseRepairRequest
+	(*PauseRepairResponse)(nil),           // 57: kvasir.admin.v1.PauseRepairResponse
+	(*ExplainCollectionRequest)(nil),      // 58: kvasir.admin.v1.ExplainCollectionRequest
+	(*ExplainCollectionResponse)(nil),     // 59: kvasir.admin.v1.ExplainCollectionResponse
+	(*CollectionReplica)(nil),             // 60: kvasir.admin.v1.CollectionReplica
+	(*ListHintsRequest)(nil),              // 61: kvasir.admin.v1.ListHintsRequest
+	(*ListHintsResponse)(nil),             // 62: kvasir.admin.v1.ListHintsResponse
+	(*HintGroup)(nil),                     // 63: kvasir.admin.v1.HintGroup
+	nil,                                   // 64: kvasir.admin.v1.UpdateSettingsRequest.ValuesEntry
+	(v1.Role)(0),                          // 65: kvasir.topology.v1.Role
+	(*v1.Topology)(nil),                   // 66: kvasir.topology.v1.Topology
+	(v1.ReadRepairMode)(0),                // 67: kvasir.topology.v1.ReadRepairMode
+	(*v1.Namespace)(nil),                  // 68: kvasir.topology.v1.Namespace
+	(*v1.Operation)(nil),                  // 69: kvasir.topology.v1.Operation
+	(*v1.SettingsVersion)(nil),            // 70: kvasir.topology.v1.SettingsVersion
+	(*v1.Settings)(nil),                   // 71: kvasir.topology.v1.Settings
+	(*v1.Provision)(nil),                  // 72: kvasir.topology.v1.Provision
+	(*v1.Loss)(nil),                       // 73: kvasir.topology.v1.Loss
+	(*v1.Change)(nil),                     // 74: kvasir.topology.v1.Change
+	(v1.Operation_State)(0),               // 75: kvasir.topology.v1.Operation.State
+	(*v1.Move)(nil),                       // 76: kvasir.topology.v1.Move
+	(v1.Phase)(0),                         // 77: kvasir.topology.v1.Phase
+	(*v1.NodeHealth)(nil),                 // 78: kvasir.topology.v1.NodeHealth
+	(*v1.Condition)(nil),                  // 79: kvasir.topology.v1.Condition
+	(*v1.FoundHealth)(nil),                // 80: kvasir.topology.v1.FoundHealth
 }
 var file_kvasir_admin_v1_admin_proto_depIdxs = []int32{
-	63, // 0: kvasir.admin.v1.RegisterNodeRequest.role:type_name -> kvasir.topology.v1.Role
-	64, // 1: kvasir.admin.v1.RegisterNodeResponse.topology:type_name -> kvasir.topology.v1.Topology
-	65, // 2: kvasir.admin.v1.NamespaceSettings.read_repair:type_name -> kvasir.topology.v1.ReadRepairMode
+	65, // 0: kvasir.admin.v1.RegisterNodeRequest.role:type_name -> kvasir.topology.v1.Role
+	66, // 1: kvasir.admin.v1.RegisterNodeResponse.topology:type_name -> kvasir.topology.v1.Topology
+	67, // 2: kvasir.admin.v1.NamespaceSettings.read_repair:type_name -> kvasir.topology.v1.ReadRepairMode
 	4,  // 3: kvasir.admin.v1.CreateNamespaceRequest.settings:type_name -> kvasir.admin.v1.NamespaceSettings
-	66, // 4: kvasir.admin.v1.CreateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
+	68, // 4: kvasir.admin.v1.CreateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
 	4,  // 5: kvasir.admin.v1.UpdateNamespaceRequest.settings:type_name -> kvasir.admin.v1.NamespaceSettings
-	66, // 6: kvasir.admin.v1.UpdateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
-	67, // 7: kvasir.admin.v1.UpdateNamespaceResponse.operation:type_name -> kvasir.topology.v1.Operation
-	62, // 8: kvasir.admin.v1.UpdateSettingsRequest.values:type_name -> kvasir.admin.v1.UpdateSettingsRequest.ValuesEntry
-	68, // 9: kvasir.admin.v1.UpdateSettingsResponse.before:type_name -> kvasir.topology.v1.SettingsVersion
-	68, // 10: kvasir.admin.v1.UpdateSettingsResponse.after:type_name -> kvasir.topology.v1.SettingsVersion
-	68, // 11: kvasir.admin.v1.ListSettingsResponse.versions:type_name -> kvasir.topology.v1.SettingsVersion
-	69, // 12: kvasir.admin.v1.GetCapacityResponse.settings:type_name -> kvasir.topology.v1.Settings
+	68, // 6: kvasir.admin.v1.UpdateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
+	69, // 7: kvasir.admin.v1.UpdateNamespaceResponse.operation:type_name -> kvasir.topology.v1.Operation
+	64, // 8: kvasir.admin.v1.UpdateSettingsRequest.values:type_name -> kvasir.admin.v1.UpdateSettingsRequest.ValuesEntry
+	70, // 9: kvasir.admin.v1.UpdateSettingsResponse.before:type_name -> kvasir.topology.v1.SettingsVersion
+	70, // 10: kvasir.admin.v1.UpdateSettingsResponse.after:type_name -> kvasir.topology.v1.SettingsVersion
+	70, // 11: kvasir.admin.v1.ListSettingsResponse.versions:type_name -> kvasir.topology.v1.SettingsVersion
+	71, // 12: kvasir.admin.v1.GetCapacityResponse.settings:type_name -> kvasir.topology.v1.Settings
 	17, // 13: kvasir.admin.v1.GetCapacityResponse.nodes:type_name -> kvasir.admin.v1.CapacityNode
-	70, // 14: kvasir.admin.v1.GetCapacityResponse.launching:type_name -> kvasir.topology.v1.Provision
+	72, // 14: kvasir.admin.v1.GetCapacityResponse.launching:type_name -> kvasir.topology.v1.Provision
 	18, // 15: kvasir.admin.v1.GetCapacityResponse.signals:type_name -> kvasir.admin.v1.CapacitySignal
-	70, // 16: kvasir.admin.v1.ListProvisionsResponse.provisions:type_name -> kvasir.topology.v1.Provision
-	71, // 17: kvasir.admin.v1.ListChangesResponse.changes:type_name -> kvasir.topology.v1.Change
-	67, // 18: kvasir.admin.v1.StartOperationRequest.operation:type_name -> kvasir.topology.v1.Operation
-	67, // 19: kvasir.admin.v1.StartOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
-	72, // 20: kvasir.admin.v1.SteerOperationRequest.state:type_name -> kvasir.topology.v1.Operation.State
-	67, // 21: kvasir.admin.v1.SteerOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
-	29, // 22: kvasir.admin.v1.ListOperationsResponse.operations:type_name -> kvasir.admin.v1.ObservedOperation
-	67, // 23: kvasir.admin.v1.ObservedOperation.operation:type_name -> kvasir.topology.v1.Operation
-	30, // 24: kvasir.admin.v1.ObservedOperation.moving:type_name -> kvasir.admin.v1.MoveProgress
-	73, // 25: kvasir.admin.v1.MoveProgress.move:type_name -> kvasir.topology.v1.Move
-	74, // 26: kvasir.admin.v1.MoveProgress.phase:type_name -> kvasir.topology.v1.Phase
-	33, // 27: kvasir.admin.v1.GetNodeUseResponse.vnodes:type_name -> kvasir.admin.v1.VnodeUse
-	0,  // 28: kvasir.admin.v1.NodeStatus.state:type_name -> kvasir.admin.v1.NodeStatus.State
-	35, // 29: kvasir.admin.v1.NodeStatus.get:type_name -> kvasir.admin.v1.OperationStats
-	35, // 30: kvasir.admin.v1.NodeStatus.put:type_name -> kvasir.admin.v1.OperationStats
-	35, // 31: kvasir.admin.v1.NodeStatus.scan:type_name -> kvasir.admin.v1.OperationStats
-	36, // 32: kvasir.admin.v1.NodeStatus.hints:type_name -> kvasir.admin.v1.HintBacklog
-	39, // 33: kvasir.admin.v1.NodeStatus.queues:type_name -> kvasir.admin.v1.QueueDepth
-	38, // 34: kvasir.admin.v1.NodeStatus.fillings:type_name -> kvasir.admin.v1.Filling
-	37, // 35: kvasir.admin.v1.GetNodeStatusResponse.status:type_name -> kvasir.admin.v1.NodeStatus
-	42, // 36: kvasir.admin.v1.GetOrchestratorStatusResponse.status:type_name -> kvasir.admin.v1.OrchestratorStatus
-	75, // 37: kvasir.admin.v1.ObservedNode.health:type_name -> kvasir.topology.v1.NodeHealth
-	37, // 38: kvasir.admin.v1.ObservedNode.status:type_name -> kvasir.admin.v1.NodeStatus
-	46, // 39: kvasir.admin.v1.ObservedNode.checks:type_name -> kvasir.admin.v1.HealthCheck
-	42, // 40: kvasir.admin.v1.ObservedOrchestrator.status:type_name -> kvasir.admin.v1.OrchestratorStatus
-	64, // 41: kvasir.admin.v1.GetClusterStatusResponse.topology:type_name -> kvasir.topology.v1.Topology
-	45, // 42: kvasir.admin.v1.GetClusterStatusResponse.nodes:type_name -> kvasir.admin.v1.ObservedNode
-	47, // 43: kvasir.admin.v1.GetClusterStatusResponse.orchestrators:type_name -> kvasir.admin.v1.ObservedOrchestrator
-	76, // 44: kvasir.admin.v1.GetClusterStatusResponse.conditions:type_name -> kvasir.topology.v1.Condition
-	77, // 45: kvasir.admin.v1.GetClusterStatusResponse.found:type_name -> kvasir.topology.v1.FoundHealth
-	51, // 46: kvasir.admin.v1.GetRepairStatusResponse.vnodes:type_name -> kvasir.admin.v1.VnodeRepair
-	1,  // 47: kvasir.admin.v1.VnodeRepair.state:type_name -> kvasir.admin.v1.VnodeRepair.State
-	58, // 48: kvasir.admin.v1.ExplainCollectionResponse.replicas:type_name -> kvasir.admin.v1.CollectionReplica
-	61, // 49: kvasir.admin.v1.ListHintsResponse.groups:type_name -> kvasir.admin.v1.HintGroup
-	2,  // 50: kvasir.admin.v1.ControlService.RegisterNode:input_type -> kvasir.admin.v1.RegisterNodeRequest
-	5,  // 51: kvasir.admin.v1.ControlService.CreateNamespace:input_type -> kvasir.admin.v1.CreateNamespaceRequest
-	7,  // 52: kvasir.admin.v1.ControlService.UpdateNamespace:input_type -> kvasir.admin.v1.UpdateNamespaceRequest
-	9,  // 53: kvasir.admin.v1.ControlService.DropNamespace:input_type -> kvasir.admin.v1.DropNamespaceRequest
-	21, // 54: kvasir.admin.v1.ControlService.ListChanges:input_type -> kvasir.admin.v1.ListChangesRequest
-	44, // 55: kvasir.admin.v1.ControlService.GetClusterStatus:input_type -> kvasir.admin.v1.GetClusterStatusRequest
-	23, // 56: kvasir.admin.v1.ControlService.StartOperation:input_type -> kvasir.admin.v1.StartOperationRequest
-	25, // 57: kvasir.admin.v1.ControlService.SteerOperation:input_type -> kvasir.admin.v1.SteerOperationRequest
-	27, // 58: kvasir.admin.v1.ControlService.ListOperations:input_type -> kvasir.admin.v1.ListOperationsRequest
-	11, // 59: kvasir.admin.v1.ControlService.UpdateSettings:input_type -> kvasir.admin.v1.UpdateSettingsRequest
-	13, // 60: kvasir.admin.v1.ControlService.ListSettings:input_type -> kvasir.admin.v1.ListSettingsRequest
-	15, // 61: kvasir.admin.v1.ControlService.GetCapacity:input_type -> kvasir.admin.v1.GetCapacityRequest
-	19, // 62: kvasir.admin.v1.ControlService.ListProvisions:input_type -> kvasir.admin.v1.ListProvisionsRequest
-	34, // 63: kvasir.admin.v1.StatusService.GetNodeStatus:input_type -> kvasir.admin.v1.GetNodeStatusRequest
-	41, // 64: kvasir.admin.v1.StatusService.GetOrchestratorStatus:input_type -> kvasir.admin.v1.GetOrchestratorStatusRequest
-	31, // 65: kvasir.admin.v1.StatusService.GetNodeUse:input_type -> kvasir.admin.v1.GetNodeUseRequest
-	49, // 66: kvasir.admin.v1.RepairService.GetRepairStatus:input_type -> kvasir.admin.v1.GetRepairStatusRequest
-	52, // 67: kvasir.admin.v1.RepairService.StartRepair:input_type -> kvasir.admin.v1.StartRepairRequest
-	54, // 68: kvasir.admin.v1.RepairService.PauseRepair:input_type -> kvasir.admin.v1.PauseRepairRequest
-	56, // 69: kvasir.admin.v1.RepairService.ExplainCollection:input_type -> kvasir.admin.v1.ExplainCollectionRequest
-	59, // 70: kvasir.admin.v1.RepairService.ListHints:input_type -> kvasir.admin.v1.ListHintsRequest
-	3,  // 71: kvasir.admin.v1.ControlService.RegisterNode:output_type -> kvasir.admin.v1.RegisterNodeResponse
-	6,  // 72: kvasir.admin.v1.ControlService.CreateNamespace:output_type -> kvasir.admin.v1.CreateNamespaceResponse
-	8,  // 73: kvasir.admin.v1.ControlService.UpdateNamespace:output_type -> kvasir.admin.v1.UpdateNamespaceResponse
-	10, // 74: kvasir.admin.v1.ControlService.DropNamespace:output_type -> kvasir.admin.v1.DropNamespaceResponse
-	22, // 75: kvasir.admin.v1.ControlService.ListChanges:output_type -> kvasir.admin.v1.ListChangesResponse
-	48, // 76: kvasir.admin.v1.ControlService.GetClusterStatus:output_type -> kvasir.admin.v1.GetClusterStatusResponse
-	24, // 77: kvasir.admin.v1.ControlService.StartOperation:output_type -> kvasir.admin.v1.StartOperationResponse
-	26, // 78: kvasir.admin.v1.ControlService.SteerOperation:output_type -> kvasir.admin.v1.SteerOperationResponse
-	28, // 79: kvasir.admin.v1.ControlService.ListOperations:output_type -> kvasir.admin.v1.ListOperationsResponse
-	12, // 80: kvasir.admin.v1.ControlService.UpdateSettings:output_type -> kvasir.admin.v1.UpdateSettingsResponse
-	14, // 81: kvasir.admin.v1.ControlService.ListSettings:output_type -> kvasir.admin.v1.ListSettingsResponse
-	16, // 82: kvasir.admin.v1.ControlService.GetCapacity:output_type -> kvasir.admin.v1.GetCapacityResponse
-	20, // 83: kvasir.admin.v1.ControlService.ListProvisions:output_type -> kvasir.admin.v1.ListProvisionsResponse
-	40, // 84: kvasir.admin.v1.StatusService.GetNodeStatus:output_type -> kvasir.admin.v1.GetNodeStatusResponse
-	43, // 85: kvasir.admin.v1.StatusService.GetOrchestratorStatus:output_type -> kvasir.admin.v1.GetOrchestratorStatusResponse
-	32, // 86: kvasir.admin.v1.StatusService.GetNodeUse:output_type -> kvasir.admin.v1.GetNodeUseResponse
-	50, // 87: kvasir.admin.v1.RepairService.GetRepairStatus:output_type -> kvasir.admin.v1.GetRepairStatusResponse
-	53, // 88: kvasir.admin.v1.RepairService.StartRepair:output_type -> kvasir.admin.v1.StartRepairResponse
-	55, // 89: kvasir.admin.v1.RepairService.PauseRepair:output_type -> kvasir.admin.v1.PauseRepairResponse
-	57, // 90: kvasir.admin.v1.RepairService.ExplainCollection:output_type -> kvasir.admin.v1.ExplainCollectionResponse
-	60, // 91: kvasir.admin.v1.RepairService.ListHints:output_type -> kvasir.admin.v1.ListHintsResponse
-	71, // [71:92] is the sub-list for method output_type
-	50, // [50:71] is the sub-list for method input_type
-	50, // [50:50] is the sub-list for extension type_name
-	50, // [50:50] is the sub-list for extension extendee
-	0,  // [0:50] is the sub-list for field type_name
+	72, // 16: kvasir.admin.v1.ListProvisionsResponse.provisions:type_name -> kvasir.topology.v1.Provision
+	73, // 17: kvasir.admin.v1.AcceptLossResponse.loss:type_name -> kvasir.topology.v1.Loss
+	74, // 18: kvasir.admin.v1.ListChangesResponse.changes:type_name -> kvasir.topology.v1.Change
+	69, // 19: kvasir.admin.v1.StartOperationRequest.operation:type_name -> kvasir.topology.v1.Operation
+	69, // 20: kvasir.admin.v1.StartOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
+	75, // 21: kvasir.admin.v1.SteerOperationRequest.state:type_name -> kvasir.topology.v1.Operation.State
+	69, // 22: kvasir.admin.v1.SteerOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
+	31, // 23: kvasir.admin.v1.ListOperationsResponse.operations:type_name -> kvasir.admin.v1.ObservedOperation
+	69, // 24: kvasir.admin.v1.ObservedOperation.operation:type_name -> kvasir.topology.v1.Operation
+	32, // 25: kvasir.admin.v1.ObservedOperation.moving:type_name -> kvasir.admin.v1.MoveProgress
+	76, // 26: kvasir.admin.v1.MoveProgress.move:type_name -> kvasir.topology.v1.Move
+	77, // 27: kvasir.admin.v1.MoveProgress.phase:type_name -> kvasir.topology.v1.Phase
+	35, // 28: kvasir.admin.v1.GetNodeUseResponse.vnodes:type_name -> kvasir.admin.v1.VnodeUse
+	0,  // 29: kvasir.admin.v1.NodeStatus.state:type_name -> kvasir.admin.v1.NodeStatus.State
+	37, // 30: kvasir.admin.v1.NodeStatus.get:type_name -> kvasir.admin.v1.OperationStats
+	37, // 31: kvasir.admin.v1.NodeStatus.put:type_name -> kvasir.admin.v1.OperationStats
+	37, // 32: kvasir.admin.v1.NodeStatus.scan:type_name -> kvasir.admin.v1.OperationStats
+	38, // 33: kvasir.admin.v1.NodeStatus.hints:type_name -> kvasir.admin.v1.HintBacklog
+	41, // 34: kvasir.admin.v1.NodeStatus.queues:type_name -> kvasir.admin.v1.QueueDepth
+	40, // 35: kvasir.admin.v1.NodeStatus.fillings:type_name -> kvasir.admin.v1.Filling
+	39, // 36: kvasir.admin.v1.GetNodeStatusResponse.status:type_name -> kvasir.admin.v1.NodeStatus
+	44, // 37: kvasir.admin.v1.GetOrchestratorStatusResponse.status:type_name -> kvasir.admin.v1.OrchestratorStatus
+	78, // 38: kvasir.admin.v1.ObservedNode.health:type_name -> kvasir.topology.v1.NodeHealth
+	39, // 39: kvasir.admin.v1.ObservedNode.status:type_name -> kvasir.admin.v1.NodeStatus
+	48, // 40: kvasir.admin.v1.ObservedNode.checks:type_name -> kvasir.admin.v1.HealthCheck
+	44, // 41: kvasir.admin.v1.ObservedOrchestrator.status:type_name -> kvasir.admin.v1.OrchestratorStatus
+	66, // 42: kvasir.admin.v1.GetClusterStatusResponse.topology:type_name -> kvasir.topology.v1.Topology
+	47, // 43: kvasir.admin.v1.GetClusterStatusResponse.nodes:type_name -> kvasir.admin.v1.ObservedNode
+	49, // 44: kvasir.admin.v1.GetClusterStatusResponse.orchestrators:type_name -> kvasir.admin.v1.ObservedOrchestrator
+	79, // 45: kvasir.admin.v1.GetClusterStatusResponse.conditions:type_name -> kvasir.topology.v1.Condition
+	80, // 46: kvasir.admin.v1.GetClusterStatusResponse.found:type_name -> kvasir.topology.v1.FoundHealth
+	73, // 47: kvasir.admin.v1.GetClusterStatusResponse.losses:type_name -> kvasir.topology.v1.Loss
+	53, // 48: kvasir.admin.v1.GetRepairStatusResponse.vnodes:type_name -> kvasir.admin.v1.VnodeRepair
+	1,  // 49: kvasir.admin.v1.VnodeRepair.state:type_name -> kvasir.admin.v1.VnodeRepair.State
+	60, // 50: kvasir.admin.v1.ExplainCollectionResponse.replicas:type_name -> kvasir.admin.v1.CollectionReplica
+	63, // 51: kvasir.admin.v1.ListHintsResponse.groups:type_name -> kvasir.admin.v1.HintGroup
+	2,  // 52: kvasir.admin.v1.ControlService.RegisterNode:input_type -> kvasir.admin.v1.RegisterNodeRequest
+	5,  // 53: kvasir.admin.v1.ControlService.CreateNamespace:input_type -> kvasir.admin.v1.CreateNamespaceRequest
+	7,  // 54: kvasir.admin.v1.ControlService.UpdateNamespace:input_type -> kvasir.admin.v1.UpdateNamespaceRequest
+	9,  // 55: kvasir.admin.v1.ControlService.DropNamespace:input_type -> kvasir.admin.v1.DropNamespaceRequest
+	23, // 56: kvasir.admin.v1.ControlService.ListChanges:input_type -> kvasir.admin.v1.ListChangesRequest
+	46, // 57: kvasir.admin.v1.ControlService.GetClusterStatus:input_type -> kvasir.admin.v1.GetClusterStatusRequest
+	25, // 58: kvasir.admin.v1.ControlService.StartOperation:input_type -> kvasir.admin.v1.StartOperationRequest
+	27, // 59: kvasir.admin.v1.ControlService.SteerOperation:input_type -> kvasir.admin.v1.SteerOperationRequest
+	29, // 60: kvasir.admin.v1.ControlService.ListOperations:input_type -> kvasir.admin.v1.ListOperationsRequest
+	11, // 61: kvasir.admin.v1.ControlService.UpdateSettings:input_type -> kvasir.admin.v1.UpdateSettingsRequest
+	13, // 62: kvasir.admin.v1.ControlService.ListSettings:input_type -> kvasir.admin.v1.ListSettingsRequest
+	15, // 63: kvasir.admin.v1.ControlService.GetCapacity:input_type -> kvasir.admin.v1.GetCapacityRequest
+	19, // 64: kvasir.admin.v1.ControlService.ListProvisions:input_type -> kvasir.admin.v1.ListProvisionsRequest
+	21, // 65: kvasir.admin.v1.ControlService.AcceptLoss:input_type -> kvasir.admin.v1.AcceptLossRequest
+	36, // 66: kvasir.admin.v1.StatusService.GetNodeStatus:input_type -> kvasir.admin.v1.GetNodeStatusRequest
+	43, // 67: kvasir.admin.v1.StatusService.GetOrchestratorStatus:input_type -> kvasir.admin.v1.GetOrchestratorStatusRequest
+	33, // 68: kvasir.admin.v1.StatusService.GetNodeUse:input_type -> kvasir.admin.v1.GetNodeUseRequest
+	51, // 69: kvasir.admin.v1.RepairService.GetRepairStatus:input_type -> kvasir.admin.v1.GetRepairStatusRequest
+	54, // 70: kvasir.admin.v1.RepairService.StartRepair:input_type -> kvasir.admin.v1.StartRepairRequest
+	56, // 71: kvasir.admin.v1.RepairService.PauseRepair:input_type -> kvasir.admin.v1.PauseRepairRequest
+	58, // 72: kvasir.admin.v1.RepairService.ExplainCollection:input_type -> kvasir.admin.v1.ExplainCollectionRequest
+	61, // 73: kvasir.admin.v1.RepairService.ListHints:input_type -> kvasir.admin.v1.ListHintsRequest
+	3,  // 74: kvasir.admin.v1.ControlService.RegisterNode:output_type -> kvasir.admin.v1.RegisterNodeResponse
+	6,  // 75: kvasir.admin.v1.ControlService.CreateNamespace:output_type -> kvasir.admin.v1.CreateNamespaceResponse
+	8,  // 76: kvasir.admin.v1.ControlService.UpdateNamespace:output_type -> kvasir.admin.v1.UpdateNamespaceResponse
+	10, // 77: kvasir.admin.v1.ControlService.DropNamespace:output_type -> kvasir.admin.v1.DropNamespaceResponse
+	24, // 78: kvasir.admin.v1.ControlService.ListChanges:output_type -> kvasir.admin.v1.ListChangesResponse
+	50, // 79: kvasir.admin.v1.ControlService.GetClusterStatus:output_type -> kvasir.admin.v1.GetClusterStatusResponse
+	26, // 80: kvasir.admin.v1.ControlService.StartOperation:output_type -> kvasir.admin.v1.StartOperationResponse
+	28, // 81: kvasir.admin.v1.ControlService.SteerOperation:output_type -> kvasir.admin.v1.SteerOperationResponse
+	30, // 82: kvasir.admin.v1.ControlService.ListOperations:output_type -> kvasir.admin.v1.ListOperationsResponse
+	12, // 83: kvasir.admin.v1.ControlService.UpdateSettings:output_type -> kvasir.admin.v1.UpdateSettingsResponse
+	14, // 84: kvasir.admin.v1.ControlService.ListSettings:output_type -> kvasir.admin.v1.ListSettingsResponse
+	16, // 85: kvasir.admin.v1.ControlService.GetCapacity:output_type -> kvasir.admin.v1.GetCapacityResponse
+	20, // 86: kvasir.admin.v1.ControlService.ListProvisions:output_type -> kvasir.admin.v1.ListProvisionsResponse
+	22, // 87: kvasir.admin.v1.ControlService.AcceptLoss:output_type -> kvasir.admin.v1.AcceptLossResponse
+	42, // 88: kvasir.admin.v1.StatusService.GetNodeStatus:output_type -> kvasir.admin.v1.GetNodeStatusResponse
+	45, // 89: kvasir.admin.v1.StatusService.GetOrchestratorStatus:output_type -> kvasir.admin.v1.GetOrchestratorStatusResponse
+	34, // 90: kvasir.admin.v1.StatusService.GetNodeUse:output_type -> kvasir.admin.v1.GetNodeUseResponse
+	52, // 91: kvasir.admin.v1.RepairService.GetRepairStatus:output_type -> kvasir.admin.v1.GetRepairStatusResponse
+	55, // 92: kvasir.admin.v1.RepairService.StartRepair:output_type -> kvasir.admin.v1.StartRepairResponse
+	57, // 93: kvasir.admin.v1.RepairService.PauseRepair:output_type -> kvasir.admin.v1.PauseRepairResponse
+	59, // 94: kvasir.admin.v1.RepairService.ExplainCollection:output_type -> kvasir.admin.v1.ExplainCollectionResponse
+	62, // 95: kvasir.admin.v1.RepairService.ListHints:output_type -> kvasir.admin.v1.ListHintsResponse
+	74, // [74:96] is the sub-list for method output_type
+	52, // [52:74] is the sub-list for method input_type
+	52, // [52:52] is the sub-list for extension type_name
+	52, // [52:52] is the sub-list for extension extendee
+	0,  // [0:52] is the sub-list for field type_name
 }
 
 func init() { file_kvasir_admin_v1_admin_proto_init() }
@@ -4920,7 +5064,7 @@ func file_kvasir_admin_v1_admin_proto_init() {
 		return
 	}
 	file_kvasir_admin_v1_admin_proto_msgTypes[2].OneofWrappers = []any{}
-	file_kvasir_admin_v1_admin_proto_msgTypes[54].OneofWrappers = []any{
+	file_kvasir_admin_v1_admin_proto_msgTypes[56].OneofWrappers = []any{
 		(*ExplainCollectionRequest_Key)(nil),
 		(*ExplainCollectionRequest_Vnode)(nil),
 	}
@@ -4930,7 +5074,7 @@ func file_kvasir_admin_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kvasir_admin_v1_admin_proto_rawDesc), len(file_kvasir_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   61,
+			NumMessages:   63,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -32,6 +32,7 @@ const (
 	ControlService_ListSettings_FullMethodName     = "/kvasir.admin.v1.ControlService/ListSettings"
 	ControlService_GetCapacity_FullMethodName      = "/kvasir.admin.v1.ControlService/GetCapacity"
 	ControlService_ListProvisions_FullMethodName   = "/kvasir.admin.v1.ControlService/ListProvisions"
+	ControlService_AcceptLoss_FullMethodName       = "/kvasir.admin.v1.ControlService/AcceptLoss"
 )
 
 // ControlServiceClient is the client API for ControlService service.
@@ -55,6 +56,8 @@ type ControlServiceClient interface {
 	ListSettings(ctx context.Context, in *ListSettingsRequest, opts ...grpc.CallOption) (*ListSettingsResponse, error)
 	GetCapacity(ctx context.Context, in *GetCapacityRequest, opts ...grpc.CallOption) (*GetCapacityResponse, error)
 	ListProvisions(ctx context.Context, in *ListProvisionsRequest, opts ...grpc.CallOption) (*ListProvisionsResponse, error)
+	// AcceptLoss gives nodes up for lost that too few replicas of a vnode are left without.
+	AcceptLoss(ctx context.Context, in *AcceptLossRequest, opts ...grpc.CallOption) (*AcceptLossResponse, error)
 }
 
 type controlServiceClient struct {
@@ -195,6 +198,16 @@ func (c *controlServiceClient) ListProvisions(ctx context.Context, in *ListProvi
 	return out, nil
 }
 
+func (c *controlServiceClient) AcceptLoss(ctx context.Context, in *AcceptLossRequest, opts ...grpc.CallOption) (*AcceptLossResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(AcceptLossResponse)
+	err := c.cc.Invoke(ctx, ControlService_AcceptLoss_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ControlServiceServer is the server API for ControlService service.
 // All implementations must embed UnimplementedControlServiceServer
 // for forward compatibility.
@@ -216,6 +229,8 @@ type ControlServiceServer interface {
 	ListSettings(context.Context, *ListSettingsRequest) (*ListSettingsResponse, error)
 	GetCapacity(context.Context, *GetCapacityRequest) (*GetCapacityResponse, error)
 	ListProvisions(context.Context, *ListProvisionsRequest) (*ListProvisionsResponse, error)
+	// AcceptLoss gives nodes up for lost that too few replicas of a vnode are left without.
+	AcceptLoss(context.Context, *AcceptLossRequest) (*AcceptLossResponse, error)
 	mustEmbedUnimplementedControlServiceServer()
 }
 
@@ -264,6 +279,9 @@ func (UnimplementedControlServiceServer) GetCapacity(context.Context, *GetCapaci
 }
 func (UnimplementedControlServiceServer) ListProvisions(context.Context, *ListProvisionsRequest) (*ListProvisionsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListProvisions not implemented")
+}
+func (UnimplementedControlServiceServer) AcceptLoss(context.Context, *AcceptLossRequest) (*AcceptLossResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method AcceptLoss not implemented")
 }
 func (UnimplementedControlServiceServer) mustEmbedUnimplementedControlServiceServer() {}
 func (UnimplementedControlServiceServer) testEmbeddedByValue()                        {}
@@ -520,6 +538,24 @@ func _ControlService_ListProvisions_Handler(srv interface{}, ctx context.Context
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ControlService_AcceptLoss_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AcceptLossRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServiceServer).AcceptLoss(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ControlService_AcceptLoss_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServiceServer).AcceptLoss(ctx, req.(*AcceptLossRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // ControlService_ServiceDesc is the grpc.ServiceDesc for ControlService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -578,6 +614,10 @@ var ControlService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListProvisions",
 			Handler:    _ControlService_ListProvisions_Handler,
+		},
+		{
+			MethodName: "AcceptLoss",
+			Handler:    _ControlService_AcceptLoss_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

@@ -67,7 +67,7 @@ func (x Provision_Kind) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Provision_Kind.Descriptor instead.
 func (Provision_Kind) EnumDescriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{4, 0}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{5, 0}
 }
 
 type Provision_State int32
@@ -126,7 +126,7 @@ func (x Provision_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Provision_State.Descriptor instead.
 func (Provision_State) EnumDescriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{4, 1}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{5, 1}
 }
 
 type Operation_State int32
@@ -186,7 +186,7 @@ func (x Operation_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Operation_State.Descriptor instead.
 func (Operation_State) EnumDescriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{18, 0}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{21, 0}
 }
 
 // ControlState is what the orchestrators agree on: the topology, and what only
@@ -221,8 +221,10 @@ type ControlState struct {
 	HeldBack []uint64 `protobuf:"varint,15,rep,packed,name=held_back,json=heldBack,proto3" json:"held_back,omitempty"`
 	// When the number of nodes was last decided to be more, and fewer, in milliseconds
 	// since 1970.
-	ScaledUpMs    uint64 `protobuf:"varint,16,opt,name=scaled_up_ms,json=scaledUpMs,proto3" json:"scaled_up_ms,omitempty"`
-	ScaledDownMs  uint64 `protobuf:"varint,17,opt,name=scaled_down_ms,json=scaledDownMs,proto3" json:"scaled_down_ms,omitempty"`
+	ScaledUpMs   uint64 `protobuf:"varint,16,opt,name=scaled_up_ms,json=scaledUpMs,proto3" json:"scaled_up_ms,omitempty"`
+	ScaledDownMs uint64 `protobuf:"varint,17,opt,name=scaled_down_ms,json=scaledDownMs,proto3" json:"scaled_down_ms,omitempty"`
+	// Of what was given up for lost, oldest first.
+	Losses        []*Loss `protobuf:"bytes,60,rep,name=losses,proto3" json:"losses,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -376,6 +378,102 @@ func (x *ControlState) GetScaledDownMs() uint64 {
 	return 0
 }
 
+func (x *ControlState) GetLosses() []*Loss {
+	if x != nil {
+		return x.Losses
+	}
+	return nil
+}
+
+// Loss is what people gave up: vnodes whose acknowledged writes may be lost in part.
+type Loss struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Epoch uint64                 `protobuf:"fixed64,1,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// When it was accepted, and since when the nodes were unhealthy, in milliseconds since
+	// 1970; 0: not known.
+	AtMs    uint64 `protobuf:"varint,2,opt,name=at_ms,json=atMs,proto3" json:"at_ms,omitempty"`
+	SinceMs uint64 `protobuf:"varint,3,opt,name=since_ms,json=sinceMs,proto3" json:"since_ms,omitempty"`
+	// Names of the nodes given up.
+	Nodes  []string `protobuf:"bytes,4,rep,name=nodes,proto3" json:"nodes,omitempty"`
+	Vnodes []uint32 `protobuf:"varint,5,rep,packed,name=vnodes,proto3" json:"vnodes,omitempty"`
+	// Names of the namespaces that had too few replicas left.
+	Namespaces    []string `protobuf:"bytes,6,rep,name=namespaces,proto3" json:"namespaces,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Loss) Reset() {
+	*x = Loss{}
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Loss) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Loss) ProtoMessage() {}
+
+func (x *Loss) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Loss.ProtoReflect.Descriptor instead.
+func (*Loss) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Loss) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *Loss) GetAtMs() uint64 {
+	if x != nil {
+		return x.AtMs
+	}
+	return 0
+}
+
+func (x *Loss) GetSinceMs() uint64 {
+	if x != nil {
+		return x.SinceMs
+	}
+	return 0
+}
+
+func (x *Loss) GetNodes() []string {
+	if x != nil {
+		return x.Nodes
+	}
+	return nil
+}
+
+func (x *Loss) GetVnodes() []uint32 {
+	if x != nil {
+		return x.Vnodes
+	}
+	return nil
+}
+
+func (x *Loss) GetNamespaces() []string {
+	if x != nil {
+		return x.Namespaces
+	}
+	return nil
+}
+
 // Condition is something that holds for a while, such as that redundancy is degraded.
 type Condition struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -391,7 +489,7 @@ type Condition struct {
 
 func (x *Condition) Reset() {
 	*x = Condition{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[1]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -403,7 +501,7 @@ func (x *Condition) String() string {
 func (*Condition) ProtoMessage() {}
 
 func (x *Condition) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[1]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -416,7 +514,7 @@ func (x *Condition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Condition.ProtoReflect.Descriptor instead.
 func (*Condition) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{1}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *Condition) GetKind() string {
@@ -454,7 +552,7 @@ type FoundHealth struct {
 
 func (x *FoundHealth) Reset() {
 	*x = FoundHealth{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[2]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -466,7 +564,7 @@ func (x *FoundHealth) String() string {
 func (*FoundHealth) ProtoMessage() {}
 
 func (x *FoundHealth) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[2]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -479,7 +577,7 @@ func (x *FoundHealth) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FoundHealth.ProtoReflect.Descriptor instead.
 func (*FoundHealth) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{2}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *FoundHealth) GetIncarnation() uint64 {
@@ -524,7 +622,7 @@ type SettingsVersion struct {
 
 func (x *SettingsVersion) Reset() {
 	*x = SettingsVersion{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[3]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -536,7 +634,7 @@ func (x *SettingsVersion) String() string {
 func (*SettingsVersion) ProtoMessage() {}
 
 func (x *SettingsVersion) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[3]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -549,7 +647,7 @@ func (x *SettingsVersion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SettingsVersion.ProtoReflect.Descriptor instead.
 func (*SettingsVersion) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{3}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *SettingsVersion) GetSettings() *Settings {
@@ -608,7 +706,7 @@ type Provision struct {
 
 func (x *Provision) Reset() {
 	*x = Provision{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[4]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -620,7 +718,7 @@ func (x *Provision) String() string {
 func (*Provision) ProtoMessage() {}
 
 func (x *Provision) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[4]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -633,7 +731,7 @@ func (x *Provision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Provision.ProtoReflect.Descriptor instead.
 func (*Provision) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{4}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Provision) GetId() uint64 {
@@ -732,7 +830,7 @@ type Boot struct {
 
 func (x *Boot) Reset() {
 	*x = Boot{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[5]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -744,7 +842,7 @@ func (x *Boot) String() string {
 func (*Boot) ProtoMessage() {}
 
 func (x *Boot) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[5]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -757,7 +855,7 @@ func (x *Boot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Boot.ProtoReflect.Descriptor instead.
 func (*Boot) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{5}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Boot) GetIncarnation() uint64 {
@@ -801,7 +899,7 @@ type Change struct {
 
 func (x *Change) Reset() {
 	*x = Change{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[6]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -813,7 +911,7 @@ func (x *Change) String() string {
 func (*Change) ProtoMessage() {}
 
 func (x *Change) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[6]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -826,7 +924,7 @@ func (x *Change) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Change.ProtoReflect.Descriptor instead.
 func (*Change) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{6}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Change) GetEpoch() uint64 {
@@ -886,7 +984,7 @@ type Command struct {
 
 func (x *Command) Reset() {
 	*x = Command{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[7]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -898,7 +996,7 @@ func (x *Command) String() string {
 func (*Command) ProtoMessage() {}
 
 func (x *Command) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[7]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -911,7 +1009,7 @@ func (x *Command) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Command.ProtoReflect.Descriptor instead.
 func (*Command) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{7}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *Command) GetExpectEpoch() uint64 {
@@ -956,6 +1054,8 @@ type Mutation struct {
 	//	*Mutation_SetSettings
 	//	*Mutation_SetCondition
 	//	*Mutation_NoteScaling
+	//	*Mutation_Recover
+	//	*Mutation_AcceptLoss
 	Kind          isMutation_Kind `protobuf_oneof:"kind"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -963,7 +1063,7 @@ type Mutation struct {
 
 func (x *Mutation) Reset() {
 	*x = Mutation{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[8]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -975,7 +1075,7 @@ func (x *Mutation) String() string {
 func (*Mutation) ProtoMessage() {}
 
 func (x *Mutation) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[8]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -988,7 +1088,7 @@ func (x *Mutation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Mutation.ProtoReflect.Descriptor instead.
 func (*Mutation) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{8}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Mutation) GetKind() isMutation_Kind {
@@ -1151,6 +1251,24 @@ func (x *Mutation) GetNoteScaling() *NoteScaling {
 	return nil
 }
 
+func (x *Mutation) GetRecover() *Recover {
+	if x != nil {
+		if x, ok := x.Kind.(*Mutation_Recover); ok {
+			return x.Recover
+		}
+	}
+	return nil
+}
+
+func (x *Mutation) GetAcceptLoss() *AcceptLoss {
+	if x != nil {
+		if x, ok := x.Kind.(*Mutation_AcceptLoss); ok {
+			return x.AcceptLoss
+		}
+	}
+	return nil
+}
+
 type isMutation_Kind interface {
 	isMutation_Kind()
 }
@@ -1223,6 +1341,14 @@ type Mutation_NoteScaling struct {
 	NoteScaling *NoteScaling `protobuf:"bytes,17,opt,name=note_scaling,json=noteScaling,proto3,oneof"`
 }
 
+type Mutation_Recover struct {
+	Recover *Recover `protobuf:"bytes,60,opt,name=recover,proto3,oneof"`
+}
+
+type Mutation_AcceptLoss struct {
+	AcceptLoss *AcceptLoss `protobuf:"bytes,61,opt,name=accept_loss,json=acceptLoss,proto3,oneof"`
+}
+
 func (*Mutation_Found) isMutation_Kind() {}
 
 func (*Mutation_Register) isMutation_Kind() {}
@@ -1257,6 +1383,10 @@ func (*Mutation_SetCondition) isMutation_Kind() {}
 
 func (*Mutation_NoteScaling) isMutation_Kind() {}
 
+func (*Mutation_Recover) isMutation_Kind() {}
+
+func (*Mutation_AcceptLoss) isMutation_Kind() {}
+
 // Found makes the cluster.
 type Found struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1270,7 +1400,7 @@ type Found struct {
 
 func (x *Found) Reset() {
 	*x = Found{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[9]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1282,7 +1412,7 @@ func (x *Found) String() string {
 func (*Found) ProtoMessage() {}
 
 func (x *Found) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[9]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1295,7 +1425,7 @@ func (x *Found) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Found.ProtoReflect.Descriptor instead.
 func (*Found) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{9}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Found) GetClusterId() string {
@@ -1326,6 +1456,105 @@ func (x *Found) GetSettings() *Settings {
 	return nil
 }
 
+// Recover makes the cluster anew from what its nodes knew of it.
+type Recover struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	State         *ControlState          `protobuf:"bytes,1,opt,name=state,proto3" json:"state,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Recover) Reset() {
+	*x = Recover{}
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Recover) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Recover) ProtoMessage() {}
+
+func (x *Recover) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Recover.ProtoReflect.Descriptor instead.
+func (*Recover) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *Recover) GetState() *ControlState {
+	if x != nil {
+		return x.State
+	}
+	return nil
+}
+
+// AcceptLoss gives nodes up for lost.
+type AcceptLoss struct {
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	Incarnations []uint64               `protobuf:"varint,1,rep,packed,name=incarnations,proto3" json:"incarnations,omitempty"`
+	// Since when they were unhealthy, in milliseconds since 1970; 0: not known.
+	SinceMs       uint64 `protobuf:"varint,2,opt,name=since_ms,json=sinceMs,proto3" json:"since_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AcceptLoss) Reset() {
+	*x = AcceptLoss{}
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcceptLoss) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcceptLoss) ProtoMessage() {}
+
+func (x *AcceptLoss) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcceptLoss.ProtoReflect.Descriptor instead.
+func (*AcceptLoss) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *AcceptLoss) GetIncarnations() []uint64 {
+	if x != nil {
+		return x.Incarnations
+	}
+	return nil
+}
+
+func (x *AcceptLoss) GetSinceMs() uint64 {
+	if x != nil {
+		return x.SinceMs
+	}
+	return 0
+}
+
 // Register makes a data directory a node, or brings a node's addresses up to date.
 type Register struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1338,7 +1567,7 @@ type Register struct {
 
 func (x *Register) Reset() {
 	*x = Register{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[10]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1350,7 +1579,7 @@ func (x *Register) String() string {
 func (*Register) ProtoMessage() {}
 
 func (x *Register) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[10]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1363,7 +1592,7 @@ func (x *Register) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Register.ProtoReflect.Descriptor instead.
 func (*Register) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{10}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Register) GetNode() *Node {
@@ -1397,7 +1626,7 @@ type SetRing struct {
 
 func (x *SetRing) Reset() {
 	*x = SetRing{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[11]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1409,7 +1638,7 @@ func (x *SetRing) String() string {
 func (*SetRing) ProtoMessage() {}
 
 func (x *SetRing) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[11]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1422,7 +1651,7 @@ func (x *SetRing) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetRing.ProtoReflect.Descriptor instead.
 func (*SetRing) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{11}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *SetRing) GetRing() []*Vnode {
@@ -1442,7 +1671,7 @@ type SetVnodes struct {
 
 func (x *SetVnodes) Reset() {
 	*x = SetVnodes{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[12]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1454,7 +1683,7 @@ func (x *SetVnodes) String() string {
 func (*SetVnodes) ProtoMessage() {}
 
 func (x *SetVnodes) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[12]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1467,7 +1696,7 @@ func (x *SetVnodes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetVnodes.ProtoReflect.Descriptor instead.
 func (*SetVnodes) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{12}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SetVnodes) GetVnodes() []*VnodeSlots {
@@ -1490,7 +1719,7 @@ type VnodeSlots struct {
 
 func (x *VnodeSlots) Reset() {
 	*x = VnodeSlots{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[13]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1502,7 +1731,7 @@ func (x *VnodeSlots) String() string {
 func (*VnodeSlots) ProtoMessage() {}
 
 func (x *VnodeSlots) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[13]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1515,7 +1744,7 @@ func (x *VnodeSlots) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VnodeSlots.ProtoReflect.Descriptor instead.
 func (*VnodeSlots) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{13}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *VnodeSlots) GetVnode() uint32 {
@@ -1556,7 +1785,7 @@ type RemoveNodes struct {
 
 func (x *RemoveNodes) Reset() {
 	*x = RemoveNodes{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[14]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1568,7 +1797,7 @@ func (x *RemoveNodes) String() string {
 func (*RemoveNodes) ProtoMessage() {}
 
 func (x *RemoveNodes) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[14]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1581,7 +1810,7 @@ func (x *RemoveNodes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodes.ProtoReflect.Descriptor instead.
 func (*RemoveNodes) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{14}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *RemoveNodes) GetIncarnations() []uint64 {
@@ -1602,7 +1831,7 @@ type StartOperation struct {
 
 func (x *StartOperation) Reset() {
 	*x = StartOperation{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[15]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1614,7 +1843,7 @@ func (x *StartOperation) String() string {
 func (*StartOperation) ProtoMessage() {}
 
 func (x *StartOperation) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[15]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1627,7 +1856,7 @@ func (x *StartOperation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartOperation.ProtoReflect.Descriptor instead.
 func (*StartOperation) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{15}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *StartOperation) GetOperation() *Operation {
@@ -1648,7 +1877,7 @@ type SteerOperation struct {
 
 func (x *SteerOperation) Reset() {
 	*x = SteerOperation{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[16]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1660,7 +1889,7 @@ func (x *SteerOperation) String() string {
 func (*SteerOperation) ProtoMessage() {}
 
 func (x *SteerOperation) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[16]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1673,7 +1902,7 @@ func (x *SteerOperation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SteerOperation.ProtoReflect.Descriptor instead.
 func (*SteerOperation) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{16}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *SteerOperation) GetId() uint64 {
@@ -1704,7 +1933,7 @@ type Move struct {
 
 func (x *Move) Reset() {
 	*x = Move{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[17]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1716,7 +1945,7 @@ func (x *Move) String() string {
 func (*Move) ProtoMessage() {}
 
 func (x *Move) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[17]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1729,7 +1958,7 @@ func (x *Move) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Move.ProtoReflect.Descriptor instead.
 func (*Move) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{17}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Move) GetVnode() uint32 {
@@ -1801,7 +2030,7 @@ type Operation struct {
 
 func (x *Operation) Reset() {
 	*x = Operation{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[18]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1813,7 +2042,7 @@ func (x *Operation) String() string {
 func (*Operation) ProtoMessage() {}
 
 func (x *Operation) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[18]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1826,7 +2055,7 @@ func (x *Operation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Operation.ProtoReflect.Descriptor instead.
 func (*Operation) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{18}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *Operation) GetId() uint64 {
@@ -1958,7 +2187,7 @@ type FindHealth struct {
 
 func (x *FindHealth) Reset() {
 	*x = FindHealth{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[19]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1970,7 +2199,7 @@ func (x *FindHealth) String() string {
 func (*FindHealth) ProtoMessage() {}
 
 func (x *FindHealth) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[19]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1983,7 +2212,7 @@ func (x *FindHealth) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FindHealth.ProtoReflect.Descriptor instead.
 func (*FindHealth) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{19}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *FindHealth) GetNodes() []*FoundHealth {
@@ -2004,7 +2233,7 @@ type AskProvision struct {
 
 func (x *AskProvision) Reset() {
 	*x = AskProvision{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[20]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2016,7 +2245,7 @@ func (x *AskProvision) String() string {
 func (*AskProvision) ProtoMessage() {}
 
 func (x *AskProvision) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[20]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2029,7 +2258,7 @@ func (x *AskProvision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AskProvision.ProtoReflect.Descriptor instead.
 func (*AskProvision) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{20}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *AskProvision) GetProvision() *Provision {
@@ -2053,7 +2282,7 @@ type SteerProvision struct {
 
 func (x *SteerProvision) Reset() {
 	*x = SteerProvision{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[21]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2065,7 +2294,7 @@ func (x *SteerProvision) String() string {
 func (*SteerProvision) ProtoMessage() {}
 
 func (x *SteerProvision) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[21]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2078,7 +2307,7 @@ func (x *SteerProvision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SteerProvision.ProtoReflect.Descriptor instead.
 func (*SteerProvision) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{21}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *SteerProvision) GetId() uint64 {
@@ -2126,7 +2355,7 @@ type NoteScaling struct {
 
 func (x *NoteScaling) Reset() {
 	*x = NoteScaling{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[22]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2138,7 +2367,7 @@ func (x *NoteScaling) String() string {
 func (*NoteScaling) ProtoMessage() {}
 
 func (x *NoteScaling) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[22]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2151,7 +2380,7 @@ func (x *NoteScaling) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NoteScaling.ProtoReflect.Descriptor instead.
 func (*NoteScaling) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{22}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *NoteScaling) GetUp() bool {
@@ -2172,7 +2401,7 @@ type SetCondition struct {
 
 func (x *SetCondition) Reset() {
 	*x = SetCondition{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[23]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2184,7 +2413,7 @@ func (x *SetCondition) String() string {
 func (*SetCondition) ProtoMessage() {}
 
 func (x *SetCondition) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[23]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2197,7 +2426,7 @@ func (x *SetCondition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetCondition.ProtoReflect.Descriptor instead.
 func (*SetCondition) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{23}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *SetCondition) GetKind() string {
@@ -2224,7 +2453,7 @@ type SetSettings struct {
 
 func (x *SetSettings) Reset() {
 	*x = SetSettings{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[24]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2236,7 +2465,7 @@ func (x *SetSettings) String() string {
 func (*SetSettings) ProtoMessage() {}
 
 func (x *SetSettings) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[24]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2249,7 +2478,7 @@ func (x *SetSettings) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetSettings.ProtoReflect.Descriptor instead.
 func (*SetSettings) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{24}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *SetSettings) GetSettings() *Settings {
@@ -2268,7 +2497,7 @@ type CreateNamespace struct {
 
 func (x *CreateNamespace) Reset() {
 	*x = CreateNamespace{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[25]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2280,7 +2509,7 @@ func (x *CreateNamespace) String() string {
 func (*CreateNamespace) ProtoMessage() {}
 
 func (x *CreateNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[25]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2293,7 +2522,7 @@ func (x *CreateNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNamespace.ProtoReflect.Descriptor instead.
 func (*CreateNamespace) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{25}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *CreateNamespace) GetNamespace() *Namespace {
@@ -2312,7 +2541,7 @@ type UpdateNamespace struct {
 
 func (x *UpdateNamespace) Reset() {
 	*x = UpdateNamespace{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[26]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2324,7 +2553,7 @@ func (x *UpdateNamespace) String() string {
 func (*UpdateNamespace) ProtoMessage() {}
 
 func (x *UpdateNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[26]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2337,7 +2566,7 @@ func (x *UpdateNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNamespace.ProtoReflect.Descriptor instead.
 func (*UpdateNamespace) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{26}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *UpdateNamespace) GetNamespace() *Namespace {
@@ -2356,7 +2585,7 @@ type DropNamespace struct {
 
 func (x *DropNamespace) Reset() {
 	*x = DropNamespace{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[27]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2368,7 +2597,7 @@ func (x *DropNamespace) String() string {
 func (*DropNamespace) ProtoMessage() {}
 
 func (x *DropNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[27]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2381,7 +2610,7 @@ func (x *DropNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DropNamespace.ProtoReflect.Descriptor instead.
 func (*DropNamespace) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{27}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *DropNamespace) GetId() uint32 {
@@ -2400,7 +2629,7 @@ type SetOrchestrators struct {
 
 func (x *SetOrchestrators) Reset() {
 	*x = SetOrchestrators{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[28]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2412,7 +2641,7 @@ func (x *SetOrchestrators) String() string {
 func (*SetOrchestrators) ProtoMessage() {}
 
 func (x *SetOrchestrators) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[28]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2425,7 +2654,7 @@ func (x *SetOrchestrators) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetOrchestrators.ProtoReflect.Descriptor instead.
 func (*SetOrchestrators) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{28}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *SetOrchestrators) GetOrchestrators() []*Orchestrator {
@@ -2439,7 +2668,7 @@ var File_kvasir_topology_v1_control_proto protoreflect.FileDescriptor
 
 const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\n" +
-	" kvasir/topology/v1/control.proto\x12\x12kvasir.topology.v1\x1a!kvasir/topology/v1/topology.proto\"\xc6\x06\n" +
+	" kvasir/topology/v1/control.proto\x12\x12kvasir.topology.v1\x1a!kvasir/topology/v1/topology.proto\"\xf8\x06\n" +
 	"\fControlState\x128\n" +
 	"\btopology\x18\x01 \x01(\v2\x1c.kvasir.topology.v1.TopologyR\btopology\x12)\n" +
 	"\x10next_incarnation\x18\x02 \x01(\x04R\x0fnextIncarnation\x12%\n" +
@@ -2466,7 +2695,17 @@ const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\theld_back\x18\x0f \x03(\x04R\bheldBack\x12 \n" +
 	"\fscaled_up_ms\x18\x10 \x01(\x04R\n" +
 	"scaledUpMs\x12$\n" +
-	"\x0escaled_down_ms\x18\x11 \x01(\x04R\fscaledDownMs\"N\n" +
+	"\x0escaled_down_ms\x18\x11 \x01(\x04R\fscaledDownMs\x120\n" +
+	"\x06losses\x18< \x03(\v2\x18.kvasir.topology.v1.LossR\x06losses\"\x9a\x01\n" +
+	"\x04Loss\x12\x14\n" +
+	"\x05epoch\x18\x01 \x01(\x06R\x05epoch\x12\x13\n" +
+	"\x05at_ms\x18\x02 \x01(\x04R\x04atMs\x12\x19\n" +
+	"\bsince_ms\x18\x03 \x01(\x04R\asinceMs\x12\x14\n" +
+	"\x05nodes\x18\x04 \x03(\tR\x05nodes\x12\x16\n" +
+	"\x06vnodes\x18\x05 \x03(\rR\x06vnodes\x12\x1e\n" +
+	"\n" +
+	"namespaces\x18\x06 \x03(\tR\n" +
+	"namespaces\"N\n" +
 	"\tCondition\x12\x12\n" +
 	"\x04kind\x18\x01 \x01(\tR\x04kind\x12\x12\n" +
 	"\x04text\x18\x02 \x01(\tR\x04text\x12\x19\n" +
@@ -2521,7 +2760,8 @@ const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\aCommand\x12!\n" +
 	"\fexpect_epoch\x18\x01 \x01(\x06R\vexpectEpoch\x122\n" +
 	"\x06change\x18\x02 \x01(\v2\x1a.kvasir.topology.v1.ChangeR\x06change\x12:\n" +
-	"\tmutations\x18\x03 \x03(\v2\x1c.kvasir.topology.v1.MutationR\tmutations\"\xd4\t\n" +
+	"\tmutations\x18\x03 \x03(\v2\x1c.kvasir.topology.v1.MutationR\tmutations\"\xd0\n" +
+	"\n" +
 	"\bMutation\x121\n" +
 	"\x05found\x18\x01 \x01(\v2\x19.kvasir.topology.v1.FoundH\x00R\x05found\x12:\n" +
 	"\bregister\x18\x02 \x01(\v2\x1c.kvasir.topology.v1.RegisterH\x00R\bregister\x128\n" +
@@ -2542,14 +2782,23 @@ const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\x0fsteer_provision\x18\x0e \x01(\v2\".kvasir.topology.v1.SteerProvisionH\x00R\x0esteerProvision\x12D\n" +
 	"\fset_settings\x18\x0f \x01(\v2\x1f.kvasir.topology.v1.SetSettingsH\x00R\vsetSettings\x12G\n" +
 	"\rset_condition\x18\x10 \x01(\v2 .kvasir.topology.v1.SetConditionH\x00R\fsetCondition\x12D\n" +
-	"\fnote_scaling\x18\x11 \x01(\v2\x1f.kvasir.topology.v1.NoteScalingH\x00R\vnoteScalingB\x06\n" +
+	"\fnote_scaling\x18\x11 \x01(\v2\x1f.kvasir.topology.v1.NoteScalingH\x00R\vnoteScaling\x127\n" +
+	"\arecover\x18< \x01(\v2\x1b.kvasir.topology.v1.RecoverH\x00R\arecover\x12A\n" +
+	"\vaccept_loss\x18= \x01(\v2\x1e.kvasir.topology.v1.AcceptLossH\x00R\n" +
+	"acceptLossB\x06\n" +
 	"\x04kind\"\x9f\x01\n" +
 	"\x05Found\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x16\n" +
 	"\x06vnodes\x18\x02 \x01(\rR\x06vnodes\x12%\n" +
 	"\x0efounding_nodes\x18\x03 \x01(\rR\rfoundingNodes\x128\n" +
-	"\bsettings\x18\x04 \x01(\v2\x1c.kvasir.topology.v1.SettingsR\bsettings\"e\n" +
+	"\bsettings\x18\x04 \x01(\v2\x1c.kvasir.topology.v1.SettingsR\bsettings\"A\n" +
+	"\aRecover\x126\n" +
+	"\x05state\x18\x01 \x01(\v2 .kvasir.topology.v1.ControlStateR\x05state\"K\n" +
+	"\n" +
+	"AcceptLoss\x12\"\n" +
+	"\fincarnations\x18\x01 \x03(\x04R\fincarnations\x12\x19\n" +
+	"\bsince_ms\x18\x02 \x01(\x04R\asinceMs\"e\n" +
 	"\bRegister\x12,\n" +
 	"\x04node\x18\x01 \x01(\v2\x18.kvasir.topology.v1.NodeR\x04node\x12\x12\n" +
 	"\x04boot\x18\x02 \x01(\x04R\x04boot\x12\x17\n" +
@@ -2647,102 +2896,109 @@ func file_kvasir_topology_v1_control_proto_rawDescGZIP() []byte {
 }
 
 var file_kvasir_topology_v1_control_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_kvasir_topology_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 29)
+var file_kvasir_topology_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
 var file_kvasir_topology_v1_control_proto_goTypes = []any{
 	(Provision_Kind)(0),      // 0: kvasir.topology.v1.Provision.Kind
 	(Provision_State)(0),     // 1: kvasir.topology.v1.Provision.State
 	(Operation_State)(0),     // 2: kvasir.topology.v1.Operation.State
 	(*ControlState)(nil),     // 3: kvasir.topology.v1.ControlState
-	(*Condition)(nil),        // 4: kvasir.topology.v1.Condition
-	(*FoundHealth)(nil),      // 5: kvasir.topology.v1.FoundHealth
-	(*SettingsVersion)(nil),  // 6: kvasir.topology.v1.SettingsVersion
-	(*Provision)(nil),        // 7: kvasir.topology.v1.Provision
-	(*Boot)(nil),             // 8: kvasir.topology.v1.Boot
-	(*Change)(nil),           // 9: kvasir.topology.v1.Change
-	(*Command)(nil),          // 10: kvasir.topology.v1.Command
-	(*Mutation)(nil),         // 11: kvasir.topology.v1.Mutation
-	(*Found)(nil),            // 12: kvasir.topology.v1.Found
-	(*Register)(nil),         // 13: kvasir.topology.v1.Register
-	(*SetRing)(nil),          // 14: kvasir.topology.v1.SetRing
-	(*SetVnodes)(nil),        // 15: kvasir.topology.v1.SetVnodes
-	(*VnodeSlots)(nil),       // 16: kvasir.topology.v1.VnodeSlots
-	(*RemoveNodes)(nil),      // 17: kvasir.topology.v1.RemoveNodes
-	(*StartOperation)(nil),   // 18: kvasir.topology.v1.StartOperation
-	(*SteerOperation)(nil),   // 19: kvasir.topology.v1.SteerOperation
-	(*Move)(nil),             // 20: kvasir.topology.v1.Move
-	(*Operation)(nil),        // 21: kvasir.topology.v1.Operation
-	(*FindHealth)(nil),       // 22: kvasir.topology.v1.FindHealth
-	(*AskProvision)(nil),     // 23: kvasir.topology.v1.AskProvision
-	(*SteerProvision)(nil),   // 24: kvasir.topology.v1.SteerProvision
-	(*NoteScaling)(nil),      // 25: kvasir.topology.v1.NoteScaling
-	(*SetCondition)(nil),     // 26: kvasir.topology.v1.SetCondition
-	(*SetSettings)(nil),      // 27: kvasir.topology.v1.SetSettings
-	(*CreateNamespace)(nil),  // 28: kvasir.topology.v1.CreateNamespace
-	(*UpdateNamespace)(nil),  // 29: kvasir.topology.v1.UpdateNamespace
-	(*DropNamespace)(nil),    // 30: kvasir.topology.v1.DropNamespace
-	(*SetOrchestrators)(nil), // 31: kvasir.topology.v1.SetOrchestrators
-	(*Topology)(nil),         // 32: kvasir.topology.v1.Topology
-	(NodeHealth_State)(0),    // 33: kvasir.topology.v1.NodeHealth.State
-	(*Settings)(nil),         // 34: kvasir.topology.v1.Settings
-	(*Node)(nil),             // 35: kvasir.topology.v1.Node
-	(*Vnode)(nil),            // 36: kvasir.topology.v1.Vnode
-	(*Slot)(nil),             // 37: kvasir.topology.v1.Slot
-	(*Namespace)(nil),        // 38: kvasir.topology.v1.Namespace
-	(*Orchestrator)(nil),     // 39: kvasir.topology.v1.Orchestrator
+	(*Loss)(nil),             // 4: kvasir.topology.v1.Loss
+	(*Condition)(nil),        // 5: kvasir.topology.v1.Condition
+	(*FoundHealth)(nil),      // 6: kvasir.topology.v1.FoundHealth
+	(*SettingsVersion)(nil),  // 7: kvasir.topology.v1.SettingsVersion
+	(*Provision)(nil),        // 8: kvasir.topology.v1.Provision
+	(*Boot)(nil),             // 9: kvasir.topology.v1.Boot
+	(*Change)(nil),           // 10: kvasir.topology.v1.Change
+	(*Command)(nil),          // 11: kvasir.topology.v1.Command
+	(*Mutation)(nil),         // 12: kvasir.topology.v1.Mutation
+	(*Found)(nil),            // 13: kvasir.topology.v1.Found
+	(*Recover)(nil),          // 14: kvasir.topology.v1.Recover
+	(*AcceptLoss)(nil),       // 15: kvasir.topology.v1.AcceptLoss
+	(*Register)(nil),         // 16: kvasir.topology.v1.Register
+	(*SetRing)(nil),          // 17: kvasir.topology.v1.SetRing
+	(*SetVnodes)(nil),        // 18: kvasir.topology.v1.SetVnodes
+	(*VnodeSlots)(nil),       // 19: kvasir.topology.v1.VnodeSlots
+	(*RemoveNodes)(nil),      // 20: kvasir.topology.v1.RemoveNodes
+	(*StartOperation)(nil),   // 21: kvasir.topology.v1.StartOperation
+	(*SteerOperation)(nil),   // 22: kvasir.topology.v1.SteerOperation
+	(*Move)(nil),             // 23: kvasir.topology.v1.Move
+	(*Operation)(nil),        // 24: kvasir.topology.v1.Operation
+	(*FindHealth)(nil),       // 25: kvasir.topology.v1.FindHealth
+	(*AskProvision)(nil),     // 26: kvasir.topology.v1.AskProvision
+	(*SteerProvision)(nil),   // 27: kvasir.topology.v1.SteerProvision
+	(*NoteScaling)(nil),      // 28: kvasir.topology.v1.NoteScaling
+	(*SetCondition)(nil),     // 29: kvasir.topology.v1.SetCondition
+	(*SetSettings)(nil),      // 30: kvasir.topology.v1.SetSettings
+	(*CreateNamespace)(nil),  // 31: kvasir.topology.v1.CreateNamespace
+	(*UpdateNamespace)(nil),  // 32: kvasir.topology.v1.UpdateNamespace
+	(*DropNamespace)(nil),    // 33: kvasir.topology.v1.DropNamespace
+	(*SetOrchestrators)(nil), // 34: kvasir.topology.v1.SetOrchestrators
+	(*Topology)(nil),         // 35: kvasir.topology.v1.Topology
+	(NodeHealth_State)(0),    // 36: kvasir.topology.v1.NodeHealth.State
+	(*Settings)(nil),         // 37: kvasir.topology.v1.Settings
+	(*Node)(nil),             // 38: kvasir.topology.v1.Node
+	(*Vnode)(nil),            // 39: kvasir.topology.v1.Vnode
+	(*Slot)(nil),             // 40: kvasir.topology.v1.Slot
+	(*Namespace)(nil),        // 41: kvasir.topology.v1.Namespace
+	(*Orchestrator)(nil),     // 42: kvasir.topology.v1.Orchestrator
 }
 var file_kvasir_topology_v1_control_proto_depIdxs = []int32{
-	32, // 0: kvasir.topology.v1.ControlState.topology:type_name -> kvasir.topology.v1.Topology
-	8,  // 1: kvasir.topology.v1.ControlState.boots:type_name -> kvasir.topology.v1.Boot
-	9,  // 2: kvasir.topology.v1.ControlState.history:type_name -> kvasir.topology.v1.Change
-	21, // 3: kvasir.topology.v1.ControlState.operations:type_name -> kvasir.topology.v1.Operation
-	5,  // 4: kvasir.topology.v1.ControlState.health:type_name -> kvasir.topology.v1.FoundHealth
-	7,  // 5: kvasir.topology.v1.ControlState.provisions:type_name -> kvasir.topology.v1.Provision
-	6,  // 6: kvasir.topology.v1.ControlState.settings_versions:type_name -> kvasir.topology.v1.SettingsVersion
-	4,  // 7: kvasir.topology.v1.ControlState.conditions:type_name -> kvasir.topology.v1.Condition
-	33, // 8: kvasir.topology.v1.FoundHealth.state:type_name -> kvasir.topology.v1.NodeHealth.State
-	34, // 9: kvasir.topology.v1.SettingsVersion.settings:type_name -> kvasir.topology.v1.Settings
-	0,  // 10: kvasir.topology.v1.Provision.kind:type_name -> kvasir.topology.v1.Provision.Kind
-	1,  // 11: kvasir.topology.v1.Provision.state:type_name -> kvasir.topology.v1.Provision.State
-	9,  // 12: kvasir.topology.v1.Command.change:type_name -> kvasir.topology.v1.Change
-	11, // 13: kvasir.topology.v1.Command.mutations:type_name -> kvasir.topology.v1.Mutation
-	12, // 14: kvasir.topology.v1.Mutation.found:type_name -> kvasir.topology.v1.Found
-	13, // 15: kvasir.topology.v1.Mutation.register:type_name -> kvasir.topology.v1.Register
-	14, // 16: kvasir.topology.v1.Mutation.set_ring:type_name -> kvasir.topology.v1.SetRing
-	28, // 17: kvasir.topology.v1.Mutation.create_namespace:type_name -> kvasir.topology.v1.CreateNamespace
-	29, // 18: kvasir.topology.v1.Mutation.update_namespace:type_name -> kvasir.topology.v1.UpdateNamespace
-	30, // 19: kvasir.topology.v1.Mutation.drop_namespace:type_name -> kvasir.topology.v1.DropNamespace
-	31, // 20: kvasir.topology.v1.Mutation.set_orchestrators:type_name -> kvasir.topology.v1.SetOrchestrators
-	15, // 21: kvasir.topology.v1.Mutation.set_vnodes:type_name -> kvasir.topology.v1.SetVnodes
-	17, // 22: kvasir.topology.v1.Mutation.remove_nodes:type_name -> kvasir.topology.v1.RemoveNodes
-	18, // 23: kvasir.topology.v1.Mutation.start_operation:type_name -> kvasir.topology.v1.StartOperation
-	19, // 24: kvasir.topology.v1.Mutation.steer_operation:type_name -> kvasir.topology.v1.SteerOperation
-	22, // 25: kvasir.topology.v1.Mutation.find_health:type_name -> kvasir.topology.v1.FindHealth
-	23, // 26: kvasir.topology.v1.Mutation.ask_provision:type_name -> kvasir.topology.v1.AskProvision
-	24, // 27: kvasir.topology.v1.Mutation.steer_provision:type_name -> kvasir.topology.v1.SteerProvision
-	27, // 28: kvasir.topology.v1.Mutation.set_settings:type_name -> kvasir.topology.v1.SetSettings
-	26, // 29: kvasir.topology.v1.Mutation.set_condition:type_name -> kvasir.topology.v1.SetCondition
-	25, // 30: kvasir.topology.v1.Mutation.note_scaling:type_name -> kvasir.topology.v1.NoteScaling
-	34, // 31: kvasir.topology.v1.Found.settings:type_name -> kvasir.topology.v1.Settings
-	35, // 32: kvasir.topology.v1.Register.node:type_name -> kvasir.topology.v1.Node
-	36, // 33: kvasir.topology.v1.SetRing.ring:type_name -> kvasir.topology.v1.Vnode
-	16, // 34: kvasir.topology.v1.SetVnodes.vnodes:type_name -> kvasir.topology.v1.VnodeSlots
-	37, // 35: kvasir.topology.v1.VnodeSlots.slots:type_name -> kvasir.topology.v1.Slot
-	21, // 36: kvasir.topology.v1.StartOperation.operation:type_name -> kvasir.topology.v1.Operation
-	2,  // 37: kvasir.topology.v1.SteerOperation.state:type_name -> kvasir.topology.v1.Operation.State
-	2,  // 38: kvasir.topology.v1.Operation.state:type_name -> kvasir.topology.v1.Operation.State
-	20, // 39: kvasir.topology.v1.Operation.moves:type_name -> kvasir.topology.v1.Move
-	5,  // 40: kvasir.topology.v1.FindHealth.nodes:type_name -> kvasir.topology.v1.FoundHealth
-	7,  // 41: kvasir.topology.v1.AskProvision.provision:type_name -> kvasir.topology.v1.Provision
-	1,  // 42: kvasir.topology.v1.SteerProvision.state:type_name -> kvasir.topology.v1.Provision.State
-	34, // 43: kvasir.topology.v1.SetSettings.settings:type_name -> kvasir.topology.v1.Settings
-	38, // 44: kvasir.topology.v1.CreateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
-	38, // 45: kvasir.topology.v1.UpdateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
-	39, // 46: kvasir.topology.v1.SetOrchestrators.orchestrators:type_name -> kvasir.topology.v1.Orchestrator
-	47, // [47:47] is the sub-list for method output_type
-	47, // [47:47] is the sub-list for method input_type
-	47, // [47:47] is the sub-list for extension type_name
-	47, // [47:47] is the sub-list for extension extendee
-	0,  // [0:47] is the sub-list for field type_name
+	35, // 0: kvasir.topology.v1.ControlState.topology:type_name -> kvasir.topology.v1.Topology
+	9,  // 1: kvasir.topology.v1.ControlState.boots:type_name -> kvasir.topology.v1.Boot
+	10, // 2: kvasir.topology.v1.ControlState.history:type_name -> kvasir.topology.v1.Change
+	24, // 3: kvasir.topology.v1.ControlState.operations:type_name -> kvasir.topology.v1.Operation
+	6,  // 4: kvasir.topology.v1.ControlState.health:type_name -> kvasir.topology.v1.FoundHealth
+	8,  // 5: kvasir.topology.v1.ControlState.provisions:type_name -> kvasir.topology.v1.Provision
+	7,  // 6: kvasir.topology.v1.ControlState.settings_versions:type_name -> kvasir.topology.v1.SettingsVersion
+	5,  // 7: kvasir.topology.v1.ControlState.conditions:type_name -> kvasir.topology.v1.Condition
+	4,  // 8: kvasir.topology.v1.ControlState.losses:type_name -> kvasir.topology.v1.Loss
+	36, // 9: kvasir.topology.v1.FoundHealth.state:type_name -> kvasir.topology.v1.NodeHealth.State
+	37, // 10: kvasir.topology.v1.SettingsVersion.settings:type_name -> kvasir.topology.v1.Settings
+	0,  // 11: kvasir.topology.v1.Provision.kind:type_name -> kvasir.topology.v1.Provision.Kind
+	1,  // 12: kvasir.topology.v1.Provision.state:type_name -> kvasir.topology.v1.Provision.State
+	10, // 13: kvasir.topology.v1.Command.change:type_name -> kvasir.topology.v1.Change
+	12, // 14: kvasir.topology.v1.Command.mutations:type_name -> kvasir.topology.v1.Mutation
+	13, // 15: kvasir.topology.v1.Mutation.found:type_name -> kvasir.topology.v1.Found
+	16, // 16: kvasir.topology.v1.Mutation.register:type_name -> kvasir.topology.v1.Register
+	17, // 17: kvasir.topology.v1.Mutation.set_ring:type_name -> kvasir.topology.v1.SetRing
+	31, // 18: kvasir.topology.v1.Mutation.create_namespace:type_name -> kvasir.topology.v1.CreateNamespace
+	32, // 19: kvasir.topology.v1.Mutation.update_namespace:type_name -> kvasir.topology.v1.UpdateNamespace
+	33, // 20: kvasir.topology.v1.Mutation.drop_namespace:type_name -> kvasir.topology.v1.DropNamespace
+	34, // 21: kvasir.topology.v1.Mutation.set_orchestrators:type_name -> kvasir.topology.v1.SetOrchestrators
+	18, // 22: kvasir.topology.v1.Mutation.set_vnodes:type_name -> kvasir.topology.v1.SetVnodes
+	20, // 23: kvasir.topology.v1.Mutation.remove_nodes:type_name -> kvasir.topology.v1.RemoveNodes
+	21, // 24: kvasir.topology.v1.Mutation.start_operation:type_name -> kvasir.topology.v1.StartOperation
+	22, // 25: kvasir.topology.v1.Mutation.steer_operation:type_name -> kvasir.topology.v1.SteerOperation
+	25, // 26: kvasir.topology.v1.Mutation.find_health:type_name -> kvasir.topology.v1.FindHealth
+	26, // 27: kvasir.topology.v1.Mutation.ask_provision:type_name -> kvasir.topology.v1.AskProvision
+	27, // 28: kvasir.topology.v1.Mutation.steer_provision:type_name -> kvasir.topology.v1.SteerProvision
+	30, // 29: kvasir.topology.v1.Mutation.set_settings:type_name -> kvasir.topology.v1.SetSettings
+	29, // 30: kvasir.topology.v1.Mutation.set_condition:type_name -> kvasir.topology.v1.SetCondition
+	28, // 31: kvasir.topology.v1.Mutation.note_scaling:type_name -> kvasir.topology.v1.NoteScaling
+	14, // 32: kvasir.topology.v1.Mutation.recover:type_name -> kvasir.topology.v1.Recover
+	15, // 33: kvasir.topology.v1.Mutation.accept_loss:type_name -> kvasir.topology.v1.AcceptLoss
+	37, // 34: kvasir.topology.v1.Found.settings:type_name -> kvasir.topology.v1.Settings
+	3,  // 35: kvasir.topology.v1.Recover.state:type_name -> kvasir.topology.v1.ControlState
+	38, // 36: kvasir.topology.v1.Register.node:type_name -> kvasir.topology.v1.Node
+	39, // 37: kvasir.topology.v1.SetRing.ring:type_name -> kvasir.topology.v1.Vnode
+	19, // 38: kvasir.topology.v1.SetVnodes.vnodes:type_name -> kvasir.topology.v1.VnodeSlots
+	40, // 39: kvasir.topology.v1.VnodeSlots.slots:type_name -> kvasir.topology.v1.Slot
+	24, // 40: kvasir.topology.v1.StartOperation.operation:type_name -> kvasir.topology.v1.Operation
+	2,  // 41: kvasir.topology.v1.SteerOperation.state:type_name -> kvasir.topology.v1.Operation.State
+	2,  // 42: kvasir.topology.v1.Operation.state:type_name -> kvasir.topology.v1.Operation.State
+	23, // 43: kvasir.topology.v1.Operation.moves:type_name -> kvasir.topology.v1.Move
+	6,  // 44: kvasir.topology.v1.FindHealth.nodes:type_name -> kvasir.topology.v1.FoundHealth
+	8,  // 45: kvasir.topology.v1.AskProvision.provision:type_name -> kvasir.topology.v1.Provision
+	1,  // 46: kvasir.topology.v1.SteerProvision.state:type_name -> kvasir.topology.v1.Provision.State
+	37, // 47: kvasir.topology.v1.SetSettings.settings:type_name -> kvasir.topology.v1.Settings
+	41, // 48: kvasir.topology.v1.CreateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
+	41, // 49: kvasir.topology.v1.UpdateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
+	42, // 50: kvasir.topology.v1.SetOrchestrators.orchestrators:type_name -> kvasir.topology.v1.Orchestrator
+	51, // [51:51] is the sub-list for method output_type
+	51, // [51:51] is the sub-list for method input_type
+	51, // [51:51] is the sub-list for extension type_name
+	51, // [51:51] is the sub-list for extension extendee
+	0,  // [0:51] is the sub-list for field type_name
 }
 
 func init() { file_kvasir_topology_v1_control_proto_init() }
@@ -2751,7 +3007,7 @@ func file_kvasir_topology_v1_control_proto_init() {
 		return
 	}
 	file_kvasir_topology_v1_topology_proto_init()
-	file_kvasir_topology_v1_control_proto_msgTypes[8].OneofWrappers = []any{
+	file_kvasir_topology_v1_control_proto_msgTypes[9].OneofWrappers = []any{
 		(*Mutation_Found)(nil),
 		(*Mutation_Register)(nil),
 		(*Mutation_SetRing)(nil),
@@ -2769,6 +3025,8 @@ func file_kvasir_topology_v1_control_proto_init() {
 		(*Mutation_SetSettings)(nil),
 		(*Mutation_SetCondition)(nil),
 		(*Mutation_NoteScaling)(nil),
+		(*Mutation_Recover)(nil),
+		(*Mutation_AcceptLoss)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -2776,7 +3034,7 @@ func file_kvasir_topology_v1_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kvasir_topology_v1_control_proto_rawDesc), len(file_kvasir_topology_v1_control_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   29,
+			NumMessages:   32,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -400,7 +400,9 @@ type Node struct {
 	AdminAddress  string `protobuf:"bytes,6,opt,name=admin_address,json=adminAddress,proto3" json:"admin_address,omitempty"`
 	GossipAddress string `protobuf:"bytes,7,opt,name=gossip_address,json=gossipAddress,proto3" json:"gossip_address,omitempty"`
 	// The identity of the node's data directory.
-	DataId        string `protobuf:"bytes,8,opt,name=data_id,json=dataId,proto3" json:"data_id,omitempty"`
+	DataId string `protobuf:"bytes,8,opt,name=data_id,json=dataId,proto3" json:"data_id,omitempty"`
+	// The epoch in which the node was given up for lost, with its disk; 0: it was not.
+	LostEpoch     uint64 `protobuf:"fixed64,60,opt,name=lost_epoch,json=lostEpoch,proto3" json:"lost_epoch,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -489,6 +491,13 @@ func (x *Node) GetDataId() string {
 		return x.DataId
 	}
 	return ""
+}
+
+func (x *Node) GetLostEpoch() uint64 {
+	if x != nil {
+		return x.LostEpoch
+	}
+	return 0
 }
 
 type Slot struct {
@@ -1237,6 +1246,9 @@ type Topology struct {
 	Namespaces    []*Namespace    `protobuf:"bytes,7,rep,name=namespaces,proto3" json:"namespaces,omitempty"`
 	Settings      *Settings       `protobuf:"bytes,8,opt,name=settings,proto3" json:"settings,omitempty"`
 	Orchestrators []*Orchestrator `protobuf:"bytes,9,rep,name=orchestrators,proto3" json:"orchestrators,omitempty"`
+	// The recovery of the control plane that began the epoch's generation; empty in the
+	// first one.
+	Recovery      string `protobuf:"bytes,60,opt,name=recovery,proto3" json:"recovery,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1332,6 +1344,13 @@ func (x *Topology) GetOrchestrators() []*Orchestrator {
 		return x.Orchestrators
 	}
 	return nil
+}
+
+func (x *Topology) GetRecovery() string {
+	if x != nil {
+		return x.Recovery
+	}
+	return ""
 }
 
 // TopologyDelta makes a later topology of a cluster from an earlier one.
@@ -1826,7 +1845,7 @@ var File_kvasir_topology_v1_topology_proto protoreflect.FileDescriptor
 
 const file_kvasir_topology_v1_topology_proto_rawDesc = "" +
 	"\n" +
-	"!kvasir/topology/v1/topology.proto\x12\x12kvasir.topology.v1\"\xfd\x01\n" +
+	"!kvasir/topology/v1/topology.proto\x12\x12kvasir.topology.v1\"\x9c\x02\n" +
 	"\x04Node\x12 \n" +
 	"\vincarnation\x18\x01 \x01(\x04R\vincarnation\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
@@ -1835,7 +1854,9 @@ const file_kvasir_topology_v1_topology_proto_rawDesc = "" +
 	"\aaddress\x18\x05 \x01(\tR\aaddress\x12#\n" +
 	"\radmin_address\x18\x06 \x01(\tR\fadminAddress\x12%\n" +
 	"\x0egossip_address\x18\a \x01(\tR\rgossipAddress\x12\x17\n" +
-	"\adata_id\x18\b \x01(\tR\x06dataId\"}\n" +
+	"\adata_id\x18\b \x01(\tR\x06dataId\x12\x1d\n" +
+	"\n" +
+	"lost_epoch\x18< \x01(\x06R\tlostEpoch\"}\n" +
 	"\x04Slot\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\x04R\x04node\x12\x1a\n" +
 	"\bincoming\x18\x02 \x01(\x04R\bincoming\x12/\n" +
@@ -1907,7 +1928,7 @@ const file_kvasir_topology_v1_topology_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12#\n" +
 	"\radmin_address\x18\x03 \x01(\tR\fadminAddress\x12%\n" +
-	"\x0egossip_address\x18\x04 \x01(\tR\rgossipAddress\"\x9e\x03\n" +
+	"\x0egossip_address\x18\x04 \x01(\tR\rgossipAddress\"\xba\x03\n" +
 	"\bTopology\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x14\n" +
@@ -1920,7 +1941,8 @@ const file_kvasir_topology_v1_topology_proto_rawDesc = "" +
 	"namespaces\x18\a \x03(\v2\x1d.kvasir.topology.v1.NamespaceR\n" +
 	"namespaces\x128\n" +
 	"\bsettings\x18\b \x01(\v2\x1c.kvasir.topology.v1.SettingsR\bsettings\x12F\n" +
-	"\rorchestrators\x18\t \x03(\v2 .kvasir.topology.v1.OrchestratorR\rorchestrators\"\xf3\x03\n" +
+	"\rorchestrators\x18\t \x03(\v2 .kvasir.topology.v1.OrchestratorR\rorchestrators\x12\x1a\n" +
+	"\brecovery\x18< \x01(\tR\brecovery\"\xf3\x03\n" +
 	"\rTopologyDelta\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x1d\n" +
