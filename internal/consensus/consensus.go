@@ -31,6 +31,8 @@ var (
 	// ErrClosed: the server is stopping. Whether a command under way will be applied
 	// is unknown.
 	ErrClosed = errors.New("consensus: closed")
+	// ErrOtherGroup is Open's: the store was founded with another Config.Group.
+	ErrOtherGroup = errors.New("consensus: the servers of another group have this store")
 )
 
 // Server is one of the servers that agree.
@@ -49,6 +51,11 @@ type Config struct {
 	// Servers are all voters: the same on each of them, and for the life of the
 	// store. Their order does not matter.
 	Servers []Server
+	// Group tells the servers from others of the same names and addresses that agreed
+	// before them and are to be heard no more: a connection of another group is refused. It
+	// is kept in a store that is founded; empty means what the store has, and is what the
+	// first servers use. At most 255 bytes.
+	Group string
 	// FS holds Dir.
 	FS vfs.FS
 	// Dir is the directory of the store. It belongs to this package alone.
@@ -135,6 +142,9 @@ func (c Config) Validate() error {
 	}
 	if c.Streams == nil {
 		return errors.New("consensus: no stream layer given")
+	}
+	if len(c.Group) > maxGroupBytes {
+		return fmt.Errorf("consensus: the group's name has %d bytes: want at most %d", len(c.Group), maxGroupBytes)
 	}
 	names, addresses := map[string]bool{}, map[string]bool{}
 	for _, s := range c.Servers {

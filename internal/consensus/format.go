@@ -15,6 +15,7 @@ import (
 //
 //	f                          the format of the store, one byte
 //	n                          the number of commits so far, this one included
+//	g                          the group of the servers; absent where they have none
 //	l index(8)                 a log entry
 //	s name                     a value of Raft's stable store: term and vote
 //	m index(8) term(8)         what a snapshot is
@@ -22,6 +23,7 @@ import (
 const (
 	prefixFormat   = 'f'
 	prefixCommits  = 'n'
+	prefixGroup    = 'g'
 	prefixLog      = 'l'
 	prefixStable   = 's'
 	prefixSnapshot = 'm'

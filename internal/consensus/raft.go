@@ -22,6 +22,7 @@ const maxConns = 3
 type Raft struct {
 	raft      *raft.Raft
 	transport *transport
+	group     string
 	streams   *streams
 	store     *store
 	logger    *raftLogger
@@ -105,11 +106,23 @@ func start(cfg Config, s *store, sm StateMachine) (*Raft, error) {
 		if err := s.clearStable(); err != nil {
 			return nil, err
 		}
+		if cfg.Group != "" {
+			if err := s.setGroup(cfg.Group); err != nil {
+				return nil, fmt.Errorf("founding: %w", err)
+			}
+		}
 		if err := raft.BootstrapCluster(conf, s, s, s, nil, cfg.servers()); err != nil {
 			return nil, fmt.Errorf("founding: %w", err)
 		}
 	} else if err := checkServers(cfg.servers(), found.servers); err != nil {
 		return nil, err
+	}
+	group, err := s.group()
+	if err != nil {
+		return nil, err
+	}
+	if cfg.Group != "" && cfg.Group != group {
+		return nil, fmt.Errorf("the store is of group %q, not %q: %w", group, cfg.Group, ErrOtherGroup)
 	}
 	if found.restore {
 		if err := sm.Restore(found.snapshot); err != nil {
@@ -118,7 +131,8 @@ func start(cfg Config, s *store, sm StateMachine) (*Raft, error) {
 	}
 
 	r := &Raft{
-		streams:  newStreams(cfg.Streams),
+		group:    group,
+		streams:  newStreams(cfg.Streams, group),
 		store:    s,
 		logger:   logger,
 		calls:    make(chan struct{}, maxCalls),
@@ -237,6 +251,9 @@ func translate(err error) error {
 	}
 	return fmt.Errorf("consensus: %w", err)
 }
+
+// Group returns the group that the server is of: the one it was founded with.
+func (r *Raft) Group() string { return r.group }
 
 // IsLeader tells whether this server believes that it leads. Only VerifyLeader knows.
 func (r *Raft) IsLeader() bool { return r.raft.State() == raft.Leader }

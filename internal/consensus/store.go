@@ -468,6 +468,25 @@ func (s *store) GetUint64(name []byte) (uint64, error) {
 	return binary.BigEndian.Uint64(value), nil
 }
 
+// setGroup keeps the group of the servers.
+func (s *store) setGroup(group string) error {
+	b := s.db.NewBatch()
+	defer b.Close()
+	if err := b.Set([]byte{prefixGroup}, []byte(group), nil); err != nil {
+		return err
+	}
+	return s.commit(b)
+}
+
+// group returns the group of the servers, empty where they have none.
+func (s *store) group() (string, error) {
+	value, err := s.get([]byte{prefixGroup})
+	if errors.Is(err, pebble.ErrNotFound) {
+		return "", nil
+	}
+	return string(value), err
+}
+
 // clearStable forgets term and vote.
 func (s *store) clearStable() error {
 	b := s.db.NewBatch()

@@ -1,8 +1,11 @@
 package consensus
 
 import (
+	"bytes"
 	"crypto/tls"
+	"errors"
 	"fmt"
+	"io"
 	"net"
 	"sync"
 	"time"
@@ -70,6 +73,7 @@ func (t *tcpStreams) Dial(to raft.ServerAddress, timeout time.Duration) (net.Con
 // and waited for: the library does neither for those that others opened.
 type streams struct {
 	raft.StreamLayer
+	group string
 	// handlers counts accepted connections until the library closes them, which is
 	// the last thing it does with one.
 	handlers sync.WaitGroup
@@ -80,8 +84,8 @@ type streams struct {
 	}
 }
 
-func newStreams(layer raft.StreamLayer) *streams {
-	s := &streams{StreamLayer: layer}
+func newStreams(layer raft.StreamLayer, group string) *streams {
+	s := &streams{StreamLayer: layer, group: group}
 	s.mu.open = map[*stream]struct{}{}
 	return s
 }
@@ -93,6 +97,38 @@ type stream struct {
 	accepted bool
 	once     sync.Once
 	err      error
+	// greeted is set once the greeting of an accepted stream has been read. One goroutine
+	// reads.
+	greeted bool
+}
+
+// The greeting of a group that has a name: a byte that begins no call of Raft, the length
+// of the name, the name. Servers without a group send none, take this for a call that they
+// do not know, and close the stream.
+const (
+	greetingByte  = 0xF7
+	maxGroupBytes = 255
+)
+
+func greeting(group string) []byte {
+	return append([]byte{greetingByte, byte(len(group))}, group...)
+}
+
+var errStranger = errors.New("consensus: the stream is of another group of servers")
+
+// Read implements net.Conn. Of an accepted stream nothing is handed on before its greeting.
+func (c *stream) Read(p []byte) (int, error) {
+	if c.accepted && !c.greeted && c.of.group != "" {
+		want := greeting(c.of.group)
+		got := make([]byte, len(want))
+		if n, err := io.ReadFull(c.Conn, got); !bytes.Equal(got[:n], want[:n]) {
+			return 0, errStranger
+		} else if err != nil {
+			return 0, err
+		}
+		c.greeted = true
+	}
+	return c.Conn.Read(p)
 }
 
 // Close implements net.Conn.
@@ -155,6 +191,15 @@ func (s *streams) Dial(to raft.ServerAddress, timeout time.Duration) (net.Conn, 
 	c, ok := s.track(conn, false)
 	if !ok {
 		return nil, ErrClosed
+	}
+	if s.group != "" {
+		err := c.SetWriteDeadline(time.Now().Add(timeout))
+		if err == nil {
+			_, err = c.Write(greeting(s.group))
+		}
+		if err = errors.Join(err, c.SetWriteDeadline(time.Time{})); err != nil {
+			return nil, errors.Join(err, c.Close())
+		}
 	}
 	return c, nil
 }
