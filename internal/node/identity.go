@@ -63,6 +63,8 @@ type registrar struct {
 	orchs  func() []string
 	dial   rpc.Transport
 	bootID string
+	// admits returns why the orchestrators that agreed on a topology are not followed.
+	admits func(*topology.Topology) *rpc.Error
 }
 
 // register registers once, at the first orchestrator that takes it.
@@ -76,23 +78,34 @@ func (r *registrar) register(ctx context.Context, id identity) (identity, *topol
 		Address: r.cfg.Advertise, AdminAddress: r.cfg.AdminAdvertise, GossipAddress: r.cfg.GossipAdvertise,
 		DataId: id.DataID, Incarnation: id.Incarnation, Boot: boots, BootId: r.bootID,
 	}
-	resp, err := anyOrchestrator(ctx, r.dial, r.orchs(), idempotent, func(ctx context.Context, c adminv1.ControlServiceClient, opts ...grpc.CallOption) (*adminv1.RegisterNodeResponse, error) {
-		return c.RegisterNode(ctx, req, opts...)
+	type admission struct {
+		incarnation uint64
+		topology    *topology.Topology
+	}
+	got, err := anyOrchestrator(ctx, r.dial, r.orchs(), idempotent, func(ctx context.Context, c adminv1.ControlServiceClient, opts ...grpc.CallOption) (a admission, _ error) {
+		resp, err := c.RegisterNode(ctx, req, opts...)
+		if err != nil {
+			return a, err
+		}
+		a.incarnation = resp.GetIncarnation()
+		if a.topology, err = topology.FromProto(resp.GetTopology()); err != nil {
+			return a, err
+		}
+		if err := r.admits(a.topology); err != nil {
+			return a, err
+		}
+		return a, nil
 	})
 	if err != nil {
 		return id, nil, err
 	}
-	t, err := topology.FromProto(resp.GetTopology())
-	if err != nil {
-		return id, nil, err
-	}
 	if id.Incarnation == 0 || id.ClusterID == "" {
-		id.Incarnation, id.ClusterID = resp.GetIncarnation(), t.ClusterID
+		id.Incarnation, id.ClusterID = got.incarnation, got.topology.ClusterID
 		if err := id.save(r.store); err != nil {
 			return id, nil, err
 		}
 	}
-	return id, t, nil
+	return id, got.topology, nil
 }
 
 // refused reports whether an orchestrator turned the node away for good, rather

@@ -19,6 +19,7 @@ import (
 	"github.com/hashicorp/memberlist"
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/health"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 
@@ -48,6 +49,7 @@ type Node struct {
 
 	store       *storage.Store
 	id          identity
+	seal        *adminv1.Seal // as it was on disk, or nil
 	registrar   *registrar
 	fence       *replica.Fence
 	clock       *replica.Clock
@@ -219,6 +221,9 @@ func (n *Node) readDirectory() error {
 		return err
 	}
 	n.fence = replica.NewFence(known)
+	if n.seal, err = loadSeal(n.store); err != nil {
+		return err
+	}
 	n.assignments, err = handoff.LoadAssignments(n.store)
 	return err
 }
@@ -228,7 +233,7 @@ func (n *Node) readDirectory() error {
 func (n *Node) introduce(ctx context.Context) error {
 	n.registrar = &registrar{cfg: &n.cfg, store: n.store, dial: n.transport, bootID: rand.Text(), orchs: func() []string {
 		return orchestrators(n.cfg.Orchestrators, n.fence.Topology())
-	}}
+	}, admits: n.followable}
 	for said := ""; ; {
 		id, t, err := n.registrar.register(ctx, n.id)
 		switch {
@@ -254,9 +259,22 @@ func (n *Node) introduce(ctx context.Context) error {
 	}
 }
 
+// followable returns why the orchestrators that agreed on a topology are not to be followed,
+// or nil: their generation is over, or is not the one that the node waits for.
+func (n *Node) followable(t *topology.Topology) *rpc.Error {
+	now := n.topologies
+	if now == nil { // the node is starting
+		now = newTopologies(n.store, n.fence, n.seal, n.transport, n.id.ClusterID, n.cfg.Orchestrators, n.cfg.Logger)
+	}
+	if cur := now.current(); topology.Generation(t.Epoch) < topology.Generation(cur.Epoch) {
+		return rpc.Errorf(codes.Unavailable, "GENERATION_OVER", "its orchestrators are of generation %d, the cluster was recovered and is in generation %d", topology.Generation(t.Epoch), topology.Generation(cur.Epoch))
+	}
+	return now.admits(t)
+}
+
 // firstTopology keeps what a registration brought.
 func (n *Node) firstTopology(t *topology.Topology) error {
-	first := newTopologies(n.store, n.fence, n.transport, n.id.ClusterID, n.cfg.Orchestrators, n.cfg.Logger)
+	first := newTopologies(n.store, n.fence, n.seal, n.transport, n.id.ClusterID, n.cfg.Orchestrators, n.cfg.Logger)
 	first.adopted = func(*topology.Topology) {}
 	first.prepare = func(t *topology.Topology) error { return n.assignments.Prepare(n.id.Incarnation, t) }
 	first.settle = func(*topology.Topology) error { return nil }
@@ -285,7 +303,7 @@ func (n *Node) serve(run context.Context) error {
 	if n.hints, err = replica.LoadHints(n.store, cfg.Seams.WallClock, cfg.Logger); err != nil {
 		return err
 	}
-	n.topologies = newTopologies(n.store, n.fence, n.transport, n.id.ClusterID, cfg.Orchestrators, cfg.Logger)
+	n.topologies = newTopologies(n.store, n.fence, n.seal, n.transport, n.id.ClusterID, cfg.Orchestrators, cfg.Logger)
 	n.topologies.wrong.Store(n.wrongEpoch)
 	n.topologies.adopted, n.topologies.prepare, n.topologies.settle = n.adopted, n.prepare, n.settle
 	n.replica = replica.New(replica.Config{
@@ -348,7 +366,7 @@ func (n *Node) adopted(t *topology.Topology) {
 	n.hints.SetBounds(replica.HintBounds{Bytes: t.Settings.MaxHintBytes, Count: uint64(t.Settings.MaxHints), Age: t.Settings.MaxHintAge})
 	n.peers.update(t)
 	n.announce()
-	if t.Epoch > 0 && t.Node(n.id.Incarnation) == nil {
+	if t.Epoch > 0 && (t.Node(n.id.Incarnation) == nil || t.Lost(n.id.Incarnation)) {
 		n.cfg.Logger.Error("this node is no part of the cluster any more", "reason", n.removedIn(t))
 	}
 }
@@ -468,6 +486,7 @@ func (n *Node) startServer() {
 	adminv1.RegisterControlServiceServer(n.server, controlService{node: n})
 	adminv1.RegisterStatusServiceServer(n.server, statusService{node: n})
 	adminv1.RegisterRepairServiceServer(n.server, repairService{node: n})
+	adminv1.RegisterRecoveryServiceServer(n.server, recoveryService{node: n})
 	adminv1.RegisterProcessServiceServer(n.server, rpc.Process{
 		Name: n.cfg.Name, Software: n.cfg.Software, RunID: n.registrar.bootID, Started: n.started, Ready: n.ready, Again: n.cfg.Restart,
 	})

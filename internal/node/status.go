@@ -25,7 +25,7 @@ func (n *Node) state() (adminv1.NodeStatus_State, string) {
 		return adminv1.NodeStatus_STATE_REMOVED, *reason
 	}
 	t := n.fence.Topology()
-	if t.Epoch > 0 && t.Node(n.id.Incarnation) == nil {
+	if t.Epoch > 0 && (t.Node(n.id.Incarnation) == nil || t.Lost(n.id.Incarnation)) {
 		return adminv1.NodeStatus_STATE_REMOVED, n.removedIn(t)
 	}
 	if !t.Formed() {
@@ -43,11 +43,17 @@ func (n *Node) state() (adminv1.NodeStatus_State, string) {
 	if why := n.topologies.problem.Load(); why != nil {
 		return adminv1.NodeStatus_STATE_SERVING, *why
 	}
+	if s := n.topologies.pendingSeal(); s != nil {
+		return adminv1.NodeStatus_STATE_SERVING, fmt.Sprintf("sealed: waits for the orchestrators of generation %d, of recovery %s (kvctl recover goes on with it)", s.GetGeneration(), s.GetRecovery())
+	}
 	return adminv1.NodeStatus_STATE_SERVING, ""
 }
 
 // removedIn says that a topology has no place for this data directory.
 func (n *Node) removedIn(t *topology.Topology) string {
+	if t.Lost(n.id.Incarnation) {
+		return fmt.Sprintf("the cluster gave #%d up for lost in epoch %s, and others hold its records; start it with an empty data directory to join again", n.id.Incarnation, topology.EpochString(t.Node(n.id.Incarnation).LostEpoch))
+	}
 	return fmt.Sprintf("the cluster removed #%d in epoch %s or before; start it with an empty data directory to join again", n.id.Incarnation, topology.EpochString(t.Epoch))
 }
 

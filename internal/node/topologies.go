@@ -16,6 +16,7 @@ import (
 	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/storage"
 	"github.com/kvasirdb/kvasir/internal/topology"
+	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
 	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
 )
 
@@ -58,6 +59,8 @@ type topologies struct {
 	// after it: what settle forgets would be prepared again if an older topology came back.
 	adopted         func(*topology.Topology)
 	prepare, settle func(*topology.Topology) error
+	// seal is the last recovery that the node was sealed for, or nil.
+	seal atomic.Pointer[adminv1.Seal]
 	// wrong is the epoch, if any, of which the node had another topology than was agreed on.
 	wrong atomic.Uint64
 	// kept is the epoch that the disk has followed, problem why it follows no further.
@@ -79,12 +82,13 @@ type topologies struct {
 	}
 }
 
-func newTopologies(store *storage.Store, fence *replica.Fence, dial rpc.Transport, clusterID string, seeds []string, logger *slog.Logger) *topologies {
+func newTopologies(store *storage.Store, fence *replica.Fence, seal *adminv1.Seal, dial rpc.Transport, clusterID string, seeds []string, logger *slog.Logger) *topologies {
 	t := &topologies{
 		store: store, fence: fence, dial: dial, clusterID: clusterID, seeds: seeds, logger: logger,
 		adopting: make(chan struct{}, 1), asking: make(chan struct{}, maxAsking),
 	}
 	t.mu.changed = make(chan struct{})
+	t.seal.Store(seal)
 	t.recent.Add(fence.Topology())
 	return t
 }
@@ -103,6 +107,9 @@ func (t *topologies) adopt(next *topology.Topology) error {
 	}
 	t.adopting <- struct{}{}
 	defer func() { <-t.adopting }()
+	if err := t.admits(next); err != nil {
+		return err
+	}
 	if t.fence.Advance(next) {
 		t.recent.Add(next)
 		t.logger.Info("topology adopted", "epoch", topology.EpochString(next.Epoch), "nodes", len(next.Nodes), "namespaces", len(next.Namespaces))

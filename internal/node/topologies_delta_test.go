@@ -67,7 +67,7 @@ func told(t *testing.T) (*toldTopologies, *topologies) {
 	}
 	t.Cleanup(func() { store.Close() })
 	fence := replica.NewFence(topologyOf(t, 5))
-	ts := newTopologies(store, fence, rpc.Transport{Dial: rpc.NetDialer}, "c", []string{l.Addr().String()}, slog.New(slog.DiscardHandler))
+	ts := newTopologies(store, fence, nil, rpc.Transport{Dial: rpc.NetDialer}, "c", []string{l.Addr().String()}, slog.New(slog.DiscardHandler))
 	ts.adopted = func(*topology.Topology) {}
 	return f, ts
 }

@@ -26,7 +26,7 @@ func TestTopologyIsInUseBeforeItIsTaken(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer store.Close()
-		tops := newTopologies(store, replica.NewFence(&topology.Topology{}), rpc.Transport{}, "c", nil, slog.New(slog.DiscardHandler))
+		tops := newTopologies(store, replica.NewFence(&topology.Topology{}), nil, rpc.Transport{}, "c", nil, slog.New(slog.DiscardHandler))
 		tops.adopted = func(*topology.Topology) {}
 		disk := make(chan error) // gives every write its outcome
 		var kept []uint64
