@@ -14,6 +14,7 @@ import (
 	"github.com/kvasirdb/kvasir/internal/devcluster"
 	"github.com/kvasirdb/kvasir/internal/orchestrator"
 	"github.com/kvasirdb/kvasir/internal/provision"
+	"github.com/kvasirdb/kvasir/internal/topology"
 )
 
 type config struct {
@@ -30,12 +31,15 @@ func main() {
 		Validate:  func(c *config) error { return c.Config.Validate() },
 		Files: func(c *config) error {
 			_, err := c.TLS.Load()
-			return errors.Join(err, c.Provision.Files())
+			return errors.Join(err, c.Provision.Files(), readRecovery(&c.Config))
 		},
 		Log:         func(c *config) process.Log { return c.Log },
 		AdminListen: func(c *config) string { return c.AdminListen },
 		Run: func(ctx context.Context, c config, h process.Host) error {
 			c.Logger, c.Software, c.Fatal, c.Restart = h.Logger, h.Software, h.Fatal, h.Restart
+			if err := readRecovery(&c.Config); err != nil {
+				return err
+			}
 			var err error
 			if c.Provisioner, err = provisioner(&c.Config, h.Logger); err != nil {
 				return err
@@ -43,6 +47,21 @@ func main() {
 			return orchestrator.Run(ctx, c.Config)
 		},
 	}.Main())
+}
+
+// readRecovery reads the file that begins a new generation, where there is one.
+func readRecovery(c *orchestrator.Config) error {
+	if c.Recover == "" {
+		return nil
+	}
+	b, err := os.ReadFile(c.Recover)
+	if err == nil {
+		c.Recovery, err = topology.DecodeRecovery(b)
+	}
+	if err != nil {
+		return fmt.Errorf("recover: %s: %w", c.Recover, err)
+	}
+	return nil
 }
 
 // provisioner returns who launches and ends nodes, nil where nobody does.

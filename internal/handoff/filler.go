@@ -230,10 +230,28 @@ func (f *Filler) fromOld(t *topology.Topology, j job) bool {
 // sourcesNeeded is N−q+1, or the old node alone. Where a namespace changes, what has been
 // acknowledged or read by the quorums before must be met, this node's own copy included
 // if it has one: N−W+1 slots meet every write's, and R the N−R+1 that reads leave.
+//
+// Where nodes of the vnode were given up for lost, all others may be fewer: then they are
+// all there is.
 func (f *Filler) sourcesNeeded(t *topology.Topology, j job, ns *topology.Namespace) int {
 	if j.old {
 		return 1
 	}
+	need := f.sourcesWanted(j, ns)
+	left, lost := 0, false
+	for i, s := range t.Slots(j.Vnode, ns.N) {
+		lost = lost || t.Lost(t.Ring[j.Vnode].Slots[i].Node) || t.Lost(s.Read)
+		if i != j.slot && s.Read != 0 && !t.Lost(s.Read) {
+			left++
+		}
+	}
+	if lost {
+		need = min(need, left)
+	}
+	return need
+}
+
+func (f *Filler) sourcesWanted(j job, ns *topology.Namespace) int {
 	if j.Namespace != 0 {
 		n := ns.N
 		w := ns.W.Need(n)
@@ -302,7 +320,7 @@ func (f *Filler) sources(t *topology.Topology, j job, ns *topology.Namespace, ti
 		if j.old {
 			n = t.Ring[j.Vnode].Slots[i].Node
 		}
-		if (i == j.slot) != j.old || n == 0 {
+		if (i == j.slot) != j.old || n == 0 || t.Lost(n) {
 			continue
 		}
 		readable++
@@ -324,7 +342,10 @@ func (f *Filler) sources(t *topology.Topology, j job, ns *topology.Namespace, ti
 		return nil, fmt.Errorf("namespace %s has %d voting replicas of vnode %d left, %d are needed to rebuild another (N=%d): its records may be lost",
 			ns.Name, readable, j.Vnode, need, ns.N)
 	case len(out) < need:
-		return nil, fmt.Errorf("%d of the voting replicas of vnode %d can be read, namespace %s needs %d: %s", len(out), j.Vnode, ns.Name, need, strings.Join(missing, ", "))
+		return nil, fmt.Errorf("%d of the voting replicas of vnode %d can be read, namespace %s needs %d: %s (if they are lost for good: kvctl recover --accept-loss)",
+			len(out), j.Vnode, ns.Name, need, strings.Join(missing, ", "))
+	case len(out) == 0:
+		return nil, nil // nothing is left
 	}
 	// Neighbouring vnodes begin with different sources.
 	turn := int(j.Vnode) % len(out)

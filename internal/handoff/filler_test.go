@@ -25,7 +25,7 @@ func TestSourcesMeetWhatWasReadAndWritten(t *testing.T) {
 					for _, change := range []topology.NChange{topology.Widening, topology.Narrowing, topology.Leveling} {
 						ns := &topology.Namespace{ID: 1, N: n, W: spec(w), R: spec(r), LeastWriteAcks: least, Change: change}
 						keep := change != topology.Widening
-						have := f.sourcesNeeded(nil, job{assignment: assignment{Namespace: 1, Keep: keep}}, ns)
+						have := f.sourcesWanted(job{assignment: assignment{Namespace: 1, Keep: keep}}, ns)
 						if keep {
 							have++ // its own copy
 						}

@@ -232,7 +232,7 @@ func (n *Node) readDirectory() error {
 // the first time.
 func (n *Node) introduce(ctx context.Context) error {
 	n.registrar = &registrar{cfg: &n.cfg, store: n.store, dial: n.transport, bootID: rand.Text(), orchs: func() []string {
-		return orchestrators(n.cfg.Orchestrators, n.fence.Topology())
+		return n.topologiesNow().orchestrators()
 	}, admits: n.followable}
 	for said := ""; ; {
 		id, t, err := n.registrar.register(ctx, n.id)
@@ -262,19 +262,25 @@ func (n *Node) introduce(ctx context.Context) error {
 // followable returns why the orchestrators that agreed on a topology are not to be followed,
 // or nil: their generation is over, or is not the one that the node waits for.
 func (n *Node) followable(t *topology.Topology) *rpc.Error {
-	now := n.topologies
-	if now == nil { // the node is starting
-		now = newTopologies(n.store, n.fence, n.seal, n.transport, n.id.ClusterID, n.cfg.Orchestrators, n.cfg.Logger)
-	}
+	now := n.topologiesNow()
 	if cur := now.current(); topology.Generation(t.Epoch) < topology.Generation(cur.Epoch) {
 		return rpc.Errorf(codes.Unavailable, "GENERATION_OVER", "its orchestrators are of generation %d, the cluster was recovered and is in generation %d", topology.Generation(t.Epoch), topology.Generation(cur.Epoch))
 	}
 	return now.admits(t)
 }
 
+// topologiesNow returns the node's topologies, while it is starting some that stand for what
+// is on its disk.
+func (n *Node) topologiesNow() *topologies {
+	if n.topologies != nil {
+		return n.topologies
+	}
+	return newTopologies(n.store, n.fence, n.seal, n.transport, n.id.ClusterID, n.cfg.Orchestrators, n.cfg.Logger)
+}
+
 // firstTopology keeps what a registration brought.
 func (n *Node) firstTopology(t *topology.Topology) error {
-	first := newTopologies(n.store, n.fence, n.seal, n.transport, n.id.ClusterID, n.cfg.Orchestrators, n.cfg.Logger)
+	first := n.topologiesNow()
 	first.adopted = func(*topology.Topology) {}
 	first.prepare = func(t *topology.Topology) error { return n.assignments.Prepare(n.id.Incarnation, t) }
 	first.settle = func(*topology.Topology) error { return nil }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -87,7 +88,9 @@ func (t *topologies) writeSeal(s *adminv1.Seal) error {
 	have := t.seal.Load()
 	switch {
 	case have.GetRecovery() == s.GetRecovery() && have.GetGeneration() == s.GetGeneration():
-		return nil
+		if slices.Equal(have.GetOrchestrators(), s.GetOrchestrators()) {
+			return nil
+		}
 	case have.GetGeneration() >= s.GetGeneration():
 		return rpc.Errorf(codes.Aborted, "SEALED", "this node is sealed for recovery %s, of generation %d, which %s began", have.GetRecovery(), have.GetGeneration(), have.GetBy())
 	}

@@ -284,6 +284,10 @@ func (s controlService) ListSettings(ctx context.Context, r *adminv1.ListSetting
 	return forward(ctx, s.node, idempotent, r, adminv1.ControlServiceClient.ListSettings)
 }
 
+func (s controlService) AcceptLoss(ctx context.Context, r *adminv1.AcceptLossRequest) (*adminv1.AcceptLossResponse, error) {
+	return forward(ctx, s.node, change, r, adminv1.ControlServiceClient.AcceptLoss)
+}
+
 func (s controlService) ListProvisions(ctx context.Context, r *adminv1.ListProvisionsRequest) (*adminv1.ListProvisionsResponse, error) {
 	return forward(ctx, s.node, idempotent, r, adminv1.ControlServiceClient.ListProvisions)
 }

@@ -199,7 +199,7 @@ func (t *topologies) setHealth(health map[uint64]*topologyv1.NodeHealth) {
 
 // orchestrators returns the addresses of all orchestrators that are known.
 func (t *topologies) orchestrators() []string {
-	return orchestrators(t.seeds, t.current())
+	return orchestrators(slices.Concat(t.seeds, t.seal.Load().GetOrchestrators()), t.current())
 }
 
 // watchSilence is how long an orchestrator may send nothing; it sends something

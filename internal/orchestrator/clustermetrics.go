@@ -4,6 +4,8 @@ import (
 	"strconv"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/kvasirdb/kvasir/internal/topology"
 )
 
 // clusterCollector tells Prometheus what can be served with the nodes that this
@@ -14,12 +16,13 @@ type clusterCollector struct{ *Orchestrator }
 var (
 	nodeHealthyDesc = prometheus.NewDesc("kvasir_cluster_node_healthy", "1 for a registered node that this orchestrator takes for healthy, else 0.", []string{"node", "incarnation"}, nil)
 	degradedDesc    = prometheus.NewDesc("kvasir_cluster_degraded_vnodes", "Vnodes with fewer live replicas than the largest N.", nil, nil)
+	shortDesc       = prometheus.NewDesc("kvasir_cluster_short_vnodes", "Vnodes with so few live voting replicas that a lost one cannot be rebuilt: N−q+1, q a majority.", nil, nil)
 	unwritableDesc  = prometheus.NewDesc("kvasir_cluster_unwritable_vnodes", "Vnodes with too few live replicas for the namespace's default W.", []string{"namespace"}, nil)
 	unreadableDesc  = prometheus.NewDesc("kvasir_cluster_unreadable_vnodes", "Vnodes with too few live replicas for the namespace's default R.", []string{"namespace"}, nil)
 )
 
 func (c clusterCollector) Describe(out chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{nodeHealthyDesc, degradedDesc, unwritableDesc, unreadableDesc} {
+	for _, d := range []*prometheus.Desc{nodeHealthyDesc, degradedDesc, shortDesc, unwritableDesc, unreadableDesc} {
 		out <- d
 	}
 }
@@ -42,6 +45,8 @@ func (c clusterCollector) Collect(out chan<- prometheus.Metric) {
 	}
 	up := func(incarnation uint64) bool { return healthy[incarnation] }
 	gauge(degradedDesc, t.Degraded(up))
+	short, _ := topology.SortedVnodes(t.Short(up))
+	gauge(shortDesc, len(short))
 	for i := range t.Namespaces {
 		s := t.Service(&t.Namespaces[i], up)
 		gauge(unwritableDesc, s.NotWritable, t.Namespaces[i].Name)

@@ -51,6 +51,7 @@ func TestClusterMetrics(t *testing.T) {
 	s, _ := ringOf(t, 3)
 	want := func(degraded, unwritable, unreadable int, nodes ...int) (out []string) {
 		out = append(out,
+			fmt.Sprint("kvasir_cluster_short_vnodes = ", unreadable), // with a majority of three the same
 			fmt.Sprint("kvasir_cluster_degraded_vnodes = ", degraded),
 			fmt.Sprint("kvasir_cluster_unreadable_vnodes default = ", unreadable),
 			fmt.Sprint("kvasir_cluster_unwritable_vnodes default = ", unwritable))

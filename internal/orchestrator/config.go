@@ -102,6 +102,9 @@ type Config struct {
 	Peers []Peer `yaml:"peers"`
 	// Bootstrap says what a new cluster is to be.
 	Bootstrap Bootstrap `yaml:"bootstrap"`
+	// Recover names the file that kvctl recover wrote, with which the orchestrators of a new
+	// generation are started in empty directories; afterwards it has no effect.
+	Recover string `yaml:"recover" help:"file of kvctl recover, to begin a new generation of a cluster whose orchestrators are lost; data_dir must be empty"`
 	// ElectionTimeout is how long an orchestrator waits for its leader before it
 	// stands for election, at least. Default 1 s.
 	ElectionTimeout time.Duration `yaml:"election_timeout" help:"least time without a leader before an election"`
@@ -118,6 +121,8 @@ type Config struct {
 	// Logger is required. Software names the version of the software.
 	Logger   *slog.Logger `yaml:"-"`
 	Software string       `yaml:"-"`
+	// Recovery is what the file named by Recover holds, or nil.
+	Recovery *topology.State `yaml:"-"`
 	// Provisioner launches and ends nodes; nil only advises.
 	Provisioner Provisioner `yaml:"-"`
 	// Fatal is called when the disk fails. It must not return in production.

@@ -107,6 +107,10 @@ const (
 // onLeader runs a request here if this orchestrator leads, and at the leader
 // otherwise.
 func onLeader[Q, T any](ctx context.Context, o *Orchestrator, again repeat, r Q, here func(context.Context, Q) (T, error), there func(adminv1.ControlServiceClient, context.Context, Q, ...grpc.CallOption) (T, error)) (T, error) {
+	if err := o.superseded(0); err != nil {
+		var zero T
+		return zero, err
+	}
 	if o.leads() {
 		return here(ctx, r)
 	}
@@ -378,6 +382,9 @@ func (s controlService) clusterStatus(ctx context.Context, _ *adminv1.GetCluster
 	for _, c := range state.Conditions {
 		resp.Conditions = append(resp.Conditions, c.Proto())
 	}
+	for _, l := range state.Losses {
+		resp.Losses = append(resp.Losses, l.Proto())
+	}
 	for _, h := range state.Health {
 		resp.Found = append(resp.Found, h.Proto())
 	}
@@ -454,10 +461,13 @@ const (
 	watchWithoutLeader = 5 * time.Second
 )
 
-func (s topologyService) check(clusterID string) (*topology.Topology, error) {
+func (s topologyService) check(clusterID string, known uint64) (*topology.Topology, error) {
 	t := s.o.machine.topology()
 	if t == nil {
 		return nil, noLeader()
+	}
+	if err := s.o.superseded(known); err != nil {
+		return nil, err
 	}
 	if clusterID != "" && clusterID != t.ClusterID {
 		return nil, rpc.Errorf(codes.FailedPrecondition, rpc.ReasonWrongPeer, "this is cluster %s, not %s", t.ClusterID, clusterID)
@@ -466,7 +476,7 @@ func (s topologyService) check(clusterID string) (*topology.Topology, error) {
 }
 
 func (s topologyService) GetTopology(_ context.Context, r *topologyv1.GetTopologyRequest) (*topologyv1.GetTopologyResponse, error) {
-	t, err := s.check(r.GetClusterId())
+	t, err := s.check(r.GetClusterId(), r.GetKnownEpoch())
 	if err != nil {
 		return nil, err
 	}
@@ -487,7 +497,7 @@ func (s topologyService) WatchTopology(r *topologyv1.WatchTopologyRequest, strea
 			return noLeader()
 		}
 		changed, health := s.o.machine.changed(), s.o.health.changed()
-		t, err := s.check(r.GetClusterId())
+		t, err := s.check(r.GetClusterId(), known)
 		if err != nil {
 			return err
 		}

@@ -17,6 +17,8 @@ import (
 // caller and used only to found the cluster.
 func decide(s *topology.State, cfg *Config, v view, newID string) (*topologyv1.Command, error) {
 	switch {
+	case s == nil && cfg.Recovery != nil:
+		return &topologyv1.Command{Mutations: []*topologyv1.Mutation{{Kind: &topologyv1.Mutation_Recover{Recover: &topologyv1.Recover{State: cfg.Recovery.Proto()}}}}}, nil
 	case s == nil:
 		return found(cfg, newID)
 	case !slices.Equal(s.Topology.Orchestrators, orchestrators(cfg)):

@@ -169,8 +169,8 @@ func quorumsTaken(t *topology.Topology, ns *topology.Namespace, vnode uint32, ep
 		have, want := 0, n-q(n)+1
 		for j, s := range t.Slots(vnode, n) {
 			slot := t.Ring[vnode].Slots[j]
-			old := slot.Phase != topology.WriteNewReadNone || t.Node(slot.Node) != nil && taken(slot.Node, epoch, v)
-			if old && taken(s.Write[0], epoch, v) && taken(s.Write[1], epoch, v) {
+			old := slot.Phase != topology.WriteNewReadNone || t.Node(slot.Node) != nil && taken(t, slot.Node, epoch, v)
+			if old && taken(t, s.Write[0], epoch, v) && taken(t, s.Write[1], epoch, v) {
 				have++
 			}
 		}
@@ -191,9 +191,10 @@ func allTaken(t *topology.Topology, epoch uint64, v view) string {
 	return ""
 }
 
-// taken reports whether an endpoint has taken in an epoch; no endpoint has.
-func taken(incarnation, epoch uint64, v view) bool {
-	return incarnation == 0 || v.epoch(incarnation) >= epoch
+// taken reports whether an endpoint has taken in an epoch; no endpoint has, and one that
+// people gave up for lost answers under no epoch any more.
+func taken(t *topology.Topology, incarnation, epoch uint64, v view) bool {
+	return incarnation == 0 || v.epoch(incarnation) >= epoch || t.Lost(incarnation)
 }
 
 // filling returns what the incoming node of a slot says of its filling, or nil.

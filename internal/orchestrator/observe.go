@@ -120,7 +120,7 @@ func frozen(t *topology.Topology, v view) string {
 	members := t.Members()
 	var suspects []string
 	for _, n := range members {
-		if v.unhealthy(n.Incarnation) {
+		if v.unhealthy(n.Incarnation) && n.LostEpoch == 0 { // those are no mistake
 			suspects = append(suspects, n.Name)
 		}
 	}

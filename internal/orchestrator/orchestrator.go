@@ -152,11 +152,18 @@ func (o *Orchestrator) openRaft() error {
 	for _, p := range o.cfg.Peers {
 		servers = append(servers, consensus.Server{Name: p.Name, Address: p.RaftAddress})
 	}
+	group := ""
+	if r := o.cfg.Recovery; r != nil {
+		group = r.Topology.Recovery
+	}
 	o.raft, err = consensus.Open(consensus.Config{
-		Name: o.cfg.Name, Servers: servers, FS: o.cfg.Seams.FS, Dir: o.cfg.DataDir, Streams: streams,
+		Name: o.cfg.Name, Servers: servers, Group: group, FS: o.cfg.Seams.FS, Dir: o.cfg.DataDir, Streams: streams,
 		HeartbeatTimeout: o.cfg.ElectionTimeout, ElectionTimeout: o.cfg.ElectionTimeout, LeaderLease: o.cfg.ElectionTimeout / 2,
 		Logger: o.cfg.Logger, Fatal: o.cfg.Fatal,
 	}, o.machine)
+	if errors.Is(err, consensus.ErrOtherGroup) {
+		return fmt.Errorf("recover: %s holds an orchestrator of another generation: give this one an empty data_dir, and keep the other one from being started: %w", o.cfg.DataDir, err)
+	}
 	return err
 }
 
@@ -190,12 +197,17 @@ func (o *Orchestrator) joinMembers(run context.Context) {
 
 func (o *Orchestrator) startGossip() error {
 	self, _ := o.cfg.self()
+	// One of another generation under the same name is another member.
+	name := "o." + o.cfg.Name
+	if g := topology.Generation(o.machine.topology().Epoch); g > 0 {
+		name += fmt.Sprintf(".%d", g)
+	}
 	transport, err := o.cfg.Seams.Gossip(o.cfg.GossipListen)
 	if err != nil {
 		return err
 	}
 	o.gossip, err = gossip.Start(gossip.Config{
-		Name: "o." + o.cfg.Name, Cluster: o.machine.topology().ClusterID, Bind: o.cfg.GossipListen, Advertise: self.GossipAddress,
+		Name: name, Cluster: o.machine.topology().ClusterID, Bind: o.cfg.GossipListen, Advertise: self.GossipAddress,
 		Transport: transport, Logger: o.cfg.Logger, Meta: gossipMeta(o.machine.topology()), SecretKey: o.cfg.gossipKey(),
 		Seeds: func() []string {
 			var out []string
@@ -326,17 +338,49 @@ func (o *Orchestrator) behind(ctx context.Context) error {
 	if !late() {
 		return nil
 	}
+	if err := o.superseded(0); err != nil {
+		return err
+	}
 	return rpc.Errorf(codes.DataLoss, "EPOCH_REGRESSION",
 		"the orchestrators are at epoch %s, but a node has epoch %s: their data directories are older copies, and nothing can be changed; put newer ones back",
 		topology.EpochString(o.machine.topology().Epoch), topology.EpochString(o.seen.Load()))
 }
 
+// superseded returns an error when a node is in a later generation: others were made
+// orchestrators, and these are to be asked. Nobody follows what is agreed on here.
+func (o *Orchestrator) superseded(known uint64) *rpc.Error {
+	t := o.machine.topology()
+	known = topology.Generation(max(known, o.seen.Load()))
+	if t == nil || known <= topology.Generation(t.Epoch) {
+		return nil
+	}
+	return rpc.Errorf(codes.Unavailable, rpc.ReasonNoLeader,
+		"this orchestrator is of generation %d, and the cluster was recovered and is in generation %d: stop it, and start it with an empty directory and the recovery file where it is one of the new ones",
+		topology.Generation(t.Epoch), known)
+}
+
+// unbegun returns an error while what was agreed on is a recovery, and nobody has brought
+// the file that says of what.
+func (o *Orchestrator) unbegun() error {
+	if group := o.raft.Group(); o.machine.topology() == nil && group != "" && o.cfg.Recovery == nil {
+		return fmt.Errorf("recovery %s has not begun yet: start the orchestrators with its file (--recover)", group)
+	}
+	return nil
+}
+
 // step proposes what is to be done next, if anything.
 func (o *Orchestrator) step(run context.Context) {
-	if err := o.behind(run); err != nil {
-		if rpc.AsError(err).Code == codes.DataLoss && !o.saidBehind {
+	if err := o.unbegun(); err != nil {
+		if !o.saidBehind {
 			o.saidBehind = true
-			o.cfg.Logger.Error("this leader's state is an older copy", "err", err)
+			o.cfg.Logger.Error("nothing can be agreed on", "err", err)
+		}
+		return
+	}
+	if err := o.behind(run); err != nil {
+		if (rpc.AsError(err).Code == codes.DataLoss || o.superseded(0) != nil) && !o.saidBehind {
+			o.saidBehind = true
+			o.cfg.Logger.Error("this leader changes nothing: what it knows is old", "err", err)
 		}
 		return
 	}
@@ -375,8 +419,14 @@ func (o *Orchestrator) ready() error {
 	if _, ok := o.raft.Leader(); !ok {
 		return errors.New("no leader")
 	}
+	if err := o.unbegun(); err != nil {
+		return err
+	}
 	if o.machine.topology() == nil {
 		return errors.New("the cluster has not been founded")
+	}
+	if err := o.superseded(0); err != nil {
+		return err
 	}
 	return nil
 }
@@ -431,6 +481,15 @@ func (o *Orchestrator) describeRing(reg prometheus.Registerer) {
 	}
 	gauge("imbalance_ratio", "Slots of the node that has most over the mean of the nodes that have some; 1 is even, 0 no ring.", func(s *topology.State) float64 {
 		return s.Topology.Imbalance()
+	})
+	gauge("losses_total", "How often nodes were given up for lost with too few replicas left of some vnodes.", func(s *topology.State) float64 {
+		return float64(len(s.Losses))
+	})
+	gauge("last_loss_timestamp_seconds", "When nodes were last given up for lost with too few replicas left, in seconds since 1970; 0: never.", func(s *topology.State) float64 {
+		if n := len(s.Losses); n > 0 {
+			return float64(s.Losses[n-1].AtMillis) / 1000
+		}
+		return 0
 	})
 	gauge("moves_left", "Moves of the operation under way that are not done.", func(s *topology.State) float64 {
 		if op := s.Active(); op != nil {

@@ -179,7 +179,7 @@ func (p *provisioning) run(ctx context.Context) {
 	defer tick.Stop()
 	for {
 		changed := p.o.machine.changed()
-		if p.o.leads() || mutant.On("followers-provision") {
+		if p.o.leads() && p.o.informed() || mutant.On("followers-provision") {
 			for _, due := range p.due() {
 				p.start(ctx, &calls, due)
 			}
@@ -193,6 +193,13 @@ func (p *provisioning) run(ctx context.Context) {
 		case <-tick.C:
 		}
 	}
+}
+
+// informed reports whether the nodes do not know better than this leader what there is to
+// be. One that was lost and came back when others had taken over ends nobody's node.
+func (o *Orchestrator) informed() bool {
+	t := o.machine.topology()
+	return t != nil && t.Epoch >= o.seen.Load() && (!t.Formed() || o.health.view().knows(t))
 }
 
 // due returns the provisions that the provisioner is to be asked for now. A node is not

@@ -51,8 +51,12 @@ func recoverNodes(s *topology.State, v view) *topologyv1.Command {
 }
 
 // dead reports whether a node has been unhealthy for longer than replace_after, and no freeze
-// ended since. One that a new data directory of the same name takes the place of needs nothing.
+// ended since, or was given up for lost. One that a new data directory of the same name takes
+// the place of needs nothing.
 func (v view) dead(t *topology.Topology, incarnation uint64) bool {
+	if t.Lost(incarnation) {
+		return successor(t, incarnation, v) == nil
+	}
 	after := t.Settings.ReplaceAfter
 	return after > 0 && v.grace == 0 && v.unhealthy(incarnation) && v.down(incarnation) > after && successor(t, incarnation, v) == nil
 }
@@ -167,7 +171,7 @@ func crowds(t *topology.Topology, d, spare *topology.Node, v view) bool {
 func survivors(t *topology.Topology, v view) (out []placement.Node) {
 	for i := range t.Nodes {
 		n := &t.Nodes[i]
-		if n.Role == topology.Data && t.Resolve(n.Name) == n && (v.healthy(n.Incarnation) || t.Names(n.Incarnation) && v.down(n.Incarnation) <= t.Settings.ReplaceAfter) {
+		if n.Role == topology.Data && n.LostEpoch == 0 && t.Resolve(n.Name) == n && (v.healthy(n.Incarnation) || t.Names(n.Incarnation) && v.down(n.Incarnation) <= t.Settings.ReplaceAfter) {
 			out = append(out, placement.Node{ID: n.Incarnation, Zone: n.Zone})
 		}
 	}
@@ -185,8 +189,11 @@ func startRecovery(s *topology.State, dead []*topology.Node, title string, next 
 	for _, d := range dead {
 		op.Remove = append(op.Remove, d.Incarnation)
 	}
-	cmd := startOperation(s, op, "recovery", dead[0].Name, fmt.Sprintf("%s, #%d, has been unhealthy for %s, replace_after is %s: %s (%d moves)",
-		dead[0].Name, dead[0].Incarnation, v.down(dead[0].Incarnation).Round(time.Second), t.Settings.ReplaceAfter, title, len(op.Moves)))
+	why := fmt.Sprintf("has been unhealthy for %s, replace_after is %s", v.down(dead[0].Incarnation).Round(time.Second), t.Settings.ReplaceAfter)
+	if dead[0].LostEpoch != 0 {
+		why = "was given up for lost"
+	}
+	cmd := startOperation(s, op, "recovery", dead[0].Name, fmt.Sprintf("%s, #%d, %s: %s (%d moves)", dead[0].Name, dead[0].Incarnation, why, title, len(op.Moves)))
 	if mutant.On("end-before-whole") {
 		cmd.Mutations = append(cmd.Mutations, endRemoved(s, &op, op.Remove)...)
 	}

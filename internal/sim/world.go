@@ -26,6 +26,7 @@ import (
 	"github.com/kvasirdb/kvasir/internal/orchestrator"
 	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/sim/simnet"
+	"github.com/kvasirdb/kvasir/internal/topology"
 	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
 )
 
@@ -82,6 +83,8 @@ type process struct {
 	zone, node string
 	// deafTo reports whether gossip with a host is lost; nil: with none.
 	deafTo atomic.Pointer[func(host string) bool]
+	// recovery is what an orchestrator is started with from its next start on, or nil.
+	recovery *topology.State
 }
 
 // instance is one run of a process. What it does after its end goes nowhere.
@@ -152,7 +155,7 @@ func (w *World) addOrchestrator(name, host string, peers []orchestrator.Peer) {
 		if w.cfg.MaxHints > 0 {
 			cfg.Bootstrap.MaxHints = w.cfg.MaxHints
 		}
-		cfg.ElectionTimeout = 500 * time.Millisecond
+		cfg.ElectionTimeout, cfg.Recovery = 500*time.Millisecond, p.recovery
 		if w.cfg.fleet != nil {
 			w.cfg.fleet.configure(&cfg, in)
 		}
@@ -170,6 +173,17 @@ func (w *World) addOrchestrator(name, host string, peers []orchestrator.Peer) {
 	}
 	w.processes[name] = p
 }
+
+// AddOrchestrator adds one that does not run yet, of a control plane of its own.
+func (w *World) AddOrchestrator(name string) {
+	h := fmt.Sprintf("10.0.1.%d", len(w.processes)+1)
+	w.addOrchestrator(name, h, []orchestrator.Peer{{
+		Name: name, Address: h + ":7390", AdminAddress: h + ":7391", GossipAddress: h + ":7392", RaftAddress: h + ":7393",
+	}})
+}
+
+// Recover has an orchestrator that does not run start with a recovery.
+func (w *World) Recover(name string, s *topology.State) { w.process(name).recovery = s }
 
 // AddNode adds a node that does not run yet.
 func (w *World) AddNode(name, zone string) {

@@ -32,8 +32,11 @@ type Seal struct {
 	// The names of the nodes that it goes on without, in order.
 	Without []string `protobuf:"bytes,3,rep,name=without,proto3" json:"without,omitempty"`
 	// Who began it, in words, and when, in milliseconds since 1970 by their clock.
-	By            string `protobuf:"bytes,4,opt,name=by,proto3" json:"by,omitempty"`
-	AtMs          uint64 `protobuf:"varint,5,opt,name=at_ms,json=atMs,proto3" json:"at_ms,omitempty"`
+	By   string `protobuf:"bytes,4,opt,name=by,proto3" json:"by,omitempty"`
+	AtMs uint64 `protobuf:"varint,5,opt,name=at_ms,json=atMs,proto3" json:"at_ms,omitempty"`
+	// Where the orchestrators of the new generation are looked for, besides where those
+	// before them were.
+	Orchestrators []string `protobuf:"bytes,6,rep,name=orchestrators,proto3" json:"orchestrators,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -101,6 +104,13 @@ func (x *Seal) GetAtMs() uint64 {
 		return x.AtMs
 	}
 	return 0
+}
+
+func (x *Seal) GetOrchestrators() []string {
+	if x != nil {
+		return x.Orchestrators
+	}
+	return nil
 }
 
 // RecoveryState is what a node contributes.
@@ -389,7 +399,7 @@ var File_kvasir_admin_v1_recovery_proto protoreflect.FileDescriptor
 
 const file_kvasir_admin_v1_recovery_proto_rawDesc = "" +
 	"\n" +
-	"\x1ekvasir/admin/v1/recovery.proto\x12\x0fkvasir.admin.v1\x1a!kvasir/topology/v1/topology.proto\"\x81\x01\n" +
+	"\x1ekvasir/admin/v1/recovery.proto\x12\x0fkvasir.admin.v1\x1a!kvasir/topology/v1/topology.proto\"\xa7\x01\n" +
 	"\x04Seal\x12\x1a\n" +
 	"\brecovery\x18\x01 \x01(\tR\brecovery\x12\x1e\n" +
 	"\n" +
@@ -397,7 +407,8 @@ const file_kvasir_admin_v1_recovery_proto_rawDesc = "" +
 	"generation\x12\x18\n" +
 	"\awithout\x18\x03 \x03(\tR\awithout\x12\x0e\n" +
 	"\x02by\x18\x04 \x01(\tR\x02by\x12\x13\n" +
-	"\x05at_ms\x18\x05 \x01(\x04R\x04atMs\"\x9d\x02\n" +
+	"\x05at_ms\x18\x05 \x01(\x04R\x04atMs\x12$\n" +
+	"\rorchestrators\x18\x06 \x03(\tR\rorchestrators\"\x9d\x02\n" +
 	"\rRecoveryState\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12 \n" +
 	"\vincarnation\x18\x02 \x01(\x04R\vincarnation\x128\n" +
