@@ -96,6 +96,8 @@ type clusterDoc struct {
 	Nodes                 []nodeDoc         `json:"nodes"`
 	Orchestrators         []orchestratorDoc `json:"orchestrators"`
 	Namespaces            []namespaceDoc    `json:"namespaces"`
+	// Losses are what was given up for lost, oldest first.
+	Losses []*lossDoc `json:"losses"`
 }
 
 // conditionDoc is something that holds for a while, such as a lack of redundancy.
@@ -123,7 +125,7 @@ func (s *clusterStatus) doc() clusterDoc {
 	d := clusterDoc{
 		ClusterID: t.ClusterID, Epoch: t.Epoch, Formed: t.Formed(), FoundingNodes: t.FoundingNodes, Vnodes: t.Vnodes,
 		AnsweredBy: s.answeredBy, ControlPlaneAvailable: s.controlled,
-		Conditions: []conditionDoc{}, Nodes: s.nodeDocs(), Orchestrators: []orchestratorDoc{}, Namespaces: []namespaceDoc{},
+		Conditions: []conditionDoc{}, Nodes: s.nodeDocs(), Orchestrators: []orchestratorDoc{}, Namespaces: []namespaceDoc{}, Losses: []*lossDoc{},
 	}
 	for _, c := range s.conditions {
 		d.Conditions = append(d.Conditions, conditionDoc{c.GetKind(), c.GetText(), millisDoc(c.GetSinceMs())})
@@ -135,6 +137,9 @@ func (s *clusterStatus) doc() clusterDoc {
 			AppliedIndex: st.GetAppliedIndex(), Epoch: st.GetEpoch(), UptimeMs: st.GetUptimeMs(),
 			LeaderContactMs: st.GetLeaderContactMs(), Software: st.GetSoftware(),
 		})
+	}
+	for _, l := range s.losses {
+		d.Losses = append(d.Losses, newLossDoc(l))
 	}
 	for i := range t.Namespaces {
 		d.Namespaces = append(d.Namespaces, namespaceDocOf(&t.Namespaces[i]))
@@ -179,6 +184,9 @@ func (s *clusterStatus) write(w io.Writer) {
 	if len(t.Namespaces) > 0 {
 		fmt.Fprintln(w)
 		writeNamespaces(w, t.Namespaces)
+	}
+	for _, l := range s.losses {
+		fmt.Fprintf(w, "\nepoch %s, %s: %s\n", topology.EpochString(l.Epoch), time.UnixMilli(l.AtMillis).UTC().Format(time.RFC3339), l.Describe())
 	}
 }
 

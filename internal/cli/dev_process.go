@@ -65,12 +65,18 @@ orchestrators and becomes a spare: it coordinates requests and holds no data.`,
 							return err
 						}
 					}
+					if file, err := cmd.Flags().GetString("recover"); err == nil && file != "" {
+						if err := c.Recover(file); err != nil {
+							return err
+						}
+					}
 					return v.do(a, ctx, c, names)
 				})
 			},
 		}
 		if v.name == "start" {
 			cmd.Flags().Bool("wipe", false, "with an empty data directory, as a new node; stops it first")
+			cmd.Flags().String("recover", "", "file of kvctl recover, to start orchestrators of a new generation with; their data directories must be empty")
 		}
 		out = append(out, cmd)
 	}
@@ -116,7 +122,8 @@ that was removed from the cluster, as one that was dead for longer than replace_
 again only with --wipe.`,
 		example: `  kvctl dev start node2
   kvctl dev start node2 --wipe
-  kvctl dev start orch1 orch2 orch3`,
+  kvctl dev start orch1 orch2 orch3
+  kvctl dev start orch1 --recover kvasir-recovery-g1.json`,
 		do: (*App).devStart,
 	},
 }

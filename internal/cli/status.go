@@ -31,6 +31,7 @@ type clusterStatus struct {
 	controlled bool
 	// conditions are what holds at present, by word of the orchestrators.
 	conditions []*topologyv1.Condition
+	losses     []topology.Loss
 }
 
 // observedNode is what is known of a node.
@@ -70,6 +71,9 @@ func statusFromProto(resp *adminv1.GetClusterStatusResponse) (*clusterStatus, er
 	s := &clusterStatus{
 		topology: t, orchestrators: resp.GetOrchestrators(), answeredBy: resp.GetAnsweredBy(), controlled: resp.GetControlPlaneAvailable(),
 		conditions: resp.GetConditions(),
+	}
+	for _, l := range resp.GetLosses() {
+		s.losses = append(s.losses, topology.LossFromProto(l))
 	}
 	observed := map[uint64]*adminv1.ObservedNode{}
 	for _, o := range resp.GetNodes() {

@@ -44,6 +44,8 @@ type Cluster struct {
 	dir      string
 	settings Settings
 	opts     Options
+	// recovery is a file that orchestrators are started with, or "".
+	recovery string
 	mu       struct {
 		sync.Mutex
 		// children are the processes that this one started, by PID. Each is reaped by a

@@ -79,6 +79,15 @@ func (c *Cluster) Start(ctx context.Context, names ...string) (started []string,
 	return started, nil
 }
 
+// Recover has orchestrators start with a file of kvctl recover from now on.
+func (c *Cluster) Recover(file string) (err error) {
+	if c.recovery, err = filepath.Abs(file); err != nil {
+		return err
+	}
+	_, err = os.Stat(c.recovery)
+	return err
+}
+
 // stopped returns those of the processes that are stopped.
 func (c *Cluster) stopped(picked []*process) ([]*process, error) {
 	var out []*process
@@ -110,8 +119,11 @@ func (c *Cluster) spawn(p *process) error {
 	}
 	defer log.Close()
 	args := []string{"--config", configPath(c.dir, p.Name)}
-	if p.Role != RoleOrchestrator {
+	switch {
+	case p.Role != RoleOrchestrator:
 		args = append(args, c.opts.NodeArgs...)
+	case c.recovery != "":
+		args = append(args, "--recover", c.recovery)
 	}
 	cmd := exec.Command(binary, args...)
 	cmd.Dir, cmd.Stdout, cmd.Stderr = c.dir, log, log

@@ -58,8 +58,10 @@ type World struct {
 	Net       *simnet.Network
 	processes map[string]*process
 	rng       *rand.Rand
-	clients   int
-	conns     []*grpc.ClientConn
+	// orchestrators are those that were added, as nodes that start know them.
+	orchestrators []string
+	clients       int
+	conns         []*grpc.ClientConn
 }
 
 // process is a node or orchestrator with its host and disk, running or not.
@@ -177,6 +179,7 @@ func (w *World) addOrchestrator(name, host string, peers []orchestrator.Peer) {
 // AddOrchestrator adds one that does not run yet, of a control plane of its own.
 func (w *World) AddOrchestrator(name string) {
 	h := fmt.Sprintf("10.0.1.%d", len(w.processes)+1)
+	w.orchestrators = append(w.orchestrators, h+":7390")
 	w.addOrchestrator(name, h, []orchestrator.Peer{{
 		Name: name, Address: h + ":7390", AdminAddress: h + ":7391", GossipAddress: h + ":7392", RaftAddress: h + ":7393",
 	}})
@@ -197,6 +200,7 @@ func (w *World) AddNode(name, zone string) {
 		for i := range w.cfg.Orchestrators {
 			cfg.Orchestrators = append(cfg.Orchestrators, fmt.Sprintf("10.0.1.%d:7390", i+1))
 		}
+		cfg.Orchestrators = append(cfg.Orchestrators, w.orchestrators...)
 		cfg.Logger, cfg.Software, cfg.Fatal = w.logger(name), "sim", in.fatal
 		cfg.Seams = node.Seams{
 			FS: newFaultyDisk(p.disk, &p.trouble), Listen: in.listen, Dial: in.dial, WallClock: p.wall, SyncDelay: func() time.Duration { return w.syncDelay(name) },
