@@ -50,9 +50,9 @@ The nodes look for them where the old ones were, and at --orchestrators. Use the
 orchestrators only. Interrupted anywhere, run it again with the same flags: it goes on.
 
 With --accept-loss nodes are given up with their disks that are down and without which too few
-replicas of a vnode are left to rebuild it. Their places are then filled with all that is left. Writes that were
-acknowledged may be lost; what may be is kept in the history (kvctl events --subject loss). It works with
-living orchestrators, and when the control plane is made anew.`,
+replicas of a vnode are left to rebuild it. Their places are then filled with all that is left.
+Writes that were acknowledged may be lost; the history keeps of what (kvctl events --subject
+loss). It works with living orchestrators, and when the control plane is made anew.`,
 		Example: `  kvctl recover --dry-run
   kvctl recover
   kvctl recover --without node3 --file recovery.json --yes
