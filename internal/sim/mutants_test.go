@@ -92,7 +92,9 @@ func TestMutants(t *testing.T) {
 			mu.Lock()
 			needed[runOf{faults, seed}] = true
 			mu.Unlock()
-			if o.failed() {
+			if o.late {
+				t.Errorf("%s: %s", m[0], o.explain())
+			} else if o.failed() {
 				rows[i].seeds = int(seed)
 				if o.Report != nil && len(o.Violations) > 0 {
 					rows[i].invariant = o.Violations[0].Invariant

@@ -144,6 +144,8 @@ type outcome struct {
 	History string
 	// crashed is how the process ended when it left no report.
 	crashed string
+	// late: it was ended after seedTimeout, which says nothing of what it would have found.
+	late    bool
 	seed    uint64
 	minutes int
 	faults  string
@@ -225,6 +227,9 @@ func runSeed(seed uint64, minutes int, faults string, env []string) *outcome {
 	o.seed, o.minutes, o.faults, o.took = seed, minutes, faults, time.Since(began)
 	if err != nil {
 		o.crashed = fmt.Sprintf("no report: %v, %v", runErr, err)
+		if o.late = ctx.Err() != nil; o.late {
+			o.crashed = fmt.Sprintf("no report after %s: it hangs, or had too little of the machine", seedTimeout)
+		}
 		o.History = saveOutput(fmt.Sprint(seed, faults), said.Bytes())
 	}
 	return o
