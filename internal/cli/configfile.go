@@ -98,7 +98,7 @@ var (
 		"move_bytes_per_second", "move_commit_delay", "drain_timeout", "disk_stall_after", "tls.", "gossip_key", "log.",
 	}
 	orchestratorSettings = []string{
-		"name", "data_dir", "listen", "admin_listen", "gossip_listen", "raft_listen", "peers", "bootstrap.", "election_timeout", "provisioner.", "tls.", "gossip_key", "log.",
+		"name", "data_dir", "listen", "admin_listen", "gossip_listen", "raft_listen", "peers", "bootstrap.", "recover", "election_timeout", "provisioner.", "tls.", "gossip_key", "log.",
 	}
 )
 
