@@ -22,7 +22,7 @@ type nodeConfig struct {
 	Listen        string   `yaml:"listen"`
 	AdminListen   string   `yaml:"admin_listen"`
 	GossipListen  string   `yaml:"gossip_listen"`
-	CPULimit      float64  `yaml:"cpu_limit"`
+	CPULimit      float64  `yaml:"cpu_limit,omitempty"`
 }
 
 type orchestratorConfig struct {

@@ -103,9 +103,13 @@ func TestE2ERecover(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.up("node4")
-	if _, code := r.kvctlCode("ring", "apply", "--add", "node4", "--yes", "--wait"); code != 0 {
-		t.Fatalf("ring apply: exit code %d", code)
-	}
+	// Nodes that have not heard of the new generation do not know node4 yet.
+	r.eventually(30*time.Second, func() string {
+		if _, code := r.kvctlCode("ring", "apply", "--add", "node4", "--yes", "--wait"); code != 0 {
+			return fmt.Sprintf("ring apply: exit code %d", code)
+		}
+		return ""
+	})
 	if out, code := r.kvctlCode("ring", "distribution"); code != 0 || !strings.Contains(out, "node4") {
 		t.Errorf("distribution: exit code %d", code)
 	}
