@@ -278,7 +278,7 @@ func (d *recoverDoc) write(w io.Writer) {
 		verb = "goes on with"
 	}
 	if d.refusal == nil {
-		fmt.Fprintf(w, "recovery %s %s generation %d: the nodes are sealed, and %s is written\n", d.Recovery, verb, d.Generation, d.File)
+		fmt.Fprintf(w, "recovery %s %s generation %d: it seals the nodes, and writes %s\n", d.Recovery, verb, d.Generation, d.File)
 	}
 }
 
