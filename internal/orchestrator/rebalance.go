@@ -3,6 +3,7 @@ package orchestrator
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -125,8 +126,8 @@ func rebalance(s *topology.State, v view) *topologyv1.Command {
 		}
 	}
 	current := placement.Of(t)
-	before := excess(t, current, held)
-	if before < r.Threshold {
+	before, close := excess(t, current, held), crowded(t, current)
+	if before < r.Threshold && close == 0 {
 		return nil
 	}
 	next, err := place(t, members(t), held)
@@ -134,12 +135,16 @@ func rebalance(s *topology.State, v view) *topologyv1.Command {
 		return nil // there were enough nodes for what there is
 	}
 	after, moves := excess(t, next, held), placement.Moves(current, next)
+	op := topology.Operation{Kind: kindRebalance, Title: "slots are spread better", Moves: moves}
+	if left := crowded(t, next); left < close { // an operation that was aborted leaves such vnodes
+		op.Title = "replicas are spread over zones"
+		return startOperation(s, op, "rebalance", "", fmt.Sprintf("%d vnodes have replicas in fewer zones than they could, and %d after %d moves: %s", close, left, len(moves), op.Title))
+	}
 	// Less than half a threshold is not worth what it costs; and it might not be enough for
 	// this to rest then.
-	if len(moves) == 0 || before-after < r.Threshold/2 {
+	if len(moves) == 0 || before < r.Threshold || before-after < r.Threshold/2 {
 		return nil
 	}
-	op := topology.Operation{Kind: kindRebalance, Title: "slots are spread better", Moves: moves}
 	return startOperation(s, op, "rebalance", "", fmt.Sprintf("a node has %.0f%% more than the mean, and %.0f%% after %d moves: %s", 100*before, 100*max(after, 0), len(moves), op.Title))
 }
 
@@ -169,6 +174,37 @@ func quiet(s *topology.State, v view) bool {
 		}
 	}
 	return true
+}
+
+// crowded returns how many vnodes have the replicas of a namespace in fewer zones than
+// members could have them in.
+func crowded(t *topology.Topology, a placement.Assignment) (vnodes int) {
+	zone, zones := map[uint64]string{}, map[string]bool{}
+	for _, n := range t.Members() {
+		zone[n.Incarnation], zones[n.Zone] = n.Zone, true
+	}
+	uses := placement.Uses(t)
+	slots := make([]string, 0, t.Width()) // zones of a vnode's slots
+	for v := range a {
+		slots = slots[:0]
+		for _, inc := range a[v] {
+			slots = append(slots, zone[inc])
+		}
+		if slices.ContainsFunc(uses, func(n int) bool { return distinct(slots[:n]) < min(n, len(zones)) }) {
+			vnodes++
+		}
+	}
+	return vnodes
+}
+
+// distinct returns how many of a few zones are distinct.
+func distinct(zones []string) (n int) {
+	for i, z := range zones {
+		if !slices.Contains(zones[:i], z) {
+			n++
+		}
+	}
+	return n
 }
 
 // excess returns how much above the mean the node with most has, of bytes where they are

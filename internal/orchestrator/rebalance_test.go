@@ -1,12 +1,14 @@
 package orchestrator
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/kvasirdb/kvasir/internal/placement"
 	"github.com/kvasirdb/kvasir/internal/topology"
+	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
 )
 
 // uneven returns a ring of which n4 has far less than the others.
@@ -40,6 +42,41 @@ func TestRebalance(t *testing.T) {
 	}
 	// It has come to rest.
 	if _, did := play(t, s, cfg, func(o *observed) { o.now = 10 * time.Hour }); len(did) != 0 {
+		t.Errorf("it goes on: %q", did)
+	}
+}
+
+// An operation that was aborted can leave vnodes with two replicas in one zone.
+func TestRebalanceSpreadsOverZones(t *testing.T) {
+	cfg := testConfig(1)
+	cfg.Bootstrap.FoundingNodes, cfg.Bootstrap.Vnodes = 6, 64
+	s, _ := settle(t, nil, &cfg)
+	for i := range 6 {
+		s = registerNode(t, s, fmt.Sprint("n", i+1), fmt.Sprint("z", i%3))
+	}
+	s, _ = settle(t, s, &cfg)
+	ring := s.Topology.Ring[0].Slots
+	var moves []*topologyv1.Move
+	for to := uint64(1); to <= 6 && len(moves) == 0; to++ { // to the zone of the second slot
+		if n := s.Topology.Node(to); to != ring[1].Node && n.Zone == s.Topology.Node(ring[1].Node).Zone {
+			moves = append(moves, &topologyv1.Move{From: ring[0].Node, To: to})
+		}
+	}
+	s = runOn(t, start(t, s, "apply", moves), &cfg, nil)
+	calm := func(o *observed) { o.now = time.Hour }
+	if n := crowded(s.Topology, placement.Of(s.Topology)); n != 1 {
+		t.Fatalf("%d vnodes are crowded", n)
+	}
+	if _, did := play(t, s, &cfg, calm); len(did) != 0 {
+		t.Fatalf("with the policy accept: %q", did)
+	}
+	s = setSettings(t, s, func(set *topology.Settings) { set.Rebalance.Policy = topology.RebalanceAuto })
+	s, did := play(t, s, &cfg, calm)
+	happened(t, did, "1 vnodes have replicas in fewer zones than they could, and 0 after", "operation 2 is done")
+	if n := crowded(s.Topology, placement.Of(s.Topology)); n != 0 {
+		t.Errorf("%d vnodes are crowded", n)
+	}
+	if _, did := play(t, s, &cfg, func(o *observed) { o.now = 10 * time.Hour }); len(did) != 0 {
 		t.Errorf("it goes on: %q", did)
 	}
 }
