@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/kvasirdb/kvasir/internal/capacity"
+	"github.com/kvasirdb/kvasir/internal/placement"
 	"github.com/kvasirdb/kvasir/internal/topology"
 	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
 	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
@@ -52,6 +53,8 @@ type day struct {
 	ill map[uint64][2]time.Duration
 	// split: so many nodes are ill that it is the network.
 	split bool
+	// spread is when replicas last lay in distinct zones, or were on their way.
+	spread time.Duration
 	// due is when launched nodes register.
 	due map[uint64]time.Duration
 	// statuses and cpu are what nodes say in the present state at the present time.
@@ -73,7 +76,7 @@ func newDay(t *testing.T, seed uint64, most, vnodes int) *day {
 	cfg := testConfig(1)
 	cfg.Bootstrap.Vnodes, cfg.Bootstrap.FoundingNodes = vnodes, max(dayZones, most/15)
 	cfg.Bootstrap.AutoScalingGroup.MinCapacity, cfg.Bootstrap.AutoScalingGroup.MaxCapacity = max(dayZones, most/30), most
-	cfg.Bootstrap.Rebalance.Policy = "auto"
+	cfg.Bootstrap.Rebalance.Policy, cfg.Bootstrap.Rebalance.QuietCPU, cfg.Bootstrap.Rebalance.Cooldown = "auto", "100%", 10*time.Minute
 	d := &day{t: t, cfg: &cfg, rng: rand.New(rand.NewPCG(seed, 0xda1)), most: most, began: 1000 * time.Hour, ill: map[uint64][2]time.Duration{}, due: map[uint64]time.Duration{}}
 	d.now = d.began
 	d.s, _ = settle(t, nil, &cfg)
@@ -166,6 +169,12 @@ func (d *day) step() {
 		}
 	}
 	d.bounds()
+	// What an aborted operation leaves is mended, too.
+	if d.s.Active() != nil || crowded(d.s.Topology, placement.Of(d.s.Topology)) == 0 {
+		d.spread = d.now
+	} else if d.now-d.spread > 2*time.Hour {
+		d.t.Errorf("%s: for %s vnodes have had two replicas in a zone", d.at(), d.now-d.spread)
+	}
 	if op := d.s.Active(); op != nil && d.now.Milliseconds()-op.StartedMillis > time.Hour.Milliseconds() {
 		d.t.Errorf("%s: %s goes on for more than an hour: %d of %d moves left", d.at(), op.Title, op.Left(), len(op.Moves))
 	}
@@ -195,7 +204,7 @@ func (d *day) apply(cmd *topologyv1.Command) {
 			for _, inc := range m.GetRemoveNodes().GetIncarnations() {
 				if until, ill := d.ill[inc]; ill && until[1] == 0 {
 					d.recovered++
-				} else if ill {
+				} else if ill && before.Active().Kind == kindRecover {
 					t.Errorf("%s: #%d is given up, which was away for a moment only", d.at(), inc)
 				}
 				delete(d.ill, inc)
@@ -288,17 +297,11 @@ func (d *day) even(op *topology.Operation) {
 	for i := range t.Nodes {
 		zone[t.Nodes[i].Incarnation] = t.Nodes[i].Zone
 	}
-	for v := range t.Ring {
-		in := map[string]bool{}
-		for _, s := range t.Ring[v].Slots {
-			in[zone[s.Node]] = true
-		}
-		if len(in) < t.Width() {
-			d.t.Fatalf("%s: after %s vnode %d lies in %d zones", d.at(), op.Title, v, len(in))
-		}
-	}
-	if op.Kind != kindJoin && op.Kind != kindShrink {
+	if op.Kind != kindJoin && op.Kind != kindShrink && op.Kind != kindRebalance {
 		return
+	}
+	if n := crowded(t, placement.Of(t)); n > 0 {
+		d.t.Fatalf("%s: after %s %d vnodes have two replicas in a zone", d.at(), op.Title, n)
 	}
 	counts := t.SlotCounts(t.Width())
 	least, most := map[string]int{}, map[string]int{}
@@ -374,19 +377,20 @@ func (d *day) trouble() {
 	if d.split || len(d.ill) >= max(1, len(members)/20) {
 		return
 	}
-	// About one node in six dies in a day, and about one in two is away for a moment. The next one
-	// dies once all is whole without the last: what two replicas lose is lost.
+	// Some die in a day, and more are away for a moment, so that there is still time in which the load of
+	// all is known: without that none leaves. The next one dies once all is whole without the
+	// last: what two replicas lose is lost.
 	whole := true
 	for _, until := range d.ill {
 		whole = whole && until[1] != 0
 	}
-	chance := dayStep.Hours() / 24 * float64(len(members))
+	aDay, more := dayStep.Hours()/24, float64(len(members))
 	switch n := members[d.rng.IntN(len(members))]; {
 	case d.ill[n.Incarnation] != [2]time.Duration{}:
-	case whole && d.rng.Float64() < chance/6:
+	case whole && d.rng.Float64() < aDay*(10+more/40):
 		d.died++
 		d.ill[n.Incarnation] = [2]time.Duration{d.now}
-	case d.rng.Float64() < chance/2:
+	case d.rng.Float64() < aDay*(20+more/20):
 		d.ill[n.Incarnation] = [2]time.Duration{d.now, d.now + time.Duration(30+d.rng.IntN(500))*time.Second}
 	}
 }
