@@ -102,9 +102,13 @@ func (w *scalingWatch) reached(nodes int) string {
 	return ""
 }
 
-// calm returns what is missing until load is judged, and asks for nothing.
+// calm returns what is missing until load is judged, and asks for nothing. Nodes that have
+// just come are not judged until what they report tells of the time since.
 func (w *scalingWatch) calm() string {
 	w.r.t.Helper()
+	if time.Since(w.began) < time.Minute {
+		return "the nodes have not been there for a minute"
+	}
 	c, err := w.r.control("orch1").GetCapacity(context.Background(), &adminv1.GetCapacityRequest{})
 	switch {
 	case err != nil:
