@@ -28,7 +28,7 @@ func recoverNodes(s *topology.State, v view) *topologyv1.Command {
 	dead := deadNodes(t, v)
 	if len(dead) == 0 {
 		if d := deadSpare(s, v); d != nil {
-			return startRecovery(s, []*topology.Node{d}, fmt.Sprintf("%s, a spare, is dead and leaves", d.Name), placement.Of(t), v)
+			return startRecovery(s, []*topology.Node{d}, fmt.Sprintf("%s, without slots, is dead and leaves", d.Name), placement.Of(t), v)
 		}
 		return condition(s, topology.ConditionRecovery, "recovery", "", "no dead node is left to be replaced")
 	}
@@ -72,12 +72,20 @@ func deadNodes(t *topology.Topology, v view) (dead []*topology.Node) {
 	return dead
 }
 
-// deadSpare returns a dead node that the provisioner launched and that has no slots, or nil.
-// What people started without slots is theirs to remove.
+// deadSpare returns a dead node without slots that is to leave, or nil: one that the
+// provisioner launched, or whose slots a recovery gave to others before it was aborted. What
+// people started without slots, or drained, is theirs to remove.
 func deadSpare(s *topology.State, v view) *topology.Node {
-	for _, p := range s.Provisions {
-		n := s.Topology.Node(p.Incarnation)
-		if v.provisions && p.Kind == topology.Launch && n != nil && !s.Topology.Names(n.Incarnation) && v.dead(s.Topology, n.Incarnation) {
+	t := s.Topology
+	for i := range t.Nodes {
+		n := &t.Nodes[i]
+		launched := v.provisions && slices.ContainsFunc(s.Provisions, func(p topology.Provision) bool {
+			return p.Kind == topology.Launch && p.Incarnation == n.Incarnation
+		})
+		bereft := slices.ContainsFunc(s.Operations, func(op topology.Operation) bool {
+			return op.Kind == kindRecover && slices.Contains(op.Remove, n.Incarnation)
+		})
+		if (launched || bereft) && !t.Names(n.Incarnation) && v.dead(t, n.Incarnation) {
 			return n
 		}
 	}

@@ -156,12 +156,33 @@ func TestADeadSpareThatWasLaunchedLeaves(t *testing.T) {
 	s, did := play(t, s, cfg, func(o *observed) { o.provisions = true })
 	happened(t, did, name+" has registered")
 	s, did = play(t, s, cfg, func(o *observed) { lose(4)(o); o.provisions, o.now = true, time.Hour })
-	happened(t, did, name+", a spare, is dead and leaves", name+", #4, has left")
+	happened(t, did, name+", without slots, is dead and leaves", name+", #4, has left")
 	if p := provisionOf(s, topology.End); p.Node != name || p.Incarnation != 4 {
 		t.Errorf("ended is %+v", p)
 	}
 	if _, did = play(t, s, cfg, func(o *observed) { lose(5)(o); o.provisions, o.now = true, 2*time.Hour }); len(did) != 0 {
 		t.Errorf("of a node that nobody launched: %q", did)
+	}
+}
+
+// Slots that have begun to go to another node get there, though the recovery is aborted. The
+// dead node, which has none left, leaves all the same.
+func TestADeadNodeLeavesAfterAnAbortedRecovery(t *testing.T) {
+	s, cfg := ringOf(t, 3)
+	s = registerNode(t, s, "n4", "z")
+	for _, step := range []func(*topology.State, view) *topologyv1.Command{recoverNodes, beginMoves} {
+		o := everywhere(s, 2)
+		o.lost = []uint64{2}
+		s = mustApply(t, s, step(s, o.view()), 0)
+	}
+	abort := &topologyv1.SteerOperation{Id: s.Active().ID, State: topologyv1.Operation_STATE_ABORTING}
+	s = mustApply(t, s, &topologyv1.Command{
+		Change: &topologyv1.Change{Subject: "operation"}, Mutations: []*topologyv1.Mutation{{Kind: &topologyv1.Mutation_SteerOperation{SteerOperation: abort}}},
+	}, 0)
+	s, did := play(t, s, cfg, lose(2))
+	happened(t, did, "operation 1 is aborted", "n2, without slots, is dead and leaves", "n2, #2, has left")
+	if s.Topology.Node(2) != nil {
+		t.Error("the dead node is still there")
 	}
 }
 
