@@ -317,7 +317,7 @@ func (l *loops) change(c *topologyv1.Change) {
 	}
 	var op *topologyv1.Operation // that it began
 	for _, o := range l.mu.ops {
-		if o.GetStartedMs() == c.GetAtMs() {
+		if o.GetStartedMs() == c.GetAtMs() && strings.Contains(c.GetWhat(), o.GetTitle()) {
 			op = o
 		}
 	}
