@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"strings"
 	"sync"
@@ -109,7 +110,7 @@ func Run(t testing.TB, cfg RunConfig) (*Report, *History) {
 	r.topologies = newTopologies(r.checker)
 	wc := Config{
 		Seed: cfg.Seed, Nodes: r.report.Nodes, Orchestrators: r.report.Orchestrators,
-		SyncDelay: f.syncDelay, Starting: r.starting,
+		SyncDelay: f.syncDelay, Starting: r.starting, Logger: slog.New(errorLog{h: r.history}),
 	}
 	if cfg.loops() {
 		r.fleet = newFleet(r)
