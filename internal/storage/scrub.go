@@ -53,7 +53,11 @@ func (s *Store) signal() {
 // maxSuspects bounds the tables that wait to be inspected; a scrub finds the others.
 const maxSuspects = 1024
 
-// suspect is told of damage that Pebble met. It does not block.
+// suspectPause is how long whoever met damage waits. A compaction that meets it before it
+// opens or creates a file begins anew at once, and nothing else would slow it down.
+const suspectPause = time.Millisecond
+
+// suspect is told of damage that Pebble met.
 func (s *Store) suspect(info pebble.DataCorruptionInfo) {
 	s.corruptions.Add(1)
 	s.suspects.Lock()
@@ -66,6 +70,7 @@ func (s *Store) suspect(info pebble.DataCorruptionInfo) {
 	now := time.Now()
 	s.retryAt.Store(&now)
 	s.signal()
+	time.Sleep(suspectPause)
 }
 
 // suspected reports whether damage was met in a table.
