@@ -18,7 +18,7 @@ import (
 // before it is opened, it is whole again in bounded time, or says that it is damaged
 // beyond that. A compaction that fails again and again must not keep it from that.
 func TestRotIsMendedWhileServing(t *testing.T) {
-	seeds := 600
+	seeds := 300
 	if testing.Short() {
 		seeds = 30
 	}
