@@ -53,11 +53,7 @@ func (s *Store) signal() {
 // maxSuspects bounds the tables that wait to be inspected; a scrub finds the others.
 const maxSuspects = 1024
 
-// suspectPause is how long whoever met damage waits. A compaction that meets it before it
-// opens or creates a file begins anew at once, and nothing else would slow it down.
-const suspectPause = time.Millisecond
-
-// suspect is told of damage that Pebble met.
+// suspect is told of damage that Pebble met. It does not block.
 func (s *Store) suspect(info pebble.DataCorruptionInfo) {
 	s.corruptions.Add(1)
 	s.suspects.Lock()
@@ -70,7 +66,6 @@ func (s *Store) suspect(info pebble.DataCorruptionInfo) {
 	now := time.Now()
 	s.retryAt.Store(&now)
 	s.signal()
-	time.Sleep(suspectPause)
 }
 
 // suspected reports whether damage was met in a table.
