@@ -148,8 +148,8 @@ func (s *scrubber) mendOnce(ctx context.Context) error {
 	if err := store.Inspect(ctx, s.check); err != nil {
 		return err
 	}
-	if err := store.Cut(ctx); err != nil {
-		return err
+	if err := store.Cut(ctx); err != nil || store.Damage() != "" {
+		return err // what is damaged beyond its records is not filled, but given up
 	}
 	for _, q := range store.Quarantines() {
 		if err := s.node.repairer.Refill(ctx, q.Covers); err != nil {
