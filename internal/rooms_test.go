@@ -17,7 +17,7 @@ const module = "github.com/kvasirdb/kvasir"
 // levels are the rooms from the bottom up. A room imports rooms of lower levels
 // only, and of its own level only where siblings says so.
 var levels = [][]string{
-	{"hlc", "record", "ring", "topology", "placement", "capacity", "quorum", "mutant"},
+	{"hlc", "record", "ring", "topology", "placement", "capacity", "quorum", "report", "mutant"},
 	{"storage", "rpc", "gossip", "consensus"},
 	{"replica", "coordinator", "handoff", "antientropy"},
 	{"node", "orchestrator", "provision"},
@@ -30,6 +30,7 @@ var siblings = map[string][]string{
 	"placement":    {"topology"},
 	"record":       {"hlc", "mutant"},
 	"quorum":       {"mutant"},
+	"report":       {"record", "hlc"},
 	"coordinator":  {"replica"},
 	"orchestrator": {"provision"},
 	"handoff":      {"replica"},
