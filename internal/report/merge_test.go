@@ -61,55 +61,65 @@ func wire(t *rapid.T, groups []*kvv1.ReportGroup) []*kvv1.ReportGroup {
 	return page.GetGroups()
 }
 
-// Merging the parts of any split of the records, in any order and by way of other
-// merges, gives what one accumulator gives.
-func TestMergeEqualsOneAccumulator(t *testing.T) {
+// drawQuery draws a query that asks for every measure.
+func drawQuery(t *rapid.T) *report.Query {
 	groupings := [][]string{nil, {"a"}, {"b", "a"}, {"@written"}}
-	rapid.Check(t, func(t *rapid.T) {
-		in := &kvv1.ReportAggregate{GroupBy: rapid.SampledFrom(groupings).Draw(t, "group by")}
-		for _, text := range []string{"count", "count(a)", "sum(a)", "min(a)", "max(a)", "avg(a)", "sum(b)", "max(@expires)"} {
-			m, err := report.ParseMeasure(text)
-			if err != nil {
-				t.Fatal(err)
-			}
-			in.Measures = append(in.Measures, m)
-		}
-		q, err := report.Compile(&kvv1.ReportQuery{What: &kvv1.ReportQuery_Aggregate{Aggregate: in}})
+	in := &kvv1.ReportAggregate{GroupBy: rapid.SampledFrom(groupings).Draw(t, "group by")}
+	for _, text := range []string{"count", "count(a)", "sum(a)", "min(a)", "max(a)", "avg(a)", "sum(b)", "max(@expires)"} {
+		m, err := report.ParseMeasure(text)
 		if err != nil {
 			t.Fatal(err)
 		}
-		one := q.NewAccumulator(1000)
+		in.Measures = append(in.Measures, m)
+	}
+	q, err := report.Compile(&kvv1.ReportQuery{What: &kvv1.ReportQuery_Aggregate{Aggregate: in}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return q
+}
+
+// gather adds random records to one accumulator and to one of the parts each.
+func gather(t *rapid.T, one *report.Accumulator, parts []*report.Accumulator) {
+	for i := range rapid.IntRange(0, 40).Draw(t, "records") {
+		key, rec := fmt.Appendf(nil, "k%d", i), drawRecord(t)
+		part := parts[rapid.IntRange(0, len(parts)-1).Draw(t, "part")]
+		for _, a := range []*report.Accumulator{one, part} {
+			if _, err := a.Add(key, rec, nowMillis); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
+func merge(t *rapid.T, into, from *report.Accumulator) {
+	groups := wire(t, from.Partial())
+	slices.Reverse(groups)
+	if err := into.Merge(groups); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Merging the parts of any split of the records, in any order and by way of other
+// merges, gives what one accumulator gives.
+func TestMergeEqualsOneAccumulator(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		q := drawQuery(t)
+		one, merged, between := q.NewAccumulator(1000), q.NewAccumulator(1000), q.NewAccumulator(1000)
 		parts := make([]*report.Accumulator, rapid.IntRange(1, 5).Draw(t, "parts"))
 		for i := range parts {
 			parts[i] = q.NewAccumulator(1000)
 		}
-		for i := range rapid.IntRange(0, 40).Draw(t, "records") {
-			key, rec := fmt.Appendf(nil, "k%d", i), drawRecord(t)
-			part := parts[rapid.IntRange(0, len(parts)-1).Draw(t, "part")]
-			for _, a := range []*report.Accumulator{one, part} {
-				if _, err := a.Add(key, rec, nowMillis); err != nil {
-					t.Fatal(err)
-				}
-			}
-		}
-		merged, between := q.NewAccumulator(1000), q.NewAccumulator(1000)
-		order := rapid.Permutation(parts).Draw(t, "order")
-		via := rapid.IntRange(0, len(order)).Draw(t, "by way of another")
-		merge := func(a, from *report.Accumulator) {
-			groups := wire(t, from.Partial())
-			slices.Reverse(groups)
-			if err := a.Merge(groups); err != nil {
-				t.Fatal(err)
-			}
-		}
-		for i, part := range order {
+		gather(t, one, parts)
+		via := rapid.IntRange(0, len(parts)).Draw(t, "by way of another")
+		for i, part := range rapid.Permutation(parts).Draw(t, "order") {
 			if i < via {
-				merge(between, part)
+				merge(t, between, part)
 			} else {
-				merge(merged, part)
+				merge(t, merged, part)
 			}
 		}
-		merge(merged, between)
+		merge(t, merged, between)
 		if diff := cmp.Diff(one.Result(), merged.Result()); diff != "" {
 			t.Errorf("merged (-one +merged):\n%s", diff)
 		}

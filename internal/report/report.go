@@ -139,9 +139,9 @@ func (q *Query) IsAggregate() bool { return q.aggregate }
 func (q *Query) Limit() uint64 { return q.limit }
 
 // Bounds returns the first key that may match and the first one after all that may;
-// nil means no end. Conditions on the key narrow them. It is not any when no key can
-// match.
-func (q *Query) Bounds() (lower, upper []byte, any bool) {
+// nil means no end. Conditions on the key narrow them. Nothing is possible when no key
+// can match.
+func (q *Query) Bounds() (lower, upper []byte, possible bool) {
 	return q.lower, q.upper, q.upper == nil || bytes.Compare(q.lower, q.upper) < 0
 }
 

@@ -212,30 +212,30 @@ func TestBounds(t *testing.T) {
 		prefix, start, end string
 		where              []string
 		lower, upper       string
-		any                bool
+		possible           bool
 	}{
-		{any: true},
-		{prefix: "ab", lower: "ab", upper: "ac", any: true},
-		{prefix: "a\xff", lower: "a\xff", upper: "b", any: true},
-		{prefix: "\xff", lower: "\xff", any: true},
-		{prefix: "a", start: "a5", lower: "a5", upper: "b", any: true},
+		{possible: true},
+		{prefix: "ab", lower: "ab", upper: "ac", possible: true},
+		{prefix: "a\xff", lower: "a\xff", upper: "b", possible: true},
+		{prefix: "\xff", lower: "\xff", possible: true},
+		{prefix: "a", start: "a5", lower: "a5", upper: "b", possible: true},
 		{prefix: "a", start: "b", lower: "b", upper: "b"},
-		{prefix: "a", end: "a5", lower: "a", upper: "a5", any: true},
-		{where: []string{"@key ^= user/"}, lower: "user/", upper: "user0", any: true},
-		{where: []string{"@key >= b", "@key < d"}, lower: "b", upper: "d", any: true},
-		{where: []string{"@key > b", "@key <= d"}, lower: "b\x00", upper: "d\x00", any: true},
-		{where: []string{"@key == 5"}, lower: "5", upper: "5\x00", any: true},
+		{prefix: "a", end: "a5", lower: "a", upper: "a5", possible: true},
+		{where: []string{"@key ^= user/"}, lower: "user/", upper: "user0", possible: true},
+		{where: []string{"@key >= b", "@key < d"}, lower: "b", upper: "d", possible: true},
+		{where: []string{"@key > b", "@key <= d"}, lower: "b\x00", upper: "d\x00", possible: true},
+		{where: []string{"@key == 5"}, lower: "5", upper: "5\x00", possible: true},
 		{where: []string{"@key == b", "@key == c"}, lower: "c", upper: "b\x00"},
 		{where: []string{`@key < ""`}},
-		{where: []string{"@key != b", "name == c"}, any: true},
+		{where: []string{"@key != b", "name == c"}, possible: true},
 	} {
 		in := &kvv1.ReportQuery{Prefix: []byte(tc.prefix), Start: []byte(tc.start), End: []byte(tc.end), What: &kvv1.ReportQuery_Rows{Rows: &kvv1.ReportRows{}}}
 		for _, text := range tc.where {
 			in.Where = append(in.Where, condition(t, text))
 		}
-		lower, upper, any := compile(t, in).Bounds()
-		if string(lower) != tc.lower || string(upper) != tc.upper || any != tc.any {
-			t.Errorf("%+v: bounds %q, %q, %t", tc, lower, upper, any)
+		lower, upper, possible := compile(t, in).Bounds()
+		if string(lower) != tc.lower || string(upper) != tc.upper || possible != tc.possible {
+			t.Errorf("%+v: bounds %q, %q, %t", tc, lower, upper, possible)
 		}
 	}
 }

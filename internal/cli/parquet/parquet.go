@@ -68,7 +68,7 @@ func (c Config) schema() *parquet.Schema {
 // Writer writes a file. It is not safe for concurrent use.
 type Writer struct {
 	cfg       Config
-	out       *parquet.Writer
+	out       *parquet.GenericWriter[columns]
 	rows      [1]parquet.Row
 	groupSize int // bytes since the last row group ended
 }
@@ -78,7 +78,7 @@ func NewWriter(w io.Writer, cfg Config) *Writer {
 	if cfg.RowGroupBytes <= 0 {
 		cfg.RowGroupBytes = defaultRowGroupBytes
 	}
-	out := parquet.NewWriter(w, cfg.schema(),
+	out := parquet.NewGenericWriter[columns](w, cfg.schema(),
 		parquet.PageBufferSize(pageBytes),
 		parquet.SkipPageBounds("value"),
 		parquet.CreatedBy("kvasir", "", ""),
