@@ -90,6 +90,7 @@ func Patch(old *Topology, d *topologyv1.TopologyDelta) (*Topology, error) {
 	if err := t.patchRing(d.GetVnodes()); err != nil {
 		return nil, fmt.Errorf("topology: %w", err)
 	}
+	t.holders = &holders{}
 	if t.sum() != d.GetSum() {
 		return nil, fmt.Errorf("%w: epoch %s has another checksum", ErrOtherBase, EpochString(t.Epoch))
 	}

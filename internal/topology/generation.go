@@ -53,6 +53,7 @@ const (
 // have come and go on from there.
 func (r Recovery) State() (*State, error) {
 	t := *r.Newest
+	t.holders = nil
 	if r.ID == "" || r.Generation <= Generation(t.Epoch) || r.Generation > maxGeneration {
 		return nil, fmt.Errorf("recovery %q cannot begin generation %d after epoch %s", r.ID, r.Generation, EpochString(t.Epoch))
 	}

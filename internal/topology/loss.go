@@ -62,6 +62,7 @@ func (d *draft) acceptLoss(m *topologyv1.AcceptLoss, atMillis int64) error {
 	t := d.Topology
 	lost := m.GetIncarnations()
 	t.index()
+	t.holders = nil
 	for _, inc := range lost {
 		switch n := t.Node(inc); {
 		case n == nil || n.Role != Data:

@@ -27,18 +27,6 @@ func (t *Topology) Incoming(incarnation uint64) map[uint32]int {
 	return out
 }
 
-// Names reports whether a slot names a node, as its node or as the incoming one.
-func (t *Topology) Names(incarnation uint64) bool {
-	for i := range t.Ring {
-		for _, s := range t.Ring[i].Slots {
-			if s.Node == incarnation || s.Incoming == incarnation {
-				return true
-			}
-		}
-	}
-	return false
-}
-
 // setVnodes replaces the slots of some vnodes, each by one step of a transition.
 func (d *draft) setVnodes(m *topologyv1.SetVnodes) error {
 	seen := map[uint32]bool{}

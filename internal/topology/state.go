@@ -152,6 +152,7 @@ func foundFrom(cmd *topologyv1.Command) (*State, Result, error) {
 // draft returns a copy under the next epoch, deep enough to be changed.
 func (s *State) draft() *State {
 	t := *s.Topology
+	t.holders = nil
 	t.Epoch++
 	t.Nodes = slices.Clone(t.Nodes)
 	t.Ring = slices.Clone(t.Ring)

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/kvasirdb/kvasir/internal/mutant"
@@ -283,6 +284,8 @@ type Topology struct {
 	byIncarnation map[uint64]*Node
 	byName        map[string]*Namespace
 	byID          map[uint32]*Namespace
+	// holders is shared by all who have this very topology, and nil while it is changed.
+	holders *holders
 	// ringSum and restSum make up the checksum; see sum.
 	ringSum, restSum uint64
 }
@@ -313,6 +316,7 @@ func (t *Topology) index() {
 
 // indexRest builds what lookups of anything but vnodes need.
 func (t *Topology) indexRest() {
+	t.holders = &holders{}
 	t.byIncarnation = make(map[uint64]*Node, len(t.Nodes))
 	for i := range t.Nodes {
 		t.byIncarnation[t.Nodes[i].Incarnation] = &t.Nodes[i]
@@ -416,22 +420,48 @@ func (t *Topology) DataNodes() int {
 // Members returns the data nodes that have a slot, in order of incarnation. The
 // others are spares.
 func (t *Topology) Members() []*Node {
-	has, left := make(map[uint64]bool, len(t.Nodes)), len(t.Nodes)
-	for i := 0; i < len(t.Ring) && left > 0; i++ { // mostly all are found soon
-		for _, s := range t.Ring[i].Slots {
-			if !has[s.Node] && t.Node(s.Node) != nil { // one that was removed may still have slots
-				left--
-			}
-			has[s.Node] = true
-		}
-	}
+	h := t.findHolders()
 	var out []*Node
 	for i := range t.Nodes {
-		if has[t.Nodes[i].Incarnation] {
+		if h.has[t.Nodes[i].Incarnation] {
 			out = append(out, &t.Nodes[i])
 		}
 	}
 	return out
+}
+
+// Names reports whether an incarnation has a slot, or is to have one.
+func (t *Topology) Names(incarnation uint64) bool {
+	h := t.findHolders()
+	return h.has[incarnation] || h.gets[incarnation]
+}
+
+// holders is who has slots and who is to have some. It is found when first asked for.
+type holders struct {
+	once      sync.Once
+	has, gets map[uint64]bool
+}
+
+func (h *holders) find(ring []Vnode) {
+	h.has, h.gets = map[uint64]bool{}, map[uint64]bool{}
+	for i := range ring {
+		for _, s := range ring[i].Slots {
+			h.has[s.Node] = true
+			if s.Incoming != 0 {
+				h.gets[s.Incoming] = true
+			}
+		}
+	}
+}
+
+// findHolders returns who has slots, as of now while t is changed.
+func (t *Topology) findHolders() *holders {
+	h := t.holders
+	if h == nil {
+		h = &holders{}
+	}
+	h.once.Do(func() { h.find(t.Ring) })
+	return h
 }
 
 // Width returns the largest N in use, and at least one once the ring has formed.
