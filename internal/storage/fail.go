@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 )
@@ -54,11 +55,21 @@ func (s *Store) commit(apply func() error) error {
 	return err
 }
 
+// stallLimit is how long commits may wait for compactions that fail. Damage is cut out
+// long before; once they wait, nothing can be.
+const stallLimit = 2 * time.Minute
+
 // backgroundError is told why a flush or compaction failed; Pebble tries it again.
 func (s *Store) backgroundError(err error) {
 	switch {
 	case !errors.Is(err, syscall.ENOSPC):
+		if stop := s.stopRewrite.Load(); stop != nil {
+			(*stop)(err)
+		}
 		s.cfg.Logger.Error("flush or compaction failed", "dir", s.cfg.Dir, "err", err)
+		if s.stalls.present(time.Now()) > stallLimit {
+			s.giveUp(fmt.Sprintf("no more can be written: %s", err))
+		}
 	case !s.opened.Load():
 		s.diskFailed(err) // opening would wait for it without end
 	default: // refuse has told

@@ -6,11 +6,15 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
+	"path/filepath"
 	"slices"
 	"sync"
 	"sync/atomic"
 
 	"github.com/cockroachdb/pebble/v2"
+	"github.com/cockroachdb/pebble/v2/sstable"
+	"github.com/cockroachdb/pebble/v2/vfs"
 )
 
 // Bit rot that took records only does not cost the store. The stretch of keys it may
@@ -46,8 +50,16 @@ type quarantines struct {
 	// changing is held while they are written.
 	changing sync.Mutex
 	list     atomic.Pointer[[]Quarantine] // what it points to is never changed
-	// begun counts those that were begun since the store was opened.
-	begun atomic.Uint64
+	// changes counts how often the list has changed since the store was opened.
+	changes atomic.Uint64
+}
+
+// set is called with changing held.
+func (q *quarantines) set(list []Quarantine) {
+	// In this order: who reads the counter, then records, then both, sees what concerns
+	// the records, or that something has changed.
+	q.changes.Add(1)
+	q.list.Store(&list)
 }
 
 func (q *quarantines) load() []Quarantine {
@@ -81,12 +93,12 @@ func (s *Store) Quarantined(p Place) bool {
 }
 
 // Reading returns what Read takes when the reading is done.
-func (s *Store) Reading() uint64 { return s.quarantines.begun.Load() }
+func (s *Store) Reading() uint64 { return s.quarantines.changes.Load() }
 
 // Read returns ErrCorrupt if what was read of some vnodes since Reading may lack
 // records that the store had acknowledged.
 func (s *Store) Read(reading uint64, namespace uint32, vnodes ...uint32) error {
-	if len(s.quarantines.load()) == 0 && s.quarantines.begun.Load() == reading {
+	if len(s.quarantines.load()) == 0 && s.quarantines.changes.Load() == reading {
 		return nil
 	}
 	for _, v := range vnodes {
@@ -94,8 +106,8 @@ func (s *Store) Read(reading uint64, namespace uint32, vnodes ...uint32) error {
 			return fmt.Errorf("%w: vnode %d lost records to bit rot and is not yet filled again", ErrCorrupt, v)
 		}
 	}
-	if s.quarantines.begun.Load() != reading {
-		return fmt.Errorf("%w: records were lost to bit rot while they were read", ErrCorrupt)
+	if s.quarantines.changes.Load() != reading {
+		return fmt.Errorf("%w: records were lost to bit rot, or filled in again, while they were read", ErrCorrupt)
 	}
 	return nil
 }
@@ -108,8 +120,6 @@ func (s *Store) quarantine(lower, upper []byte, what string) error {
 		s.giveUp(what)
 		return nil
 	}
-	s.cfg.Logger.Error("records lost to bit rot: their vnodes are refused to readers until they are filled from other nodes", "dir", s.cfg.Dir,
-		"lower", fmt.Sprintf("%x", lower), "upper", fmt.Sprintf("%x", upper), "what", what)
 	err := s.changeQuarantines(func(l []Quarantine) []Quarantine {
 		next := Quarantine{ID: 1, lower: lower, upper: upper}
 		for _, q := range l {
@@ -118,6 +128,8 @@ func (s *Store) quarantine(lower, upper []byte, what string) error {
 			}
 			next.ID = max(next.ID, q.ID+1)
 		}
+		s.cfg.Logger.Error("records lost to bit rot: their vnodes are refused to readers until they are filled from other nodes", "dir", s.cfg.Dir,
+			"lower", fmt.Sprintf("%x", lower), "upper", fmt.Sprintf("%x", upper), "what", what)
 		return append(l, next)
 	})
 	s.signal()
@@ -132,14 +144,12 @@ func (s *Store) changeQuarantines(change func([]Quarantine) []Quarantine) error 
 	old := s.quarantines.load()
 	next := change(slices.Clone(old))
 	if len(next) > len(old) {
-		// In this order: who reads the counter before and after sees one of the two.
-		s.quarantines.list.Store(&next)
-		s.quarantines.begun.Add(1)
+		s.quarantines.set(next)
 	}
 	if err := s.setMeta(metaQuarantine, encodeQuarantines(next)); err != nil {
 		return err
 	}
-	s.quarantines.list.Store(&next)
+	s.quarantines.set(next)
 	return nil
 }
 
@@ -150,23 +160,32 @@ func (s *Store) Lift(id uint64) error {
 	})
 }
 
-// Cut removes what is left of the stretches in quarantine, so that the damaged tables
-// leave the disk. Where that proves impossible the store says that it is damaged.
+// Cut removes what is left of the stretches in quarantine, then has what is left of the
+// damaged tables written anew. Where a stretch cannot be cut out the store says that it is
+// damaged. After other errors more may have to be inspected before the next try.
 func (s *Store) Cut(ctx context.Context) error {
-	for _, q := range s.quarantines.load() {
-		if q.cut {
-			continue
+	uncut := union(s.quarantines.load())
+	tables, err := s.hit(uncut)
+	if err != nil {
+		return err
+	}
+	for _, stretch := range uncut {
+		if err := s.commit(s.db.Flush); err != nil {
+			return err // what is cut out of the log would be cut out again by a flush
 		}
-		if err := s.cut(ctx, &q); err != nil {
+		if err := s.checkEnds(ctx, &stretch); err != nil {
+			return err
+		}
+		if err := s.cut(ctx, &stretch); err != nil {
 			if ctx.Err() != nil {
 				return err
 			}
-			s.giveUp(fmt.Sprintf("%s cannot be cut out: %s", &q, err))
+			s.giveUp(fmt.Sprintf("%s cannot be cut out: %s", &stretch, err))
 			return nil
 		}
 		err := s.changeQuarantines(func(l []Quarantine) []Quarantine {
 			for i := range l {
-				l[i].cut = l[i].cut || l[i].ID == q.ID
+				l[i].cut = l[i].cut || bytes.Compare(stretch.lower, l[i].lower) <= 0 && bytes.Compare(l[i].upper, stretch.upper) <= 0
 			}
 			return l
 		})
@@ -174,19 +193,27 @@ func (s *Store) Cut(ctx context.Context) error {
 			return err
 		}
 	}
-	return nil
+	return s.tidy(ctx, tables)
+}
+
+// union joins the stretches that are to be cut out where they overlap: damage of one may
+// lie where another ends.
+func union(l []Quarantine) (out []Quarantine) {
+	l = slices.DeleteFunc(slices.Clone(l), func(q Quarantine) bool { return q.cut })
+	slices.SortFunc(l, func(a, b Quarantine) int { return bytes.Compare(a.lower, b.lower) })
+	for _, q := range l {
+		if n := len(out); n == 0 || bytes.Compare(out[n-1].upper, q.lower) < 0 {
+			out = append(out, q)
+		} else if bytes.Compare(out[n-1].upper, q.upper) < 0 {
+			out[n-1].upper = q.upper
+		}
+	}
+	return out
 }
 
 func (s *Store) cut(ctx context.Context, q *Quarantine) error {
 	off := s.latches.suspend(keyRange{string(q.lower), string(q.upper)})
-	err := s.commit(func() error {
-		// What is cut out of the log would be cut out again by a flush, which must not
-		// meet damage.
-		if err := s.db.Flush(); err != nil {
-			return err
-		}
-		return s.db.Excise(ctx, pebble.KeyRange{Start: q.lower, End: q.upper})
-	})
+	err := s.commit(func() error { return s.db.Excise(ctx, pebble.KeyRange{Start: q.lower, End: q.upper}) })
 	off.resume()
 	s.trees.forget(func(id vnodeID) bool { return q.Covers(Place{id.namespace, id.vnode}) })
 	// Whoever collects dead records must not take this replica for what it was.
@@ -196,29 +223,114 @@ func (s *Store) cut(ctx context.Context, q *Quarantine) error {
 		}
 		return true
 	})
+	return err
+}
+
+// checkEnds has a table inspected that cannot be read right where a stretch ends, and
+// returns why. Excise would drop the rest of such a table without a word.
+func (s *Store) checkEnds(ctx context.Context, q *Quarantine) error {
+	levels, err := s.db.SSTables()
+	if err != nil {
+		return readError(err)
+	}
+	options := s.readerOptions()
+	for _, level := range levels {
+		for i := range level {
+			t := &level[i]
+			if !q.hits(t) || !q.startsIn(t) && !q.endsIn(t) {
+				continue
+			}
+			if err := s.readEnds(ctx, t, options, q); err != nil {
+				s.mistrust(tableName(t), err.Error())
+				return fmt.Errorf("read %s where what bit rot took ends: %w", tableName(t), err)
+			}
+		}
+	}
+	return nil
+}
+
+// readEnds reads the keys of a table next to a stretch from the disk, as Excise does.
+func (s *Store) readEnds(ctx context.Context, info *pebble.SSTableInfo, options sstable.ReaderOptions, q *Quarantine) error {
+	f, err := s.disk.Open(filepath.Join(s.cfg.Dir, tableName(info)), vfs.RandomReadsOption)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil // a compaction has replaced it
+	}
 	if err != nil {
 		return err
 	}
-	return s.rewriteAround(ctx, q)
+	readable, err := sstable.NewSimpleReadable(f)
+	if err != nil {
+		return errors.Join(err, f.Close())
+	}
+	r, err := sstable.NewReader(ctx, readable, options)
+	if err != nil {
+		return errors.Join(err, readable.Close())
+	}
+	it, err := newTable(info).iterate(r)
+	if err != nil {
+		return errors.Join(err, r.Close())
+	}
+	if q.startsIn(info) {
+		it.SeekLT(q.lower, 0)
+		err = it.Error()
+	}
+	if q.endsIn(info) {
+		it.SeekGE(q.upper, 0)
+		err = errors.Join(err, it.Error())
+	}
+	return errors.Join(err, it.Close(), r.Close())
 }
 
-// rewriteAround rewrites the tables that a stretch was cut out of: they still have its
-// bytes.
-func (s *Store) rewriteAround(ctx context.Context, q *Quarantine) error {
+// hits reports whether a table may have records in the stretch.
+func (q *Quarantine) hits(t *pebble.SSTableInfo) bool {
+	return bytes.Compare(t.Smallest.UserKey, q.upper) < 0 && bytes.Compare(q.lower, t.Largest.UserKey) <= 0
+}
+
+// startsIn reports whether a table has something before the stretch, endsIn after it.
+func (q *Quarantine) startsIn(t *pebble.SSTableInfo) bool {
+	return bytes.Compare(t.Smallest.UserKey, q.lower) < 0
+}
+
+func (q *Quarantine) endsIn(t *pebble.SSTableInfo) bool {
+	return bytes.Compare(q.upper, t.Largest.UserKey) <= 0
+}
+
+// hit returns the names of the tables that may have records in some stretches.
+func (s *Store) hit(stretches []Quarantine) (map[string]bool, error) {
+	levels, err := s.db.SSTables()
+	if err != nil {
+		return nil, readError(err)
+	}
+	names := map[string]bool{}
+	for _, level := range levels {
+		for i := range level {
+			if slices.ContainsFunc(stretches, func(q Quarantine) bool { return q.hits(&level[i]) }) {
+				names[tableName(&level[i])] = true
+			}
+		}
+	}
+	return names, nil
+}
+
+// tidy has what is left of tables written anew, so that damaged bytes leave the disk. None
+// of them is read any more; damage that is met on the way is inspected like any other.
+func (s *Store) tidy(ctx context.Context, tables map[string]bool) error {
 	levels, err := s.db.SSTables()
 	if err != nil {
 		return readError(err)
 	}
 	for _, level := range levels {
 		for i := range level {
-			if t := &level[i]; t.Virtual {
-				if err := s.db.Compact(ctx, t.Smallest.UserKey, append(bytes.Clone(t.Largest.UserKey), 0), false); err != nil {
-					return fmt.Errorf("rewrite what is left around %s: %w", q, err)
-				}
+			t := &level[i]
+			if !t.Virtual || !tables[tableName(t)] || !s.live(t) {
+				continue
+			}
+			if err := s.rewrite(ctx, t); err != nil && ctx.Err() == nil {
+				s.cfg.Logger.Warn("what is left of a damaged table cannot be written anew yet", "dir", s.cfg.Dir, "table", tableName(t), "err", err)
 			}
 		}
 	}
-	return nil
+	return ctx.Err()
 }
 
 // quarantineFormat 1: format(1), then each: id(uvarint) cut(1) lower upper, with their

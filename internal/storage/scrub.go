@@ -56,16 +56,29 @@ const maxSuspects = 1024
 // suspect is told of damage that Pebble met. It does not block.
 func (s *Store) suspect(info pebble.DataCorruptionInfo) {
 	s.corruptions.Add(1)
-	s.suspects.Lock()
-	name := filepath.Base(info.Path)
-	if _, ok := s.suspects.tables[name]; !ok && len(s.suspects.tables) < maxSuspects {
-		s.suspects.tables[name] = info.String()
-	}
-	s.suspects.Unlock()
 	// A compaction that met it begins anew at once, again and again.
 	now := time.Now()
 	s.retryAt.Store(&now)
+	s.mistrust(filepath.Base(info.Path), info.String())
+}
+
+// mistrust has a table inspected.
+func (s *Store) mistrust(name, why string) {
+	s.suspects.Lock()
+	if _, ok := s.suspects.tables[name]; !ok && len(s.suspects.tables) < maxSuspects {
+		s.suspects.tables[name] = why
+	}
+	s.suspects.Unlock()
 	s.signal()
+}
+
+// tableName returns the name of the file that a table, or this part of one, is in.
+func tableName(info *pebble.SSTableInfo) string { return fmt.Sprintf("%s.sst", info.BackingSSTNum) }
+
+func (s *Store) readerOptions() sstable.ReaderOptions {
+	options := s.options()
+	options.EnsureDefaults()
+	return options.MakeReaderOptions()
 }
 
 // suspected reports whether damage was met in a table.
@@ -100,7 +113,7 @@ type Check func(p Place, key []byte) error
 // many bytes are read and may wait. Errors are those of ctx, of pace, and of the file
 // system where it does not say that a file is gone.
 func (s *Store) Scrub(ctx context.Context, pace func(context.Context, int) error, check Check) (bytes uint64, err error) {
-	return s.scrub(ctx, pace, check, func(string) bool { return true })
+	return s.scrub(ctx, pace, check, nil)
 }
 
 // Inspect is a Scrub of the tables in which Pebble met damage since the last one.
@@ -113,7 +126,7 @@ func (s *Store) Inspect(ctx context.Context, check Check) error {
 		return nil
 	}
 	found := s.Corruptions()
-	_, err := s.scrub(ctx, func(ctx context.Context, _ int) error { return ctx.Err() }, check, func(name string) bool { return suspects[name] != "" })
+	_, err := s.scrub(ctx, func(ctx context.Context, _ int) error { return ctx.Err() }, check, suspects)
 	if err == nil && s.Corruptions() == found {
 		for name, what := range suspects {
 			s.cfg.Logger.Error("a table was read wrongly, but is sound or gone by now: mistrust the memory or the disk", "dir", s.cfg.Dir, "table", name, "what", what)
@@ -122,22 +135,27 @@ func (s *Store) Inspect(ctx context.Context, check Check) error {
 	return err
 }
 
-func (s *Store) scrub(ctx context.Context, pace func(context.Context, int) error, check Check, wanted func(name string) bool) (bytes uint64, err error) {
+// scrub checks all tables, or those in which Pebble met damage.
+func (s *Store) scrub(ctx context.Context, pace func(context.Context, int) error, check Check, suspects map[string]string) (bytes uint64, err error) {
 	levels, err := s.db.SSTables()
 	if err != nil {
 		return 0, readError(err)
 	}
-	options := s.options()
-	options.EnsureDefaults()
-	readers := options.MakeReaderOptions()
+	readers := s.readerOptions()
 	for _, level := range levels {
 		for i := range level {
-			name := fmt.Sprintf("%s.sst", level[i].BackingSSTNum)
-			if !wanted(name) {
+			name := tableName(&level[i])
+			met := suspects[name]
+			if suspects != nil && met == "" {
 				continue
 			}
+			found := s.Corruptions()
 			n, err := s.scrubTable(ctx, name, &level[i], readers, pace, check)
 			bytes += n
+			if err == nil && met != "" && level[i].Virtual && s.Corruptions() == found {
+				// The records of this part are sound; what leads to them may not be.
+				err = s.replace(ctx, &level[i], met)
+			}
 			if err != nil {
 				return bytes, err
 			}
@@ -161,7 +179,8 @@ func (s *Store) scrubTable(ctx context.Context, name string, info *pebble.SSTabl
 	if err != nil {
 		return 0, errors.Join(fmt.Errorf("scrub %s: %w", path, err), f.Close())
 	}
-	t := table{info: info, check: check}
+	t := newTable(info)
+	t.check = check
 	err = t.read(ctx, readable, options)
 	switch {
 	case paced.failed != nil:
@@ -174,40 +193,26 @@ func (s *Store) scrubTable(ctx context.Context, name string, info *pebble.SSTabl
 	s.corruptions.Add(1)
 	what := fmt.Sprintf("%s, which holds %x to %x: %s", path, info.Smallest.UserKey, info.Largest.UserKey, err)
 	if t.records {
-		return paced.read, s.rewrite(ctx, path, info, what)
+		return paced.read, s.replace(ctx, info, what)
 	}
 	return paced.read, s.quarantine(t.lower, t.upper, what)
 }
 
-// rewrite replaces a table whose records are sound, but not what leads to them. Where
-// that fails the records are taken for lost.
-func (s *Store) rewrite(ctx context.Context, path string, info *pebble.SSTableInfo, what string) error {
-	end := append(bytes.Clone(info.Largest.UserKey), 0)
-	err := s.db.Compact(ctx, info.Smallest.UserKey, end, false)
-	if ctx.Err() != nil {
+// replace has a table written anew whose records are sound, but not what leads to them.
+// Where that is impossible the records are taken for lost.
+func (s *Store) replace(ctx context.Context, info *pebble.SSTableInfo, what string) error {
+	met := s.Corruptions()
+	err := s.rewrite(ctx, info)
+	switch {
+	case ctx.Err() != nil:
 		return ctx.Err()
-	}
-	if err == nil && !s.live(info) {
+	case err == nil:
 		s.cfg.Logger.Error("a damaged table was written anew, its records were sound", "what", what)
 		return nil
+	case s.Corruptions() != met:
+		return nil // it lies above or below a damaged one, which is inspected first
 	}
-	return s.quarantine(info.Smallest.UserKey, end, what)
-}
-
-// live reports whether a table is still part of the store.
-func (s *Store) live(info *pebble.SSTableInfo) bool {
-	levels, err := s.db.SSTables()
-	if err != nil {
-		return true
-	}
-	for _, level := range levels {
-		for i := range level {
-			if level[i].BackingSSTNum == info.BackingSSTNum {
-				return true
-			}
-		}
-	}
-	return false
+	return s.quarantine(info.Smallest.UserKey, append(bytes.Clone(info.Largest.UserKey), 0), fmt.Sprintf("%s (%s)", what, err))
 }
 
 // table is what a scrub finds in a table.
@@ -220,9 +225,12 @@ type table struct {
 	records      bool
 }
 
+func newTable(info *pebble.SSTableInfo) *table {
+	return &table{info: info, lower: info.Smallest.UserKey, upper: append(bytes.Clone(info.Largest.UserKey), 0)}
+}
+
 // read checks a table and closes it. What is wrong with it is its error.
 func (t *table) read(ctx context.Context, readable objstorage.Readable, options sstable.ReaderOptions) error {
-	t.lower, t.upper = t.info.Smallest.UserKey, append(bytes.Clone(t.info.Largest.UserKey), 0)
 	r, err := sstable.NewReader(ctx, readable, options)
 	if err != nil {
 		return errors.Join(err, readable.Close())
@@ -244,36 +252,36 @@ func (t *table) readRecords(ctx context.Context, r *sstable.Reader) error {
 		return nil // the rest of the table's blocks are not the store's any more
 	}
 	if err := r.ValidateBlockChecksums(); err != nil {
-		del, derr := r.NewRawRangeDelIter(ctx, sstable.NoFragmentTransforms, sstable.NoReadEnv)
-		if derr == nil && del != nil {
-			_, derr = del.First()
-			del.Close()
-		}
-		t.records = derr == nil
+		t.records = sound(r.NewRawRangeDelIter(ctx, sstable.NoFragmentTransforms, sstable.NoReadEnv)) && sound(r.NewRawRangeKeyIter(ctx, sstable.NoFragmentTransforms, sstable.NoReadEnv))
 		return err
 	}
 	return nil
 }
 
-// between narrows the damage to what lies between two sound keys. The lower counts as
-// lost: the table can be cut there without reading what is damaged.
+// sound closes what was opened, if it was.
+func sound(it interface{ Close() }, err error) bool {
+	if it != nil {
+		it.Close()
+	}
+	return err == nil
+}
+
+// between narrows the damage to what lies between two sound keys. Both count as lost:
+// older versions of them may be damaged, and the table can be cut there without reading
+// what is damaged.
 func (t *table) between(last, first []byte) {
 	if last != nil {
 		t.lower = last
 	}
-	if first != nil && bytes.Compare(first, t.lower) > 0 {
-		t.upper = first
+	if first != nil && bytes.Compare(first, t.lower) >= 0 {
+		t.upper = append(first, 0)
 	}
 }
 
 // walk reads a table's records, from one end or the other, and returns the last key
 // before something is wrong.
 func (t *table) walk(ctx context.Context, r *sstable.Reader, forward bool) (sound []byte, err error) {
-	var lower, upper []byte
-	if t.info.Virtual {
-		lower, upper = t.lower, t.upper
-	}
-	it, err := r.NewIter(sstable.NoTransforms, lower, upper, sstable.AssertNoBlobHandles)
+	it, err := t.iterate(r)
 	if err != nil {
 		return nil, err
 	}
@@ -281,8 +289,8 @@ func (t *table) walk(ctx context.Context, r *sstable.Reader, forward bool) (soun
 	first, next := it.First, it.Next
 	if !forward {
 		first, next = it.Last, it.Prev
-		if upper != nil { // then Last panics
-			first = seek(it.SeekLT, upper)
+		if t.info.Virtual { // then Last panics
+			first = seek(it.SeekLT, t.upper)
 		}
 	}
 	for n, kv := 0, first(); kv != nil; n, kv = n+1, next() {
@@ -299,6 +307,15 @@ func (t *table) walk(ctx context.Context, r *sstable.Reader, forward bool) (soun
 		sound = append(sound[:0], kv.K.UserKey...)
 	}
 	return sound, it.Error()
+}
+
+// iterate returns an iterator over the records of a table, or of this part of one.
+func (t *table) iterate(r *sstable.Reader) (sstable.Iterator, error) {
+	var lower, upper []byte
+	if t.info.Virtual {
+		lower, upper = t.lower, t.upper
+	}
+	return r.NewIter(sstable.NoTransforms, lower, upper, sstable.AssertNoBlobHandles)
 }
 
 // seek binds a seek, whose types have no public names, to a key.

@@ -36,6 +36,16 @@ func (s *stalls) total(now time.Time) time.Duration {
 	return s.mu.ended + now.Sub(s.mu.began)
 }
 
+// present returns how long the present stall has lasted, 0 where there is none.
+func (s *stalls) present(now time.Time) time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.mu.began.IsZero() {
+		return 0
+	}
+	return now.Sub(s.mu.began)
+}
+
 // Stalled returns for how long in all, since the store was opened, no commit was let
 // through because flushes or compactions were behind.
 func (s *Store) Stalled() time.Duration { return s.stalls.total(time.Now()) }

@@ -141,6 +141,9 @@ type Store struct {
 	}
 	quarantines quarantines
 	attention   chan struct{}
+	// rewriting holds a token while a table is written anew, stopRewrite ends that.
+	rewriting   chan struct{}
+	stopRewrite atomic.Pointer[context.CancelCauseFunc]
 
 	opened atomic.Bool // from here on a failure of the log is fatal
 	diskMu sync.Mutex  // held while the ballast is made or removed
@@ -179,7 +182,7 @@ func Open(cfg Config) (*Store, error) {
 	case err != nil:
 		return nil, fmt.Errorf("%w: %s (%w)", ErrInUse, cfg.Dir, err)
 	}
-	s := &Store{cfg: cfg, disk: cfg.FS, lock: lock, latches: newLatches(cfg.VersionCacheEntries), stop: make(chan struct{}), damaged: make(chan struct{}), attention: make(chan struct{}, 1)}
+	s := &Store{cfg: cfg, disk: cfg.FS, lock: lock, latches: newLatches(cfg.VersionCacheEntries), stop: make(chan struct{}), damaged: make(chan struct{}), attention: make(chan struct{}, 1), rewriting: make(chan struct{}, 1)}
 	s.suspects.tables = map[string]string{}
 	s.inflight.commits = map[*Commit]time.Time{}
 	s.trees.maxLeaves, s.trees.byVnode = cfg.TreeLeaves, map[vnodeID]*tree{}
@@ -390,6 +393,7 @@ func (s *Store) options() *pebble.Options {
 		L0StopWritesThreshold:       20,
 		LBaseMaxBytes:               64 << 20,
 	}
+	o.Experimental.CompactionScheduler = newScheduler(s.pause)
 	for i := range o.Levels {
 		// Filters on the last level too: a miss must not cost a read.
 		o.Levels[i].FilterPolicy = bloom.FilterPolicy(10)
