@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -16,7 +17,7 @@ import (
 const (
 	// firstScrub is how long after the start of a process the first scrub begins.
 	firstScrub = time.Hour
-	// retryRefill is how long a quarantine waits whose vnodes could not be filled.
+	// retryRefill is how long a quarantine waits that could not be cut out, or filled.
 	retryRefill = 5 * time.Second
 	// scrubBurst is what a scrub may read at once.
 	scrubBurst = 4 << 20
@@ -39,12 +40,7 @@ type scrubber struct {
 func newScrubber(n *Node) *scrubber { return &scrubber{node: n, wake: make(chan struct{}, 1)} }
 
 // start begins a scrub at once, if none is running.
-func (s *scrubber) start() {
-	select {
-	case s.wake <- struct{}{}:
-	default:
-	}
-}
+func (s *scrubber) start() { signal(s.wake) }
 
 // run scrubs, cycle after cycle, until ctx ends.
 func (s *scrubber) run(ctx context.Context) {
@@ -112,45 +108,62 @@ func (s *scrubber) check(p storage.Place, key []byte) error {
 	return nil
 }
 
-// mend fills in what bit rot took, until ctx ends or the store has to be given up.
+// mend cuts out what bit rot took and fills it in again, until ctx ends. A store that is
+// damaged beyond that is given up at once, whatever the others wait for.
 func (s *scrubber) mend(ctx context.Context) {
 	store := s.node.store
+	var loops sync.WaitGroup
+	defer loops.Wait()
+	fill := make(chan struct{}, 1)
+	loops.Go(func() {
+		s.again(ctx, store.Attention(), "what bit rot took cannot be cut out yet", func() error {
+			if err := errors.Join(store.Inspect(ctx, s.check), store.Cut(ctx)); err != nil {
+				return err
+			}
+			signal(fill)
+			return nil
+		})
+	})
+	loops.Go(func() {
+		s.again(ctx, fill, "vnodes that lost records to bit rot cannot be filled yet", func() error { return s.refill(ctx) })
+	})
+	select {
+	case <-ctx.Done():
+	case <-store.Damaged():
+		s.giveUp()
+	}
+}
+
+// again has work done whenever it is called for, and after a while again where it failed,
+// until ctx ends.
+func (s *scrubber) again(ctx context.Context, call <-chan struct{}, failing string, work func() error) {
 	var retry <-chan time.Time
 	for said := ""; ; {
 		select {
 		case <-ctx.Done():
 			return
-		case <-store.Damaged():
-			s.giveUp()
-			return
-		case <-store.Attention():
+		case <-call:
 		case <-retry:
 		}
 		retry = nil
-		err := s.mendOnce(ctx)
-		if err == nil {
+		err := work()
+		switch {
+		case ctx.Err() != nil:
+			return
+		case err == nil:
 			said = ""
 			continue
-		}
-		if ctx.Err() != nil {
-			return
-		}
-		if text := err.Error(); text != said {
-			s.node.cfg.Logger.Error("vnodes that lost records to bit rot cannot be filled yet", "err", err)
-			said = text
+		case err.Error() != said:
+			said = err.Error()
+			s.node.cfg.Logger.Error(failing, "err", err)
 		}
 		retry = time.After(retryRefill)
 	}
 }
 
-func (s *scrubber) mendOnce(ctx context.Context) error {
+// refill has the vnodes filled that a quarantine covers, and lifts it.
+func (s *scrubber) refill(ctx context.Context) error {
 	store := s.node.store
-	if err := store.Inspect(ctx, s.check); err != nil {
-		return err
-	}
-	if err := store.Cut(ctx); err != nil || store.Damage() != "" {
-		return err // what is damaged beyond its records is not filled, but given up
-	}
 	for _, q := range store.Quarantines() {
 		if err := s.node.repairer.Refill(ctx, q.Covers); err != nil {
 			return err
@@ -185,4 +198,12 @@ func (s *scrubber) describe(reg prometheus.Registerer) {
 	counter("corruptions_total", "Times that damaged bytes were met.", func() float64 { return float64(s.node.store.Corruptions()) })
 	gauge("quarantines", "Stretches of keys that are refused to readers until they are filled again.", func() float64 { return float64(s.node.store.QuarantineCount()) })
 	gauge("progress_ratio", "How far the present scrub is, 0 when none is running.", s.fraction)
+}
+
+// signal leaves a token where there is none.
+func signal(c chan<- struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
 }
