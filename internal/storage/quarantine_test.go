@@ -7,13 +7,16 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/cockroachdb/pebble/v2"
+	"github.com/cockroachdb/pebble/v2/sstable"
 	"github.com/cockroachdb/pebble/v2/vfs"
 )
 
@@ -59,6 +62,22 @@ func rot(t *testing.T, disk vfs.FS, path string, at int) {
 		t.Fatal(err)
 	}
 	if err := errors.Join(f.Sync(), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// flip is rot of a file that is in use.
+func flip(t *testing.T, disk vfs.FS, path string, at int) {
+	t.Helper()
+	b := contentOf(t, disk, path)[at] ^ 0x10
+	f, err := disk.OpenReadWrite(path, vfs.WriteCategoryUnspecified)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt([]byte{b}, int64(at)); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Close(); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -344,5 +363,245 @@ func TestScrubFindsRotBesideACut(t *testing.T) {
 			t.Errorf("in the %d. tenth: quarantines are %v", tenth, q)
 		}
 		closeStore(t, s)
+	}
+}
+
+// tableInfos returns the tables that have records.
+func tableInfos(t *testing.T, s *Store) (out []pebble.SSTableInfo) {
+	t.Helper()
+	levels, err := s.db.SSTables()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, level := range levels {
+		for _, info := range level {
+			if info.Smallest.UserKey[0] == kindRecord {
+				out = append(out, info)
+			}
+		}
+	}
+	return out
+}
+
+func recordKey(i int) []byte {
+	v, k := rotKey(i)
+	return appendRecordKey(nil, 1, v, k)
+}
+
+// What is left around a cut leaves the old table, of the last level too.
+func TestWhatIsLeftAroundACutIsWrittenAnew(t *testing.T) {
+	fs := rotStore(t)
+	s := open(t, fs)
+	defer closeStore(t, s)
+	before := tableInfos(t, s)
+	if err := s.quarantine(recordKey(1002), recordKey(2002), "a test"); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Cut(t.Context()); err != nil || s.Damage() != "" {
+		t.Fatalf("%v, %s", err, s.Damage())
+	}
+	for _, info := range tableInfos(t, s) {
+		if info.Virtual {
+			t.Errorf("%s is still part of %s", info.FileNum, info.BackingSSTNum)
+		}
+	}
+	if after := tableInfos(t, s); len(before) != 1 || len(after) == 0 || after[0].BackingSSTNum == before[0].BackingSSTNum {
+		t.Errorf("the tables were %v and are %v", before, after)
+	}
+	fillAgain(t, s)
+	if n := readRight(t, s, "at the end"); n > 0 {
+		t.Errorf("%d reads are refused", n)
+	}
+}
+
+// Pebble drops the rest of a table that it cannot read where a stretch ends: a stretch
+// that ends in damage nobody knew of is not cut out before that is known too.
+func TestACutThatEndsInDamageLosesNothingElse(t *testing.T) {
+	for _, ends := range []string{"lower", "upper"} {
+		fs := rotStore(t)
+		path, size := largestTable(t, fs)
+		rot(t, fs, path, size/2)
+		s := open(t, fs)
+		// Where the damage is, in a store of its own.
+		probe := open(t, fs.CrashClone(vfs.CrashCloneCfg{}))
+		if _, err := probe.Scrub(t.Context(), freely, anyKey); err != nil {
+			t.Fatal(err)
+		}
+		q := probe.quarantines.load()
+		closeStore(t, probe)
+		if len(q) != 1 {
+			t.Fatalf("quarantines are %v", q)
+		}
+		var lost [][]byte
+		for i := range rotKeys {
+			if k := recordKey(i); bytes.Compare(q[0].lower, k) < 0 && bytes.Compare(k, q[0].upper) < 0 {
+				lost = append(lost, k)
+			}
+		}
+		slices.SortFunc(lost, bytes.Compare)
+		inside := lost[len(lost)/2]
+		lower, upper := inside, []byte{kindRecord + 1}
+		if ends == "upper" {
+			lower, upper = recordKey(0), inside
+		}
+		if err := s.quarantine(lower, upper, "a test"); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Cut(t.Context()); err == nil {
+			t.Errorf("%s end: cut out in the middle of damage", ends)
+		}
+		for range 2 { // what was met is inspected
+			if err := errors.Join(s.Inspect(t.Context(), anyKey), s.Cut(t.Context())); err != nil || s.Damage() != "" {
+				t.Fatalf("%s end: %v, %s", ends, err, s.Damage())
+			}
+		}
+		if readRight(t, s, ends+" end") == rotKeys {
+			t.Errorf("%s end: all reads are refused", ends)
+		}
+		list := s.Quarantines()
+		for _, q := range list {
+			if err := s.Lift(q.ID); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for i := range rotKeys { // nobody fills what the stretches did not take
+			v, k := rotKey(i)
+			taken := false
+			for _, q := range list {
+				key := recordKey(i)
+				taken = taken || bytes.Compare(q.lower, key) <= 0 && bytes.Compare(key, q.upper) < 0
+			}
+			if _, err := s.Get(1, v, k); errors.Is(err, ErrNotFound) != taken || err != nil && !taken {
+				t.Fatalf("%s end: %s, which was taken: %v, is read as %v", ends, k, taken, err)
+			}
+		}
+		closeStore(t, s)
+	}
+}
+
+// Stretches that overlap are cut out as one: damage of one may lie where another ends.
+func TestStretchesThatOverlapAreCutOutTogether(t *testing.T) {
+	q := func(id uint64, lower, upper string, cut bool) Quarantine {
+		return Quarantine{ID: id, lower: []byte(lower), upper: []byte(upper), cut: cut}
+	}
+	got := union([]Quarantine{q(1, "m", "p", false), q(2, "a", "c", false), q(3, "b", "e", false), q(4, "e", "f", false), q(5, "g", "z", true), q(6, "n", "o", false)})
+	if len(got) != 2 || got[0].String() != fmt.Sprintf("%x to %x", "a", "f") || got[1].String() != fmt.Sprintf("%x to %x", "m", "p") {
+		t.Errorf("they are %v", got)
+	}
+}
+
+// A read that may have missed what a quarantine covered is refused, also when the
+// quarantine was lifted before the read was done.
+func TestReadsThatAQuarantineEndedDuringAreRefused(t *testing.T) {
+	fs := rotStore(t)
+	s := open(t, fs)
+	defer closeStore(t, s)
+	if err := s.quarantine(recordKey(1002), recordKey(2002), "a test"); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Cut(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	reading := s.Reading()
+	v, k := rotKey(1002)
+	if _, err := s.Get(1, v, k); !errors.Is(err, ErrNotFound) {
+		t.Fatal(err)
+	}
+	fillAgain(t, s)
+	if err := s.Read(reading, 1, v); !errors.Is(err, ErrCorrupt) {
+		t.Errorf("what was read before the records were filled in again is trusted: %v", err)
+	}
+	if err := s.Read(s.Reading(), 1, v); err != nil {
+		t.Error(err)
+	}
+}
+
+// What leads to the records of a part of a table is not checked by a scrub; reads meet
+// damage there, and the part is written anew.
+func TestADamagedFilterOfAPartIsMended(t *testing.T) {
+	fs := vfs.NewMem()
+	s := open(t, fs)
+	var writes []Write
+	for i := range rotKeys / 10 {
+		v, k := rotKey(i)
+		writes = append(writes, Write{Namespace: 1, Vnode: v, Key: k, Record: rotValue(i)})
+	}
+	put(t, s, writes...)
+	if err := s.db.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	path, _ := largestTable(t, fs)
+	at := filterOf(t, s, fs, path)
+	if err := s.db.Excise(t.Context(), pebble.KeyRange{Start: recordKey(102), End: recordKey(206)}); err != nil {
+		t.Fatal(err)
+	}
+	flip(t, fs, path, at)
+	defer closeStore(t, s)
+	refused := readRefused(t, s)
+	if refused == 0 {
+		t.Fatal("no read meets the damage")
+	}
+	if err := errors.Join(s.Inspect(t.Context(), anyKey), s.Cut(t.Context())); err != nil || s.Damage() != "" || s.QuarantineCount() > 0 {
+		t.Fatalf("%v, %s, %d quarantines", err, s.Damage(), s.QuarantineCount())
+	}
+	if n := readRefused(t, s); n > 0 {
+		t.Errorf("%d reads are refused at the end, %d before", n, refused)
+	}
+}
+
+// readRefused counts the reads that are refused.
+func readRefused(t *testing.T, s *Store) (n int) {
+	t.Helper()
+	for i := range rotKeys {
+		v, k := rotKey(i)
+		if _, err := s.Get(1, v, k); errors.Is(err, ErrCorrupt) {
+			n++
+		}
+	}
+	return n
+}
+
+// filterOf returns where the filter of a table lies.
+func filterOf(t *testing.T, s *Store, disk vfs.FS, path string) int {
+	t.Helper()
+	f, err := disk.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	readable, err := sstable.NewSimpleReadable(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := sstable.NewReader(t.Context(), readable, s.readerOptions())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	layout, err := r.Layout()
+	if err != nil || len(layout.Filter) == 0 {
+		t.Fatalf("no filter: %v", err)
+	}
+	return int(layout.Filter[0].Offset) + 5
+}
+
+// Commits that wait for compactions that fail wait in vain.
+func TestWritesThatDamageHaltsGiveTheStoreUp(t *testing.T) {
+	s := open(t, vfs.NewMem())
+	defer closeStore(t, s)
+	failed := errors.New("a compaction met damage")
+	s.backgroundError(failed)
+	s.stalls.begin(time.Now().Add(-stallLimit / 2))
+	s.backgroundError(failed)
+	if s.Damage() != "" {
+		t.Errorf("given up too soon: %s", s.Damage())
+	}
+	s.stalls.begin(time.Now().Add(-2 * stallLimit))
+	s.backgroundError(fmt.Errorf("a full disk: %w", syscall.ENOSPC))
+	if s.Damage() != "" {
+		t.Errorf("given up although space can be made: %s", s.Damage())
+	}
+	s.backgroundError(failed)
+	if !strings.Contains(s.Damage(), failed.Error()) {
+		t.Errorf("damage is %q", s.Damage())
 	}
 }
