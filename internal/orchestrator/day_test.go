@@ -422,7 +422,11 @@ func (d *day) provide() {
 }
 
 func (d *day) run(length time.Duration) {
-	for d.at() < length {
+	for said := time.Duration(0); d.at() < length; {
+		if d.at()-said >= 2*time.Hour {
+			said = d.at()
+			d.t.Logf("%s: %d joins, %d leaves, %d moves", d.at(), d.joins, d.leaves, d.moved)
+		}
 		d.step()
 		if d.t.Failed() {
 			return
@@ -451,11 +455,8 @@ func TestADay(t *testing.T) {
 	}
 	most, seed := envNumber(t, envDayNodes, 100), uint64(envNumber(t, envDaySeed, 1))
 	vnodes := 1
-	for vnodes < 64*most {
+	for vnodes < 8*most {
 		vnodes *= 2
-	}
-	if most < 1000 {
-		vnodes /= 8
 	}
 	again := fmt.Sprintf("%s=%d %s=%d go test -run '^TestADay$' ./internal/orchestrator", envDayNodes, most, envDaySeed, seed)
 	began := time.Now()
