@@ -68,7 +68,7 @@ func Diff(old, next *Topology) *topologyv1.TopologyDelta {
 // same reports whether two vnodes of one place are the same; topologies that follow each
 // other share those.
 func (v *Vnode) same(o *Vnode) bool {
-	if v.ChangedEpoch != o.ChangedEpoch || len(v.Slots) != len(o.Slots) {
+	if v.ChangedEpoch != o.ChangedEpoch || len(v.Slots) != len(o.Slots) || !slices.Equal(v.Copies, o.Copies) {
 		return false
 	}
 	return len(v.Slots) == 0 || &v.Slots[0] == &o.Slots[0] || slices.Equal(v.Slots, o.Slots)
@@ -169,10 +169,11 @@ func (t *Topology) patchRing(changes []*topologyv1.VnodeChange) error {
 }
 
 // validatePatched is validate for what d made of a valid topology: vnodes that stayed
-// can only have become wrong by other nodes or more slots in use.
+// can only have become wrong by other nodes, more slots in use, or copies of namespaces
+// that are gone.
 func (t *Topology) validatePatched(old *Topology, d *topologyv1.TopologyDelta) error {
 	width := t.Width()
-	if len(d.GetNodes())+len(d.GetRemovedNodes()) > 0 || width > old.Width() {
+	if len(d.GetNodes())+len(d.GetRemovedNodes())+len(d.GetRemovedNamespaces()) > 0 || width > old.Width() {
 		return t.validate()
 	}
 	if err := t.validateRest(); err != nil {
@@ -220,6 +221,11 @@ func (v *Vnode) sumAt(at int) uint64 {
 	b = binary.LittleEndian.AppendUint64(b, v.ChangedEpoch)
 	for _, s := range v.Slots {
 		for _, n := range []uint64{s.Node, s.Incoming, uint64(s.Phase), s.Since} {
+			b = binary.LittleEndian.AppendUint64(b, n)
+		}
+	}
+	for _, c := range v.Copies {
+		for _, n := range []uint64{uint64(c.Namespace), c.Node, uint64(c.State), c.Since} {
 			b = binary.LittleEndian.AppendUint64(b, n)
 		}
 	}

@@ -76,6 +76,11 @@ func oneMove(pb *topologyv1.Topology, vnode int) *topologyv1.Topology {
 	return next
 }
 
+// dataNodes returns those that may have slots.
+func dataNodes(pb *topologyv1.Topology) []*topologyv1.Node {
+	return slices.DeleteFunc(slices.Clone(pb.Nodes), func(n *topologyv1.Node) bool { return n.Role != topologyv1.Role_ROLE_DATA })
+}
+
 // changed returns what some random changes make of a topology in a later epoch.
 func changed(t *rapid.T, pb *topologyv1.Topology) *topologyv1.Topology {
 	pb = proto.CloneOf(pb)
@@ -85,7 +90,7 @@ func changed(t *rapid.T, pb *topologyv1.Topology) *topologyv1.Topology {
 	}
 	text := rapid.StringMatching(`[a-z]{1,8}`)
 	for range rapid.IntRange(0, 4).Draw(t, "changes") {
-		switch rapid.IntRange(0, 8).Draw(t, "change") {
+		switch rapid.IntRange(0, 10).Draw(t, "change") {
 		case 0: // a node comes
 			next := pb.Nodes[len(pb.Nodes)-1].Incarnation + rapid.Uint64Range(1, 3).Draw(t, "gap")
 			pb.Nodes = append(pb.Nodes, &topologyv1.Node{Incarnation: next, Name: text.Draw(t, "name"), Zone: "z9", Role: topologyv1.Role_ROLE_DATA})
@@ -93,11 +98,11 @@ func changed(t *rapid.T, pb *topologyv1.Topology) *topologyv1.Topology {
 			pb.Nodes[rapid.IntRange(0, len(pb.Nodes)-1).Draw(t, "moved")].Address = text.Draw(t, "address")
 		case 2: // one leaves, if it has no slots
 			gone := inc()
-			if top := known(t, pb); len(pb.Nodes) > 4 && !top.Names(gone) {
+			if top := known(t, pb); (len(dataNodes(pb)) > 4 || top.Node(gone).Role == Reporting) && !top.Names(gone) {
 				pb.Nodes = slices.DeleteFunc(pb.Nodes, func(n *topologyv1.Node) bool { return n.Incarnation == gone })
 			}
 		case 3, 4: // a vnode has other slots
-			nodes := slices.Clone(pb.Nodes)
+			nodes := dataNodes(pb)
 			v := &topologyv1.Vnode{ChangedEpoch: pb.Epoch}
 			for i := range rapid.IntRange(3, min(4, len(nodes))).Draw(t, "slots") {
 				at := rapid.IntRange(i, len(nodes)-1).Draw(t, "at")
@@ -121,10 +126,25 @@ func changed(t *rapid.T, pb *topologyv1.Topology) *topologyv1.Topology {
 			if n := len(pb.Namespaces); n > 0 {
 				i := rapid.IntRange(0, n-1).Draw(t, "which")
 				if rapid.Bool().Draw(t, "dropped") {
+					for _, v := range pb.Ring {
+						v.Copies = slices.DeleteFunc(v.Copies, func(c *topologyv1.Copy) bool { return c.Namespace == pb.Namespaces[i].Id })
+					}
 					pb.Namespaces = slices.Delete(pb.Namespaces, i, i+1)
 				} else {
 					pb.Namespaces[i].TtlMs, pb.Namespaces[i].ChangedEpoch = rapid.Uint64Range(0, 9).Draw(t, "ttl"), pb.Epoch
 				}
+			}
+		case 9: // a reporting node comes
+			next := pb.Nodes[len(pb.Nodes)-1].Incarnation + 1
+			pb.Nodes = append(pb.Nodes, &topologyv1.Node{Incarnation: next, Name: text.Draw(t, "name"), Role: topologyv1.Role_ROLE_REPORTING})
+		case 10: // the last node has a copy, or another one, or none
+			last, v := pb.Nodes[len(pb.Nodes)-1], pb.Ring[rapid.IntRange(0, len(pb.Ring)-1).Draw(t, "vnode")]
+			v.Copies = nil
+			if len(pb.Namespaces) > 0 && last.Role == topologyv1.Role_ROLE_REPORTING {
+				v.Copies = []*topologyv1.Copy{{
+					Namespace: pb.Namespaces[0].Id, Node: last.Incarnation, Since: pb.Epoch,
+					State: topologyv1.CopyState(rapid.IntRange(1, 5).Draw(t, "state")),
+				}}
 			}
 		case 7:
 			pb.Settings.MaxHints = rapid.Uint64Range(1, 9).Draw(t, "hints")
@@ -274,6 +294,10 @@ func TestPatchedTopologiesAreValid(t *testing.T) {
 		"a bad setting":             {func(t *Topology) { t.Settings.MaxHints = -1 }, "max_hints"},
 		"a node twice in a vnode":   {func(t *Topology) { t.Ring[3].Slots[1] = t.Ring[3].Slots[0] }, "has two slots"},
 		"too few slots":             {func(t *Topology) { t.Ring[3].Slots = t.Ring[3].Slots[:2] }, "has 2 slots"},
+		"a copy on a data node":     {func(t *Topology) { t.Ring[3].Copies = []Copy{{1, 5, Behind, 1}} }, "which is no reporting node"},
+		"a copy of nothing":         {func(t *Topology) { t.Ring[3].Copies = []Copy{{7, 5, Behind, 1}} }, "namespace #7, which there is not"},
+		"a copy in no state":        {func(t *Topology) { t.Ring[3].Copies = []Copy{{1, 5, 9, 1}} }, "copy-state(9)"},
+		"a bad reporting timeout":   {func(t *Topology) { t.Namespaces[0].Reporting = ReportingRules{ReportingBlock, 1, 0} }, "reporting timeout"},
 	} {
 		pb := wide(5, 8)
 		old, next := known(t, pb), known(t, pb)

@@ -62,7 +62,7 @@ func (r Recovery) State() (*State, error) {
 	t.Recovery = r.ID
 	t.Nodes, t.Ring, t.Namespaces = slices.Clone(t.Nodes), slices.Clone(t.Ring), slices.Clone(t.Namespaces)
 	for i := range t.Ring {
-		t.Ring[i] = Vnode{Slots: t.Ring[i].Slots, ChangedEpoch: t.Epoch}
+		t.Ring[i] = Vnode{Slots: t.Ring[i].Slots, ChangedEpoch: t.Epoch, Copies: evicted(t.Ring[i].Copies, t.Epoch)}
 	}
 	namespaces := uint32(0)
 	for i := range t.Namespaces {

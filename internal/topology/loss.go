@@ -83,7 +83,7 @@ func (d *draft) acceptLoss(m *topologyv1.AcceptLoss, atMillis int64) error {
 	}
 	for i := range t.Ring {
 		if slices.ContainsFunc(t.Ring[i].Slots, func(s Slot) bool { return slices.Contains(lost, s.Node) || slices.Contains(lost, s.Incoming) }) {
-			t.Ring[i] = Vnode{Slots: t.Ring[i].Slots, ChangedEpoch: t.Epoch}
+			t.Ring[i] = Vnode{Slots: t.Ring[i].Slots, ChangedEpoch: t.Epoch, Copies: t.Ring[i].Copies}
 		}
 	}
 	d.Losses = append(d.Losses, l)

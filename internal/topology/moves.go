@@ -50,7 +50,7 @@ func (d *draft) setVnodes(m *topologyv1.SetVnodes) error {
 		if err := checkStep(old, &next); err != nil {
 			return refuse(Precondition, "BAD_STEP", fmt.Sprintf("vnode %d: %s", i, err), "vnode", i)
 		}
-		next.ChangedEpoch = d.Topology.Epoch
+		next.ChangedEpoch, next.Copies = d.Topology.Epoch, old.Copies
 		d.noteStep(i, old, &next, pb)
 		d.Topology.Ring[i] = next
 		d.changed = true

@@ -109,6 +109,9 @@ func vnodeFromProto(v *topologyv1.Vnode) Vnode {
 	if n := len(v.GetSlots()); n > 0 {
 		out.Slots = make([]Slot, 0, n)
 	}
+	for _, c := range v.GetCopies() {
+		out.Copies = append(out.Copies, copyFromProto(c))
+	}
 	for _, s := range v.GetSlots() {
 		out.Slots = append(out.Slots, Slot{Node: s.GetNode(), Incoming: s.GetIncoming(), Phase: Phase(s.GetPhase()), Since: s.GetSince()})
 	}
@@ -128,6 +131,9 @@ func (v *Vnode) proto() *topologyv1.Vnode {
 	pb := &topologyv1.Vnode{ChangedEpoch: v.ChangedEpoch}
 	for _, s := range v.Slots {
 		pb.Slots = append(pb.Slots, &topologyv1.Slot{Node: s.Node, Incoming: s.Incoming, Phase: topologyv1.Phase(s.Phase), Since: s.Since})
+	}
+	for _, c := range v.Copies {
+		pb.Copies = append(pb.Copies, c.Proto())
 	}
 	return pb
 }
@@ -169,6 +175,7 @@ func NamespaceFromProto(pb *topologyv1.Namespace) (Namespace, error) {
 		Since:          pb.GetSince(),
 		AlsoW:          specs[2],
 		AlsoR:          specs[3],
+		Reporting:      reportingFromProto(pb.GetReporting()),
 	}, nil
 }
 
@@ -192,6 +199,7 @@ func (ns *Namespace) Proto() *topologyv1.Namespace {
 
 		AlsoWriteQuorum: ns.AlsoW.String(),
 		AlsoReadQuorum:  ns.AlsoR.String(),
+		Reporting:       ns.Reporting.proto(),
 	}
 }
 

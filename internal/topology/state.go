@@ -247,6 +247,8 @@ func (d *draft) mutate(m *topologyv1.Mutation, atMillis int64) error {
 		return nil
 	case *topologyv1.Mutation_SetVnodes:
 		return d.setVnodes(m.SetVnodes)
+	case *topologyv1.Mutation_SetCopies:
+		return d.setCopies(m.SetCopies)
 	case *topologyv1.Mutation_RemoveNodes:
 		return d.removeNodes(m.RemoveNodes)
 	case *topologyv1.Mutation_StartOperation:
@@ -355,6 +357,9 @@ func (d *draft) setRing(r *topologyv1.SetRing) {
 				s.Since = d.Topology.Epoch
 			}
 		}
+		if i < len(old) {
+			v.Copies = old[i].Copies
+		}
 		if i < len(old) && slices.Equal(old[i].Slots, v.Slots) {
 			v = old[i]
 		} else {
@@ -419,6 +424,7 @@ func (d *draft) dropNamespace(u *topologyv1.DropNamespace) error {
 		return err
 	}
 	d.Topology.Namespaces = slices.Delete(d.Topology.Namespaces, i, i+1)
+	d.dropCopies(u.GetId())
 	d.changed = true
 	return nil
 }

@@ -119,8 +119,11 @@ func (s Slot) Quorum() quorum.Slot {
 type Vnode struct {
 	// Slots is ordered; a namespace of N replicas uses the first N.
 	Slots []Slot
-	// ChangedEpoch is the epoch in which the slots last changed.
+	// ChangedEpoch is the epoch in which the slots last changed, or the copies that requests
+	// have to know of.
 	ChangedEpoch uint64
+	// Copies is what reporting nodes hold, in order of namespace and node.
+	Copies []Copy
 	// What index makes of the above: the slots as requests see them, and the vnode's part
 	// in the topology's checksum.
 	quorum []quorum.Slot
@@ -186,6 +189,7 @@ type Namespace struct {
 	// While W and R change, AlsoN is N, reads go by R and writes by AlsoW as well; AlsoR is
 	// the other R. Otherwise both are unset. See StepQuorums.
 	AlsoW, AlsoR quorum.Spec
+	Reporting    ReportingRules
 }
 
 // NChange says which way N changes, or that W and R do.
@@ -430,13 +434,13 @@ func (t *Topology) Members() []*Node {
 	return out
 }
 
-// Names reports whether an incarnation has a slot, or is to have one.
+// Names reports whether an incarnation has a slot, or is to have one, or has a copy.
 func (t *Topology) Names(incarnation uint64) bool {
 	h := t.findHolders()
 	return h.has[incarnation] || h.gets[incarnation]
 }
 
-// holders is who has slots and who is to have some. It is found when first asked for.
+// holders is who has slots and who else is to have records. It is found when first asked for.
 type holders struct {
 	once      sync.Once
 	has, gets map[uint64]bool
@@ -450,6 +454,9 @@ func (h *holders) find(ring []Vnode) {
 			if s.Incoming != 0 {
 				h.gets[s.Incoming] = true
 			}
+		}
+		for _, c := range ring[i].Copies {
+			h.gets[c.Node] = true
 		}
 	}
 }
@@ -570,7 +577,7 @@ func (t *Topology) validateVnode(i, width int) error {
 			seen = append(seen, n)
 		}
 	}
-	return nil
+	return t.validateCopies(i)
 }
 
 func (ns *Namespace) validate() error {
@@ -588,6 +595,9 @@ func (ns *Namespace) validate() error {
 		return fmt.Errorf("namespace %s: TTL is %s: want 0 (none) or more", ns.Name, ns.TTL)
 	case ns.ReadRepair < RepairBlocking || ns.ReadRepair > RepairOff:
 		return fmt.Errorf("namespace %s: unknown %s", ns.Name, ns.ReadRepair)
+	}
+	if err := ns.Reporting.validate(); err != nil {
+		return fmt.Errorf("namespace %s: %w", ns.Name, err)
 	}
 	changing, others := ns.AlsoN != 0, ns.Change >= Requiring
 	if changing != (ns.Since != 0) || changing != (ns.Change != 0) || ns.Change > Leveling ||

@@ -186,7 +186,7 @@ func (x Operation_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Operation_State.Descriptor instead.
 func (Operation_State) EnumDescriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{21, 0}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{23, 0}
 }
 
 // ControlState is what the orchestrators agree on: the topology, and what only
@@ -1054,6 +1054,7 @@ type Mutation struct {
 	//	*Mutation_SetSettings
 	//	*Mutation_SetCondition
 	//	*Mutation_NoteScaling
+	//	*Mutation_SetCopies
 	//	*Mutation_Recover
 	//	*Mutation_AcceptLoss
 	Kind          isMutation_Kind `protobuf_oneof:"kind"`
@@ -1251,6 +1252,15 @@ func (x *Mutation) GetNoteScaling() *NoteScaling {
 	return nil
 }
 
+func (x *Mutation) GetSetCopies() *SetCopies {
+	if x != nil {
+		if x, ok := x.Kind.(*Mutation_SetCopies); ok {
+			return x.SetCopies
+		}
+	}
+	return nil
+}
+
 func (x *Mutation) GetRecover() *Recover {
 	if x != nil {
 		if x, ok := x.Kind.(*Mutation_Recover); ok {
@@ -1341,6 +1351,10 @@ type Mutation_NoteScaling struct {
 	NoteScaling *NoteScaling `protobuf:"bytes,17,opt,name=note_scaling,json=noteScaling,proto3,oneof"`
 }
 
+type Mutation_SetCopies struct {
+	SetCopies *SetCopies `protobuf:"bytes,18,opt,name=set_copies,json=setCopies,proto3,oneof"`
+}
+
 type Mutation_Recover struct {
 	Recover *Recover `protobuf:"bytes,60,opt,name=recover,proto3,oneof"`
 }
@@ -1382,6 +1396,8 @@ func (*Mutation_SetSettings) isMutation_Kind() {}
 func (*Mutation_SetCondition) isMutation_Kind() {}
 
 func (*Mutation_NoteScaling) isMutation_Kind() {}
+
+func (*Mutation_SetCopies) isMutation_Kind() {}
 
 func (*Mutation_Recover) isMutation_Kind() {}
 
@@ -1775,6 +1791,104 @@ func (x *VnodeSlots) GetMovedBytes() uint64 {
 	return 0
 }
 
+// SetCopies takes some copies of vnodes a step further.
+type SetCopies struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Changes       []*CopyChange          `protobuf:"bytes,1,rep,name=changes,proto3" json:"changes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SetCopies) Reset() {
+	*x = SetCopies{}
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SetCopies) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SetCopies) ProtoMessage() {}
+
+func (x *SetCopies) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SetCopies.ProtoReflect.Descriptor instead.
+func (*SetCopies) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *SetCopies) GetChanges() []*CopyChange {
+	if x != nil {
+		return x.Changes
+	}
+	return nil
+}
+
+type CopyChange struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Vnode uint32                 `protobuf:"varint,1,opt,name=vnode,proto3" json:"vnode,omitempty"`
+	// Its epoch is filled in. Without a state the copy is given up.
+	Copy          *Copy `protobuf:"bytes,2,opt,name=copy,proto3" json:"copy,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CopyChange) Reset() {
+	*x = CopyChange{}
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CopyChange) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CopyChange) ProtoMessage() {}
+
+func (x *CopyChange) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CopyChange.ProtoReflect.Descriptor instead.
+func (*CopyChange) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *CopyChange) GetVnode() uint32 {
+	if x != nil {
+		return x.Vnode
+	}
+	return 0
+}
+
+func (x *CopyChange) GetCopy() *Copy {
+	if x != nil {
+		return x.Copy
+	}
+	return nil
+}
+
 // RemoveNodes takes data directories out of the cluster, for good.
 type RemoveNodes struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1785,7 +1899,7 @@ type RemoveNodes struct {
 
 func (x *RemoveNodes) Reset() {
 	*x = RemoveNodes{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[17]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1797,7 +1911,7 @@ func (x *RemoveNodes) String() string {
 func (*RemoveNodes) ProtoMessage() {}
 
 func (x *RemoveNodes) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[17]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1810,7 +1924,7 @@ func (x *RemoveNodes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodes.ProtoReflect.Descriptor instead.
 func (*RemoveNodes) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{17}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *RemoveNodes) GetIncarnations() []uint64 {
@@ -1831,7 +1945,7 @@ type StartOperation struct {
 
 func (x *StartOperation) Reset() {
 	*x = StartOperation{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[18]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1843,7 +1957,7 @@ func (x *StartOperation) String() string {
 func (*StartOperation) ProtoMessage() {}
 
 func (x *StartOperation) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[18]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1856,7 +1970,7 @@ func (x *StartOperation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartOperation.ProtoReflect.Descriptor instead.
 func (*StartOperation) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{18}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *StartOperation) GetOperation() *Operation {
@@ -1877,7 +1991,7 @@ type SteerOperation struct {
 
 func (x *SteerOperation) Reset() {
 	*x = SteerOperation{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[19]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1889,7 +2003,7 @@ func (x *SteerOperation) String() string {
 func (*SteerOperation) ProtoMessage() {}
 
 func (x *SteerOperation) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[19]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1902,7 +2016,7 @@ func (x *SteerOperation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SteerOperation.ProtoReflect.Descriptor instead.
 func (*SteerOperation) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{19}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *SteerOperation) GetId() uint64 {
@@ -1933,7 +2047,7 @@ type Move struct {
 
 func (x *Move) Reset() {
 	*x = Move{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[20]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1945,7 +2059,7 @@ func (x *Move) String() string {
 func (*Move) ProtoMessage() {}
 
 func (x *Move) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[20]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1958,7 +2072,7 @@ func (x *Move) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Move.ProtoReflect.Descriptor instead.
 func (*Move) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{20}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *Move) GetVnode() uint32 {
@@ -2030,7 +2144,7 @@ type Operation struct {
 
 func (x *Operation) Reset() {
 	*x = Operation{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[21]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2042,7 +2156,7 @@ func (x *Operation) String() string {
 func (*Operation) ProtoMessage() {}
 
 func (x *Operation) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[21]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2055,7 +2169,7 @@ func (x *Operation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Operation.ProtoReflect.Descriptor instead.
 func (*Operation) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{21}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Operation) GetId() uint64 {
@@ -2187,7 +2301,7 @@ type FindHealth struct {
 
 func (x *FindHealth) Reset() {
 	*x = FindHealth{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[22]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2199,7 +2313,7 @@ func (x *FindHealth) String() string {
 func (*FindHealth) ProtoMessage() {}
 
 func (x *FindHealth) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[22]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2212,7 +2326,7 @@ func (x *FindHealth) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FindHealth.ProtoReflect.Descriptor instead.
 func (*FindHealth) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{22}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *FindHealth) GetNodes() []*FoundHealth {
@@ -2233,7 +2347,7 @@ type AskProvision struct {
 
 func (x *AskProvision) Reset() {
 	*x = AskProvision{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[23]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2245,7 +2359,7 @@ func (x *AskProvision) String() string {
 func (*AskProvision) ProtoMessage() {}
 
 func (x *AskProvision) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[23]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2258,7 +2372,7 @@ func (x *AskProvision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AskProvision.ProtoReflect.Descriptor instead.
 func (*AskProvision) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{23}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *AskProvision) GetProvision() *Provision {
@@ -2282,7 +2396,7 @@ type SteerProvision struct {
 
 func (x *SteerProvision) Reset() {
 	*x = SteerProvision{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[24]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2294,7 +2408,7 @@ func (x *SteerProvision) String() string {
 func (*SteerProvision) ProtoMessage() {}
 
 func (x *SteerProvision) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[24]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2307,7 +2421,7 @@ func (x *SteerProvision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SteerProvision.ProtoReflect.Descriptor instead.
 func (*SteerProvision) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{24}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *SteerProvision) GetId() uint64 {
@@ -2355,7 +2469,7 @@ type NoteScaling struct {
 
 func (x *NoteScaling) Reset() {
 	*x = NoteScaling{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[25]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2367,7 +2481,7 @@ func (x *NoteScaling) String() string {
 func (*NoteScaling) ProtoMessage() {}
 
 func (x *NoteScaling) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[25]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2380,7 +2494,7 @@ func (x *NoteScaling) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NoteScaling.ProtoReflect.Descriptor instead.
 func (*NoteScaling) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{25}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *NoteScaling) GetUp() bool {
@@ -2401,7 +2515,7 @@ type SetCondition struct {
 
 func (x *SetCondition) Reset() {
 	*x = SetCondition{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[26]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2413,7 +2527,7 @@ func (x *SetCondition) String() string {
 func (*SetCondition) ProtoMessage() {}
 
 func (x *SetCondition) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[26]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2426,7 +2540,7 @@ func (x *SetCondition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetCondition.ProtoReflect.Descriptor instead.
 func (*SetCondition) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{26}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *SetCondition) GetKind() string {
@@ -2453,7 +2567,7 @@ type SetSettings struct {
 
 func (x *SetSettings) Reset() {
 	*x = SetSettings{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[27]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2465,7 +2579,7 @@ func (x *SetSettings) String() string {
 func (*SetSettings) ProtoMessage() {}
 
 func (x *SetSettings) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[27]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2478,7 +2592,7 @@ func (x *SetSettings) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetSettings.ProtoReflect.Descriptor instead.
 func (*SetSettings) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{27}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *SetSettings) GetSettings() *Settings {
@@ -2497,7 +2611,7 @@ type CreateNamespace struct {
 
 func (x *CreateNamespace) Reset() {
 	*x = CreateNamespace{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[28]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2509,7 +2623,7 @@ func (x *CreateNamespace) String() string {
 func (*CreateNamespace) ProtoMessage() {}
 
 func (x *CreateNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[28]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2522,7 +2636,7 @@ func (x *CreateNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNamespace.ProtoReflect.Descriptor instead.
 func (*CreateNamespace) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{28}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *CreateNamespace) GetNamespace() *Namespace {
@@ -2541,7 +2655,7 @@ type UpdateNamespace struct {
 
 func (x *UpdateNamespace) Reset() {
 	*x = UpdateNamespace{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[29]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2553,7 +2667,7 @@ func (x *UpdateNamespace) String() string {
 func (*UpdateNamespace) ProtoMessage() {}
 
 func (x *UpdateNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[29]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2566,7 +2680,7 @@ func (x *UpdateNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNamespace.ProtoReflect.Descriptor instead.
 func (*UpdateNamespace) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{29}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *UpdateNamespace) GetNamespace() *Namespace {
@@ -2585,7 +2699,7 @@ type DropNamespace struct {
 
 func (x *DropNamespace) Reset() {
 	*x = DropNamespace{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[30]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2597,7 +2711,7 @@ func (x *DropNamespace) String() string {
 func (*DropNamespace) ProtoMessage() {}
 
 func (x *DropNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[30]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2610,7 +2724,7 @@ func (x *DropNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DropNamespace.ProtoReflect.Descriptor instead.
 func (*DropNamespace) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{30}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *DropNamespace) GetId() uint32 {
@@ -2629,7 +2743,7 @@ type SetOrchestrators struct {
 
 func (x *SetOrchestrators) Reset() {
 	*x = SetOrchestrators{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[31]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2641,7 +2755,7 @@ func (x *SetOrchestrators) String() string {
 func (*SetOrchestrators) ProtoMessage() {}
 
 func (x *SetOrchestrators) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[31]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2654,7 +2768,7 @@ func (x *SetOrchestrators) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetOrchestrators.ProtoReflect.Descriptor instead.
 func (*SetOrchestrators) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{31}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *SetOrchestrators) GetOrchestrators() []*Orchestrator {
@@ -2760,8 +2874,7 @@ const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\aCommand\x12!\n" +
 	"\fexpect_epoch\x18\x01 \x01(\x06R\vexpectEpoch\x122\n" +
 	"\x06change\x18\x02 \x01(\v2\x1a.kvasir.topology.v1.ChangeR\x06change\x12:\n" +
-	"\tmutations\x18\x03 \x03(\v2\x1c.kvasir.topology.v1.MutationR\tmutations\"\xd0\n" +
-	"\n" +
+	"\tmutations\x18\x03 \x03(\v2\x1c.kvasir.topology.v1.MutationR\tmutations\"\x90\v\n" +
 	"\bMutation\x121\n" +
 	"\x05found\x18\x01 \x01(\v2\x19.kvasir.topology.v1.FoundH\x00R\x05found\x12:\n" +
 	"\bregister\x18\x02 \x01(\v2\x1c.kvasir.topology.v1.RegisterH\x00R\bregister\x128\n" +
@@ -2782,7 +2895,9 @@ const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\x0fsteer_provision\x18\x0e \x01(\v2\".kvasir.topology.v1.SteerProvisionH\x00R\x0esteerProvision\x12D\n" +
 	"\fset_settings\x18\x0f \x01(\v2\x1f.kvasir.topology.v1.SetSettingsH\x00R\vsetSettings\x12G\n" +
 	"\rset_condition\x18\x10 \x01(\v2 .kvasir.topology.v1.SetConditionH\x00R\fsetCondition\x12D\n" +
-	"\fnote_scaling\x18\x11 \x01(\v2\x1f.kvasir.topology.v1.NoteScalingH\x00R\vnoteScaling\x127\n" +
+	"\fnote_scaling\x18\x11 \x01(\v2\x1f.kvasir.topology.v1.NoteScalingH\x00R\vnoteScaling\x12>\n" +
+	"\n" +
+	"set_copies\x18\x12 \x01(\v2\x1d.kvasir.topology.v1.SetCopiesH\x00R\tsetCopies\x127\n" +
 	"\arecover\x18< \x01(\v2\x1b.kvasir.topology.v1.RecoverH\x00R\arecover\x12A\n" +
 	"\vaccept_loss\x18= \x01(\v2\x1e.kvasir.topology.v1.AcceptLossH\x00R\n" +
 	"acceptLossB\x06\n" +
@@ -2813,7 +2928,13 @@ const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\x05slots\x18\x02 \x03(\v2\x18.kvasir.topology.v1.SlotR\x05slots\x12#\n" +
 	"\rmoved_records\x18\x03 \x01(\x04R\fmovedRecords\x12\x1f\n" +
 	"\vmoved_bytes\x18\x04 \x01(\x04R\n" +
-	"movedBytes\"1\n" +
+	"movedBytes\"E\n" +
+	"\tSetCopies\x128\n" +
+	"\achanges\x18\x01 \x03(\v2\x1e.kvasir.topology.v1.CopyChangeR\achanges\"P\n" +
+	"\n" +
+	"CopyChange\x12\x14\n" +
+	"\x05vnode\x18\x01 \x01(\rR\x05vnode\x12,\n" +
+	"\x04copy\x18\x02 \x01(\v2\x18.kvasir.topology.v1.CopyR\x04copy\"1\n" +
 	"\vRemoveNodes\x12\"\n" +
 	"\fincarnations\x18\x01 \x03(\x04R\fincarnations\"M\n" +
 	"\x0eStartOperation\x12;\n" +
@@ -2896,7 +3017,7 @@ func file_kvasir_topology_v1_control_proto_rawDescGZIP() []byte {
 }
 
 var file_kvasir_topology_v1_control_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_kvasir_topology_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_kvasir_topology_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
 var file_kvasir_topology_v1_control_proto_goTypes = []any{
 	(Provision_Kind)(0),      // 0: kvasir.topology.v1.Provision.Kind
 	(Provision_State)(0),     // 1: kvasir.topology.v1.Provision.State
@@ -2918,42 +3039,45 @@ var file_kvasir_topology_v1_control_proto_goTypes = []any{
 	(*SetRing)(nil),          // 17: kvasir.topology.v1.SetRing
 	(*SetVnodes)(nil),        // 18: kvasir.topology.v1.SetVnodes
 	(*VnodeSlots)(nil),       // 19: kvasir.topology.v1.VnodeSlots
-	(*RemoveNodes)(nil),      // 20: kvasir.topology.v1.RemoveNodes
-	(*StartOperation)(nil),   // 21: kvasir.topology.v1.StartOperation
-	(*SteerOperation)(nil),   // 22: kvasir.topology.v1.SteerOperation
-	(*Move)(nil),             // 23: kvasir.topology.v1.Move
-	(*Operation)(nil),        // 24: kvasir.topology.v1.Operation
-	(*FindHealth)(nil),       // 25: kvasir.topology.v1.FindHealth
-	(*AskProvision)(nil),     // 26: kvasir.topology.v1.AskProvision
-	(*SteerProvision)(nil),   // 27: kvasir.topology.v1.SteerProvision
-	(*NoteScaling)(nil),      // 28: kvasir.topology.v1.NoteScaling
-	(*SetCondition)(nil),     // 29: kvasir.topology.v1.SetCondition
-	(*SetSettings)(nil),      // 30: kvasir.topology.v1.SetSettings
-	(*CreateNamespace)(nil),  // 31: kvasir.topology.v1.CreateNamespace
-	(*UpdateNamespace)(nil),  // 32: kvasir.topology.v1.UpdateNamespace
-	(*DropNamespace)(nil),    // 33: kvasir.topology.v1.DropNamespace
-	(*SetOrchestrators)(nil), // 34: kvasir.topology.v1.SetOrchestrators
-	(*Topology)(nil),         // 35: kvasir.topology.v1.Topology
-	(NodeHealth_State)(0),    // 36: kvasir.topology.v1.NodeHealth.State
-	(*Settings)(nil),         // 37: kvasir.topology.v1.Settings
-	(*Node)(nil),             // 38: kvasir.topology.v1.Node
-	(*Vnode)(nil),            // 39: kvasir.topology.v1.Vnode
-	(*Slot)(nil),             // 40: kvasir.topology.v1.Slot
-	(*Namespace)(nil),        // 41: kvasir.topology.v1.Namespace
-	(*Orchestrator)(nil),     // 42: kvasir.topology.v1.Orchestrator
+	(*SetCopies)(nil),        // 20: kvasir.topology.v1.SetCopies
+	(*CopyChange)(nil),       // 21: kvasir.topology.v1.CopyChange
+	(*RemoveNodes)(nil),      // 22: kvasir.topology.v1.RemoveNodes
+	(*StartOperation)(nil),   // 23: kvasir.topology.v1.StartOperation
+	(*SteerOperation)(nil),   // 24: kvasir.topology.v1.SteerOperation
+	(*Move)(nil),             // 25: kvasir.topology.v1.Move
+	(*Operation)(nil),        // 26: kvasir.topology.v1.Operation
+	(*FindHealth)(nil),       // 27: kvasir.topology.v1.FindHealth
+	(*AskProvision)(nil),     // 28: kvasir.topology.v1.AskProvision
+	(*SteerProvision)(nil),   // 29: kvasir.topology.v1.SteerProvision
+	(*NoteScaling)(nil),      // 30: kvasir.topology.v1.NoteScaling
+	(*SetCondition)(nil),     // 31: kvasir.topology.v1.SetCondition
+	(*SetSettings)(nil),      // 32: kvasir.topology.v1.SetSettings
+	(*CreateNamespace)(nil),  // 33: kvasir.topology.v1.CreateNamespace
+	(*UpdateNamespace)(nil),  // 34: kvasir.topology.v1.UpdateNamespace
+	(*DropNamespace)(nil),    // 35: kvasir.topology.v1.DropNamespace
+	(*SetOrchestrators)(nil), // 36: kvasir.topology.v1.SetOrchestrators
+	(*Topology)(nil),         // 37: kvasir.topology.v1.Topology
+	(NodeHealth_State)(0),    // 38: kvasir.topology.v1.NodeHealth.State
+	(*Settings)(nil),         // 39: kvasir.topology.v1.Settings
+	(*Node)(nil),             // 40: kvasir.topology.v1.Node
+	(*Vnode)(nil),            // 41: kvasir.topology.v1.Vnode
+	(*Slot)(nil),             // 42: kvasir.topology.v1.Slot
+	(*Copy)(nil),             // 43: kvasir.topology.v1.Copy
+	(*Namespace)(nil),        // 44: kvasir.topology.v1.Namespace
+	(*Orchestrator)(nil),     // 45: kvasir.topology.v1.Orchestrator
 }
 var file_kvasir_topology_v1_control_proto_depIdxs = []int32{
-	35, // 0: kvasir.topology.v1.ControlState.topology:type_name -> kvasir.topology.v1.Topology
+	37, // 0: kvasir.topology.v1.ControlState.topology:type_name -> kvasir.topology.v1.Topology
 	9,  // 1: kvasir.topology.v1.ControlState.boots:type_name -> kvasir.topology.v1.Boot
 	10, // 2: kvasir.topology.v1.ControlState.history:type_name -> kvasir.topology.v1.Change
-	24, // 3: kvasir.topology.v1.ControlState.operations:type_name -> kvasir.topology.v1.Operation
+	26, // 3: kvasir.topology.v1.ControlState.operations:type_name -> kvasir.topology.v1.Operation
 	6,  // 4: kvasir.topology.v1.ControlState.health:type_name -> kvasir.topology.v1.FoundHealth
 	8,  // 5: kvasir.topology.v1.ControlState.provisions:type_name -> kvasir.topology.v1.Provision
 	7,  // 6: kvasir.topology.v1.ControlState.settings_versions:type_name -> kvasir.topology.v1.SettingsVersion
 	5,  // 7: kvasir.topology.v1.ControlState.conditions:type_name -> kvasir.topology.v1.Condition
 	4,  // 8: kvasir.topology.v1.ControlState.losses:type_name -> kvasir.topology.v1.Loss
-	36, // 9: kvasir.topology.v1.FoundHealth.state:type_name -> kvasir.topology.v1.NodeHealth.State
-	37, // 10: kvasir.topology.v1.SettingsVersion.settings:type_name -> kvasir.topology.v1.Settings
+	38, // 9: kvasir.topology.v1.FoundHealth.state:type_name -> kvasir.topology.v1.NodeHealth.State
+	39, // 10: kvasir.topology.v1.SettingsVersion.settings:type_name -> kvasir.topology.v1.Settings
 	0,  // 11: kvasir.topology.v1.Provision.kind:type_name -> kvasir.topology.v1.Provision.Kind
 	1,  // 12: kvasir.topology.v1.Provision.state:type_name -> kvasir.topology.v1.Provision.State
 	10, // 13: kvasir.topology.v1.Command.change:type_name -> kvasir.topology.v1.Change
@@ -2961,44 +3085,47 @@ var file_kvasir_topology_v1_control_proto_depIdxs = []int32{
 	13, // 15: kvasir.topology.v1.Mutation.found:type_name -> kvasir.topology.v1.Found
 	16, // 16: kvasir.topology.v1.Mutation.register:type_name -> kvasir.topology.v1.Register
 	17, // 17: kvasir.topology.v1.Mutation.set_ring:type_name -> kvasir.topology.v1.SetRing
-	31, // 18: kvasir.topology.v1.Mutation.create_namespace:type_name -> kvasir.topology.v1.CreateNamespace
-	32, // 19: kvasir.topology.v1.Mutation.update_namespace:type_name -> kvasir.topology.v1.UpdateNamespace
-	33, // 20: kvasir.topology.v1.Mutation.drop_namespace:type_name -> kvasir.topology.v1.DropNamespace
-	34, // 21: kvasir.topology.v1.Mutation.set_orchestrators:type_name -> kvasir.topology.v1.SetOrchestrators
+	33, // 18: kvasir.topology.v1.Mutation.create_namespace:type_name -> kvasir.topology.v1.CreateNamespace
+	34, // 19: kvasir.topology.v1.Mutation.update_namespace:type_name -> kvasir.topology.v1.UpdateNamespace
+	35, // 20: kvasir.topology.v1.Mutation.drop_namespace:type_name -> kvasir.topology.v1.DropNamespace
+	36, // 21: kvasir.topology.v1.Mutation.set_orchestrators:type_name -> kvasir.topology.v1.SetOrchestrators
 	18, // 22: kvasir.topology.v1.Mutation.set_vnodes:type_name -> kvasir.topology.v1.SetVnodes
-	20, // 23: kvasir.topology.v1.Mutation.remove_nodes:type_name -> kvasir.topology.v1.RemoveNodes
-	21, // 24: kvasir.topology.v1.Mutation.start_operation:type_name -> kvasir.topology.v1.StartOperation
-	22, // 25: kvasir.topology.v1.Mutation.steer_operation:type_name -> kvasir.topology.v1.SteerOperation
-	25, // 26: kvasir.topology.v1.Mutation.find_health:type_name -> kvasir.topology.v1.FindHealth
-	26, // 27: kvasir.topology.v1.Mutation.ask_provision:type_name -> kvasir.topology.v1.AskProvision
-	27, // 28: kvasir.topology.v1.Mutation.steer_provision:type_name -> kvasir.topology.v1.SteerProvision
-	30, // 29: kvasir.topology.v1.Mutation.set_settings:type_name -> kvasir.topology.v1.SetSettings
-	29, // 30: kvasir.topology.v1.Mutation.set_condition:type_name -> kvasir.topology.v1.SetCondition
-	28, // 31: kvasir.topology.v1.Mutation.note_scaling:type_name -> kvasir.topology.v1.NoteScaling
-	14, // 32: kvasir.topology.v1.Mutation.recover:type_name -> kvasir.topology.v1.Recover
-	15, // 33: kvasir.topology.v1.Mutation.accept_loss:type_name -> kvasir.topology.v1.AcceptLoss
-	37, // 34: kvasir.topology.v1.Found.settings:type_name -> kvasir.topology.v1.Settings
-	3,  // 35: kvasir.topology.v1.Recover.state:type_name -> kvasir.topology.v1.ControlState
-	38, // 36: kvasir.topology.v1.Register.node:type_name -> kvasir.topology.v1.Node
-	39, // 37: kvasir.topology.v1.SetRing.ring:type_name -> kvasir.topology.v1.Vnode
-	19, // 38: kvasir.topology.v1.SetVnodes.vnodes:type_name -> kvasir.topology.v1.VnodeSlots
-	40, // 39: kvasir.topology.v1.VnodeSlots.slots:type_name -> kvasir.topology.v1.Slot
-	24, // 40: kvasir.topology.v1.StartOperation.operation:type_name -> kvasir.topology.v1.Operation
-	2,  // 41: kvasir.topology.v1.SteerOperation.state:type_name -> kvasir.topology.v1.Operation.State
-	2,  // 42: kvasir.topology.v1.Operation.state:type_name -> kvasir.topology.v1.Operation.State
-	23, // 43: kvasir.topology.v1.Operation.moves:type_name -> kvasir.topology.v1.Move
-	6,  // 44: kvasir.topology.v1.FindHealth.nodes:type_name -> kvasir.topology.v1.FoundHealth
-	8,  // 45: kvasir.topology.v1.AskProvision.provision:type_name -> kvasir.topology.v1.Provision
-	1,  // 46: kvasir.topology.v1.SteerProvision.state:type_name -> kvasir.topology.v1.Provision.State
-	37, // 47: kvasir.topology.v1.SetSettings.settings:type_name -> kvasir.topology.v1.Settings
-	41, // 48: kvasir.topology.v1.CreateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
-	41, // 49: kvasir.topology.v1.UpdateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
-	42, // 50: kvasir.topology.v1.SetOrchestrators.orchestrators:type_name -> kvasir.topology.v1.Orchestrator
-	51, // [51:51] is the sub-list for method output_type
-	51, // [51:51] is the sub-list for method input_type
-	51, // [51:51] is the sub-list for extension type_name
-	51, // [51:51] is the sub-list for extension extendee
-	0,  // [0:51] is the sub-list for field type_name
+	22, // 23: kvasir.topology.v1.Mutation.remove_nodes:type_name -> kvasir.topology.v1.RemoveNodes
+	23, // 24: kvasir.topology.v1.Mutation.start_operation:type_name -> kvasir.topology.v1.StartOperation
+	24, // 25: kvasir.topology.v1.Mutation.steer_operation:type_name -> kvasir.topology.v1.SteerOperation
+	27, // 26: kvasir.topology.v1.Mutation.find_health:type_name -> kvasir.topology.v1.FindHealth
+	28, // 27: kvasir.topology.v1.Mutation.ask_provision:type_name -> kvasir.topology.v1.AskProvision
+	29, // 28: kvasir.topology.v1.Mutation.steer_provision:type_name -> kvasir.topology.v1.SteerProvision
+	32, // 29: kvasir.topology.v1.Mutation.set_settings:type_name -> kvasir.topology.v1.SetSettings
+	31, // 30: kvasir.topology.v1.Mutation.set_condition:type_name -> kvasir.topology.v1.SetCondition
+	30, // 31: kvasir.topology.v1.Mutation.note_scaling:type_name -> kvasir.topology.v1.NoteScaling
+	20, // 32: kvasir.topology.v1.Mutation.set_copies:type_name -> kvasir.topology.v1.SetCopies
+	14, // 33: kvasir.topology.v1.Mutation.recover:type_name -> kvasir.topology.v1.Recover
+	15, // 34: kvasir.topology.v1.Mutation.accept_loss:type_name -> kvasir.topology.v1.AcceptLoss
+	39, // 35: kvasir.topology.v1.Found.settings:type_name -> kvasir.topology.v1.Settings
+	3,  // 36: kvasir.topology.v1.Recover.state:type_name -> kvasir.topology.v1.ControlState
+	40, // 37: kvasir.topology.v1.Register.node:type_name -> kvasir.topology.v1.Node
+	41, // 38: kvasir.topology.v1.SetRing.ring:type_name -> kvasir.topology.v1.Vnode
+	19, // 39: kvasir.topology.v1.SetVnodes.vnodes:type_name -> kvasir.topology.v1.VnodeSlots
+	42, // 40: kvasir.topology.v1.VnodeSlots.slots:type_name -> kvasir.topology.v1.Slot
+	21, // 41: kvasir.topology.v1.SetCopies.changes:type_name -> kvasir.topology.v1.CopyChange
+	43, // 42: kvasir.topology.v1.CopyChange.copy:type_name -> kvasir.topology.v1.Copy
+	26, // 43: kvasir.topology.v1.StartOperation.operation:type_name -> kvasir.topology.v1.Operation
+	2,  // 44: kvasir.topology.v1.SteerOperation.state:type_name -> kvasir.topology.v1.Operation.State
+	2,  // 45: kvasir.topology.v1.Operation.state:type_name -> kvasir.topology.v1.Operation.State
+	25, // 46: kvasir.topology.v1.Operation.moves:type_name -> kvasir.topology.v1.Move
+	6,  // 47: kvasir.topology.v1.FindHealth.nodes:type_name -> kvasir.topology.v1.FoundHealth
+	8,  // 48: kvasir.topology.v1.AskProvision.provision:type_name -> kvasir.topology.v1.Provision
+	1,  // 49: kvasir.topology.v1.SteerProvision.state:type_name -> kvasir.topology.v1.Provision.State
+	39, // 50: kvasir.topology.v1.SetSettings.settings:type_name -> kvasir.topology.v1.Settings
+	44, // 51: kvasir.topology.v1.CreateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
+	44, // 52: kvasir.topology.v1.UpdateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
+	45, // 53: kvasir.topology.v1.SetOrchestrators.orchestrators:type_name -> kvasir.topology.v1.Orchestrator
+	54, // [54:54] is the sub-list for method output_type
+	54, // [54:54] is the sub-list for method input_type
+	54, // [54:54] is the sub-list for extension type_name
+	54, // [54:54] is the sub-list for extension extendee
+	0,  // [0:54] is the sub-list for field type_name
 }
 
 func init() { file_kvasir_topology_v1_control_proto_init() }
@@ -3025,6 +3152,7 @@ func file_kvasir_topology_v1_control_proto_init() {
 		(*Mutation_SetSettings)(nil),
 		(*Mutation_SetCondition)(nil),
 		(*Mutation_NoteScaling)(nil),
+		(*Mutation_SetCopies)(nil),
 		(*Mutation_Recover)(nil),
 		(*Mutation_AcceptLoss)(nil),
 	}
@@ -3034,7 +3162,7 @@ func file_kvasir_topology_v1_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kvasir_topology_v1_control_proto_rawDesc), len(file_kvasir_topology_v1_control_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   32,
+			NumMessages:   34,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

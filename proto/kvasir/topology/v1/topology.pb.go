@@ -126,6 +126,70 @@ func (Phase) EnumDescriptor() ([]byte, []int) {
 	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{1}
 }
 
+// How far a reporting node's copy is.
+type CopyState int32
+
+const (
+	CopyState_COPY_STATE_UNSPECIFIED CopyState = 0
+	// It is being filled.
+	CopyState_COPY_STATE_FILLING CopyState = 1
+	// It is filled and gets every write, but nobody waits for it.
+	CopyState_COPY_STATE_BEHIND CopyState = 2
+	// Writes wait for it already, while it is compared with what was written before.
+	CopyState_COPY_STATE_JOINING CopyState = 3
+	// It has every acknowledged write.
+	CopyState_COPY_STATE_IN_SYNC CopyState = 4
+	// Writes wait for it until its lease is over.
+	CopyState_COPY_STATE_EVICTING CopyState = 5
+)
+
+// Enum value maps for CopyState.
+var (
+	CopyState_name = map[int32]string{
+		0: "COPY_STATE_UNSPECIFIED",
+		1: "COPY_STATE_FILLING",
+		2: "COPY_STATE_BEHIND",
+		3: "COPY_STATE_JOINING",
+		4: "COPY_STATE_IN_SYNC",
+		5: "COPY_STATE_EVICTING",
+	}
+	CopyState_value = map[string]int32{
+		"COPY_STATE_UNSPECIFIED": 0,
+		"COPY_STATE_FILLING":     1,
+		"COPY_STATE_BEHIND":      2,
+		"COPY_STATE_JOINING":     3,
+		"COPY_STATE_IN_SYNC":     4,
+		"COPY_STATE_EVICTING":    5,
+	}
+)
+
+func (x CopyState) Enum() *CopyState {
+	p := new(CopyState)
+	*p = x
+	return p
+}
+
+func (x CopyState) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (CopyState) Descriptor() protoreflect.EnumDescriptor {
+	return file_kvasir_topology_v1_topology_proto_enumTypes[2].Descriptor()
+}
+
+func (CopyState) Type() protoreflect.EnumType {
+	return &file_kvasir_topology_v1_topology_proto_enumTypes[2]
+}
+
+func (x CopyState) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use CopyState.Descriptor instead.
+func (CopyState) EnumDescriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{2}
+}
+
 type ReadRepairMode int32
 
 const (
@@ -162,11 +226,11 @@ func (x ReadRepairMode) String() string {
 }
 
 func (ReadRepairMode) Descriptor() protoreflect.EnumDescriptor {
-	return file_kvasir_topology_v1_topology_proto_enumTypes[2].Descriptor()
+	return file_kvasir_topology_v1_topology_proto_enumTypes[3].Descriptor()
 }
 
 func (ReadRepairMode) Type() protoreflect.EnumType {
-	return &file_kvasir_topology_v1_topology_proto_enumTypes[2]
+	return &file_kvasir_topology_v1_topology_proto_enumTypes[3]
 }
 
 func (x ReadRepairMode) Number() protoreflect.EnumNumber {
@@ -175,7 +239,62 @@ func (x ReadRepairMode) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ReadRepairMode.Descriptor instead.
 func (ReadRepairMode) EnumDescriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{2}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{3}
+}
+
+type ReportingPolicy int32
+
+const (
+	ReportingPolicy_REPORTING_POLICY_UNSPECIFIED ReportingPolicy = 0
+	// Writes wait for the copies that are in sync, and fail where one does not answer.
+	ReportingPolicy_REPORTING_POLICY_BLOCK ReportingPolicy = 1
+	// Such a copy is evicted, and writes go on without it.
+	ReportingPolicy_REPORTING_POLICY_DEGRADE ReportingPolicy = 2
+	// Copies get every write, but no write waits for them: none is ever in sync.
+	ReportingPolicy_REPORTING_POLICY_BEST_EFFORT ReportingPolicy = 3
+)
+
+// Enum value maps for ReportingPolicy.
+var (
+	ReportingPolicy_name = map[int32]string{
+		0: "REPORTING_POLICY_UNSPECIFIED",
+		1: "REPORTING_POLICY_BLOCK",
+		2: "REPORTING_POLICY_DEGRADE",
+		3: "REPORTING_POLICY_BEST_EFFORT",
+	}
+	ReportingPolicy_value = map[string]int32{
+		"REPORTING_POLICY_UNSPECIFIED": 0,
+		"REPORTING_POLICY_BLOCK":       1,
+		"REPORTING_POLICY_DEGRADE":     2,
+		"REPORTING_POLICY_BEST_EFFORT": 3,
+	}
+)
+
+func (x ReportingPolicy) Enum() *ReportingPolicy {
+	p := new(ReportingPolicy)
+	*p = x
+	return p
+}
+
+func (x ReportingPolicy) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (ReportingPolicy) Descriptor() protoreflect.EnumDescriptor {
+	return file_kvasir_topology_v1_topology_proto_enumTypes[4].Descriptor()
+}
+
+func (ReportingPolicy) Type() protoreflect.EnumType {
+	return &file_kvasir_topology_v1_topology_proto_enumTypes[4]
+}
+
+func (x ReportingPolicy) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use ReportingPolicy.Descriptor instead.
+func (ReportingPolicy) EnumDescriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{4}
 }
 
 // NChange says how the number of replicas of a namespace changes, by one, or that its
@@ -223,11 +342,11 @@ func (x NChange) String() string {
 }
 
 func (NChange) Descriptor() protoreflect.EnumDescriptor {
-	return file_kvasir_topology_v1_topology_proto_enumTypes[3].Descriptor()
+	return file_kvasir_topology_v1_topology_proto_enumTypes[5].Descriptor()
 }
 
 func (NChange) Type() protoreflect.EnumType {
-	return &file_kvasir_topology_v1_topology_proto_enumTypes[3]
+	return &file_kvasir_topology_v1_topology_proto_enumTypes[5]
 }
 
 func (x NChange) Number() protoreflect.EnumNumber {
@@ -236,7 +355,7 @@ func (x NChange) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use NChange.Descriptor instead.
 func (NChange) EnumDescriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{3}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{5}
 }
 
 // JoinPolicy says who gives slots to spares. Unspecified is auto with an
@@ -274,11 +393,11 @@ func (x JoinPolicy) String() string {
 }
 
 func (JoinPolicy) Descriptor() protoreflect.EnumDescriptor {
-	return file_kvasir_topology_v1_topology_proto_enumTypes[4].Descriptor()
+	return file_kvasir_topology_v1_topology_proto_enumTypes[6].Descriptor()
 }
 
 func (JoinPolicy) Type() protoreflect.EnumType {
-	return &file_kvasir_topology_v1_topology_proto_enumTypes[4]
+	return &file_kvasir_topology_v1_topology_proto_enumTypes[6]
 }
 
 func (x JoinPolicy) Number() protoreflect.EnumNumber {
@@ -287,7 +406,7 @@ func (x JoinPolicy) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use JoinPolicy.Descriptor instead.
 func (JoinPolicy) EnumDescriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{4}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{6}
 }
 
 type Rebalance_Policy int32
@@ -324,11 +443,11 @@ func (x Rebalance_Policy) String() string {
 }
 
 func (Rebalance_Policy) Descriptor() protoreflect.EnumDescriptor {
-	return file_kvasir_topology_v1_topology_proto_enumTypes[5].Descriptor()
+	return file_kvasir_topology_v1_topology_proto_enumTypes[7].Descriptor()
 }
 
 func (Rebalance_Policy) Type() protoreflect.EnumType {
-	return &file_kvasir_topology_v1_topology_proto_enumTypes[5]
+	return &file_kvasir_topology_v1_topology_proto_enumTypes[7]
 }
 
 func (x Rebalance_Policy) Number() protoreflect.EnumNumber {
@@ -337,7 +456,7 @@ func (x Rebalance_Policy) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Rebalance_Policy.Descriptor instead.
 func (Rebalance_Policy) EnumDescriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{7, 0}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{9, 0}
 }
 
 type NodeHealth_State int32
@@ -373,11 +492,11 @@ func (x NodeHealth_State) String() string {
 }
 
 func (NodeHealth_State) Descriptor() protoreflect.EnumDescriptor {
-	return file_kvasir_topology_v1_topology_proto_enumTypes[6].Descriptor()
+	return file_kvasir_topology_v1_topology_proto_enumTypes[8].Descriptor()
 }
 
 func (NodeHealth_State) Type() protoreflect.EnumType {
-	return &file_kvasir_topology_v1_topology_proto_enumTypes[6]
+	return &file_kvasir_topology_v1_topology_proto_enumTypes[8]
 }
 
 func (x NodeHealth_State) Number() protoreflect.EnumNumber {
@@ -386,7 +505,7 @@ func (x NodeHealth_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use NodeHealth_State.Descriptor instead.
 func (NodeHealth_State) EnumDescriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{12, 0}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{14, 0}
 }
 
 type Node struct {
@@ -572,8 +691,10 @@ func (x *Slot) GetSince() uint64 {
 type Vnode struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Slots []*Slot                `protobuf:"bytes,1,rep,name=slots,proto3" json:"slots,omitempty"`
-	// The epoch in which the slots last changed.
-	ChangedEpoch  uint64 `protobuf:"fixed64,2,opt,name=changed_epoch,json=changedEpoch,proto3" json:"changed_epoch,omitempty"`
+	// The epoch in which the slots last changed, or the copies that requests have to know of.
+	ChangedEpoch uint64 `protobuf:"fixed64,2,opt,name=changed_epoch,json=changedEpoch,proto3" json:"changed_epoch,omitempty"`
+	// In order of namespace and node.
+	Copies        []*Copy `protobuf:"bytes,3,rep,name=copies,proto3" json:"copies,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -622,6 +743,83 @@ func (x *Vnode) GetChangedEpoch() uint64 {
 	return 0
 }
 
+func (x *Vnode) GetCopies() []*Copy {
+	if x != nil {
+		return x.Copies
+	}
+	return nil
+}
+
+// Copy is what a reporting node holds of a vnode's records of one namespace.
+type Copy struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Namespace uint32                 `protobuf:"varint,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Node      uint64                 `protobuf:"varint,2,opt,name=node,proto3" json:"node,omitempty"`
+	State     CopyState              `protobuf:"varint,3,opt,name=state,proto3,enum=kvasir.topology.v1.CopyState" json:"state,omitempty"`
+	// The epoch in which it came into this state.
+	Since         uint64 `protobuf:"fixed64,4,opt,name=since,proto3" json:"since,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Copy) Reset() {
+	*x = Copy{}
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Copy) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Copy) ProtoMessage() {}
+
+func (x *Copy) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Copy.ProtoReflect.Descriptor instead.
+func (*Copy) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Copy) GetNamespace() uint32 {
+	if x != nil {
+		return x.Namespace
+	}
+	return 0
+}
+
+func (x *Copy) GetNode() uint64 {
+	if x != nil {
+		return x.Node
+	}
+	return 0
+}
+
+func (x *Copy) GetState() CopyState {
+	if x != nil {
+		return x.State
+	}
+	return CopyState_COPY_STATE_UNSPECIFIED
+}
+
+func (x *Copy) GetSince() uint64 {
+	if x != nil {
+		return x.Since
+	}
+	return 0
+}
+
 type Namespace struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
 	Id          uint32                 `protobuf:"varint,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -646,13 +844,15 @@ type Namespace struct {
 	// While the quorums change: writes need the other one too. Reads go by read_quorum.
 	AlsoWriteQuorum string `protobuf:"bytes,15,opt,name=also_write_quorum,json=alsoWriteQuorum,proto3" json:"also_write_quorum,omitempty"`
 	AlsoReadQuorum  string `protobuf:"bytes,16,opt,name=also_read_quorum,json=alsoReadQuorum,proto3" json:"also_read_quorum,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Absent: it has no reporting replicas.
+	Reporting     *Reporting `protobuf:"bytes,17,opt,name=reporting,proto3" json:"reporting,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Namespace) Reset() {
 	*x = Namespace{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[3]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -664,7 +864,7 @@ func (x *Namespace) String() string {
 func (*Namespace) ProtoMessage() {}
 
 func (x *Namespace) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[3]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -677,7 +877,7 @@ func (x *Namespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Namespace.ProtoReflect.Descriptor instead.
 func (*Namespace) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{3}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Namespace) GetId() uint32 {
@@ -792,6 +992,76 @@ func (x *Namespace) GetAlsoReadQuorum() string {
 	return ""
 }
 
+func (x *Namespace) GetReporting() *Reporting {
+	if x != nil {
+		return x.Reporting
+	}
+	return nil
+}
+
+// Reporting says which copies reporting nodes hold of a namespace.
+type Reporting struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Policy ReportingPolicy        `protobuf:"varint,1,opt,name=policy,proto3,enum=kvasir.topology.v1.ReportingPolicy" json:"policy,omitempty"`
+	// How many of each vnode.
+	Copies uint32 `protobuf:"varint,2,opt,name=copies,proto3" json:"copies,omitempty"`
+	// How long a write waits for a copy before it asks for its eviction, or fails.
+	TimeoutMs     uint64 `protobuf:"varint,3,opt,name=timeout_ms,json=timeoutMs,proto3" json:"timeout_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Reporting) Reset() {
+	*x = Reporting{}
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Reporting) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Reporting) ProtoMessage() {}
+
+func (x *Reporting) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Reporting.ProtoReflect.Descriptor instead.
+func (*Reporting) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *Reporting) GetPolicy() ReportingPolicy {
+	if x != nil {
+		return x.Policy
+	}
+	return ReportingPolicy_REPORTING_POLICY_UNSPECIFIED
+}
+
+func (x *Reporting) GetCopies() uint32 {
+	if x != nil {
+		return x.Copies
+	}
+	return 0
+}
+
+func (x *Reporting) GetTimeoutMs() uint64 {
+	if x != nil {
+		return x.TimeoutMs
+	}
+	return 0
+}
+
 type HealthChecks struct {
 	state              protoimpl.MessageState `protogen:"open.v1"`
 	IntervalMs         uint64                 `protobuf:"varint,1,opt,name=interval_ms,json=intervalMs,proto3" json:"interval_ms,omitempty"`
@@ -804,7 +1074,7 @@ type HealthChecks struct {
 
 func (x *HealthChecks) Reset() {
 	*x = HealthChecks{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[4]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -816,7 +1086,7 @@ func (x *HealthChecks) String() string {
 func (*HealthChecks) ProtoMessage() {}
 
 func (x *HealthChecks) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[4]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -829,7 +1099,7 @@ func (x *HealthChecks) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HealthChecks.ProtoReflect.Descriptor instead.
 func (*HealthChecks) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{4}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *HealthChecks) GetIntervalMs() uint64 {
@@ -885,7 +1155,7 @@ type Settings struct {
 
 func (x *Settings) Reset() {
 	*x = Settings{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[5]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -897,7 +1167,7 @@ func (x *Settings) String() string {
 func (*Settings) ProtoMessage() {}
 
 func (x *Settings) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[5]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -910,7 +1180,7 @@ func (x *Settings) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Settings.ProtoReflect.Descriptor instead.
 func (*Settings) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{5}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Settings) GetHealthChecks() *HealthChecks {
@@ -1016,7 +1286,7 @@ type AutoScalingGroup struct {
 
 func (x *AutoScalingGroup) Reset() {
 	*x = AutoScalingGroup{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[6]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1028,7 +1298,7 @@ func (x *AutoScalingGroup) String() string {
 func (*AutoScalingGroup) ProtoMessage() {}
 
 func (x *AutoScalingGroup) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[6]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1041,7 +1311,7 @@ func (x *AutoScalingGroup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AutoScalingGroup.ProtoReflect.Descriptor instead.
 func (*AutoScalingGroup) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{6}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *AutoScalingGroup) GetMinCapacity() uint32 {
@@ -1109,7 +1379,7 @@ type Rebalance struct {
 
 func (x *Rebalance) Reset() {
 	*x = Rebalance{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[7]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1121,7 +1391,7 @@ func (x *Rebalance) String() string {
 func (*Rebalance) ProtoMessage() {}
 
 func (x *Rebalance) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[7]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1134,7 +1404,7 @@ func (x *Rebalance) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Rebalance.ProtoReflect.Descriptor instead.
 func (*Rebalance) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{7}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Rebalance) GetPolicy() Rebalance_Policy {
@@ -1177,7 +1447,7 @@ type Orchestrator struct {
 
 func (x *Orchestrator) Reset() {
 	*x = Orchestrator{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[8]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1189,7 +1459,7 @@ func (x *Orchestrator) String() string {
 func (*Orchestrator) ProtoMessage() {}
 
 func (x *Orchestrator) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[8]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1202,7 +1472,7 @@ func (x *Orchestrator) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Orchestrator.ProtoReflect.Descriptor instead.
 func (*Orchestrator) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{8}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Orchestrator) GetName() string {
@@ -1255,7 +1525,7 @@ type Topology struct {
 
 func (x *Topology) Reset() {
 	*x = Topology{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[9]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1267,7 +1537,7 @@ func (x *Topology) String() string {
 func (*Topology) ProtoMessage() {}
 
 func (x *Topology) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[9]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1280,7 +1550,7 @@ func (x *Topology) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Topology.ProtoReflect.Descriptor instead.
 func (*Topology) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{9}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Topology) GetClusterId() string {
@@ -1379,7 +1649,7 @@ type TopologyDelta struct {
 
 func (x *TopologyDelta) Reset() {
 	*x = TopologyDelta{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[10]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1391,7 +1661,7 @@ func (x *TopologyDelta) String() string {
 func (*TopologyDelta) ProtoMessage() {}
 
 func (x *TopologyDelta) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[10]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1404,7 +1674,7 @@ func (x *TopologyDelta) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TopologyDelta.ProtoReflect.Descriptor instead.
 func (*TopologyDelta) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{10}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *TopologyDelta) GetClusterId() string {
@@ -1494,7 +1764,7 @@ type VnodeChange struct {
 
 func (x *VnodeChange) Reset() {
 	*x = VnodeChange{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[11]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1506,7 +1776,7 @@ func (x *VnodeChange) String() string {
 func (*VnodeChange) ProtoMessage() {}
 
 func (x *VnodeChange) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[11]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1519,7 +1789,7 @@ func (x *VnodeChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VnodeChange.ProtoReflect.Descriptor instead.
 func (*VnodeChange) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{11}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *VnodeChange) GetIndex() uint32 {
@@ -1551,7 +1821,7 @@ type NodeHealth struct {
 
 func (x *NodeHealth) Reset() {
 	*x = NodeHealth{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[12]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1563,7 +1833,7 @@ func (x *NodeHealth) String() string {
 func (*NodeHealth) ProtoMessage() {}
 
 func (x *NodeHealth) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[12]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1576,7 +1846,7 @@ func (x *NodeHealth) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeHealth.ProtoReflect.Descriptor instead.
 func (*NodeHealth) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{12}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *NodeHealth) GetIncarnation() uint64 {
@@ -1619,7 +1889,7 @@ type GetTopologyRequest struct {
 
 func (x *GetTopologyRequest) Reset() {
 	*x = GetTopologyRequest{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[13]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1631,7 +1901,7 @@ func (x *GetTopologyRequest) String() string {
 func (*GetTopologyRequest) ProtoMessage() {}
 
 func (x *GetTopologyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[13]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1644,7 +1914,7 @@ func (x *GetTopologyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetTopologyRequest.ProtoReflect.Descriptor instead.
 func (*GetTopologyRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{13}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *GetTopologyRequest) GetClusterId() string {
@@ -1673,7 +1943,7 @@ type GetTopologyResponse struct {
 
 func (x *GetTopologyResponse) Reset() {
 	*x = GetTopologyResponse{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[14]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1685,7 +1955,7 @@ func (x *GetTopologyResponse) String() string {
 func (*GetTopologyResponse) ProtoMessage() {}
 
 func (x *GetTopologyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[14]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1698,7 +1968,7 @@ func (x *GetTopologyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetTopologyResponse.ProtoReflect.Descriptor instead.
 func (*GetTopologyResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{14}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *GetTopologyResponse) GetTopology() *Topology {
@@ -1727,7 +1997,7 @@ type WatchTopologyRequest struct {
 
 func (x *WatchTopologyRequest) Reset() {
 	*x = WatchTopologyRequest{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[15]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1739,7 +2009,7 @@ func (x *WatchTopologyRequest) String() string {
 func (*WatchTopologyRequest) ProtoMessage() {}
 
 func (x *WatchTopologyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[15]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1752,7 +2022,7 @@ func (x *WatchTopologyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchTopologyRequest.ProtoReflect.Descriptor instead.
 func (*WatchTopologyRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{15}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *WatchTopologyRequest) GetClusterId() string {
@@ -1785,7 +2055,7 @@ type WatchTopologyResponse struct {
 
 func (x *WatchTopologyResponse) Reset() {
 	*x = WatchTopologyResponse{}
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[16]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1797,7 +2067,7 @@ func (x *WatchTopologyResponse) String() string {
 func (*WatchTopologyResponse) ProtoMessage() {}
 
 func (x *WatchTopologyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[16]
+	mi := &file_kvasir_topology_v1_topology_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1810,7 +2080,7 @@ func (x *WatchTopologyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchTopologyResponse.ProtoReflect.Descriptor instead.
 func (*WatchTopologyResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{16}
+	return file_kvasir_topology_v1_topology_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *WatchTopologyResponse) GetTopology() *Topology {
@@ -1861,10 +2131,16 @@ const file_kvasir_topology_v1_topology_proto_rawDesc = "" +
 	"\x04node\x18\x01 \x01(\x04R\x04node\x12\x1a\n" +
 	"\bincoming\x18\x02 \x01(\x04R\bincoming\x12/\n" +
 	"\x05phase\x18\x03 \x01(\x0e2\x19.kvasir.topology.v1.PhaseR\x05phase\x12\x14\n" +
-	"\x05since\x18\x04 \x01(\x06R\x05since\"\\\n" +
+	"\x05since\x18\x04 \x01(\x06R\x05since\"\x8e\x01\n" +
 	"\x05Vnode\x12.\n" +
 	"\x05slots\x18\x01 \x03(\v2\x18.kvasir.topology.v1.SlotR\x05slots\x12#\n" +
-	"\rchanged_epoch\x18\x02 \x01(\x06R\fchangedEpoch\"\x9f\x04\n" +
+	"\rchanged_epoch\x18\x02 \x01(\x06R\fchangedEpoch\x120\n" +
+	"\x06copies\x18\x03 \x03(\v2\x18.kvasir.topology.v1.CopyR\x06copies\"\x83\x01\n" +
+	"\x04Copy\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\rR\tnamespace\x12\x12\n" +
+	"\x04node\x18\x02 \x01(\x04R\x04node\x123\n" +
+	"\x05state\x18\x03 \x01(\x0e2\x1d.kvasir.topology.v1.CopyStateR\x05state\x12\x14\n" +
+	"\x05since\x18\x04 \x01(\x06R\x05since\"\xdc\x04\n" +
 	"\tNamespace\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\rR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\f\n" +
@@ -1884,7 +2160,13 @@ const file_kvasir_topology_v1_topology_proto_rawDesc = "" +
 	"\x06change\x18\r \x01(\x0e2\x1b.kvasir.topology.v1.NChangeR\x06change\x12\x14\n" +
 	"\x05since\x18\x0e \x01(\x06R\x05since\x12*\n" +
 	"\x11also_write_quorum\x18\x0f \x01(\tR\x0falsoWriteQuorum\x12(\n" +
-	"\x10also_read_quorum\x18\x10 \x01(\tR\x0ealsoReadQuorum\"\xac\x01\n" +
+	"\x10also_read_quorum\x18\x10 \x01(\tR\x0ealsoReadQuorum\x12;\n" +
+	"\treporting\x18\x11 \x01(\v2\x1d.kvasir.topology.v1.ReportingR\treporting\"\x7f\n" +
+	"\tReporting\x12;\n" +
+	"\x06policy\x18\x01 \x01(\x0e2#.kvasir.topology.v1.ReportingPolicyR\x06policy\x12\x16\n" +
+	"\x06copies\x18\x02 \x01(\rR\x06copies\x12\x1d\n" +
+	"\n" +
+	"timeout_ms\x18\x03 \x01(\x04R\ttimeoutMs\"\xac\x01\n" +
 	"\fHealthChecks\x12\x1f\n" +
 	"\vinterval_ms\x18\x01 \x01(\x04R\n" +
 	"intervalMs\x12\x1d\n" +
@@ -2001,12 +2283,24 @@ const file_kvasir_topology_v1_topology_proto_rawDesc = "" +
 	"\fPHASE_STABLE\x10\x01\x12\x1d\n" +
 	"\x19PHASE_WRITE_BOTH_READ_OLD\x10\x02\x12\x1d\n" +
 	"\x19PHASE_WRITE_BOTH_READ_NEW\x10\x03\x12\x1d\n" +
-	"\x19PHASE_WRITE_NEW_READ_NONE\x10\x04*\x87\x01\n" +
+	"\x19PHASE_WRITE_NEW_READ_NONE\x10\x04*\x9f\x01\n" +
+	"\tCopyState\x12\x1a\n" +
+	"\x16COPY_STATE_UNSPECIFIED\x10\x00\x12\x16\n" +
+	"\x12COPY_STATE_FILLING\x10\x01\x12\x15\n" +
+	"\x11COPY_STATE_BEHIND\x10\x02\x12\x16\n" +
+	"\x12COPY_STATE_JOINING\x10\x03\x12\x16\n" +
+	"\x12COPY_STATE_IN_SYNC\x10\x04\x12\x17\n" +
+	"\x13COPY_STATE_EVICTING\x10\x05*\x87\x01\n" +
 	"\x0eReadRepairMode\x12 \n" +
 	"\x1cREAD_REPAIR_MODE_UNSPECIFIED\x10\x00\x12\x1d\n" +
 	"\x19READ_REPAIR_MODE_BLOCKING\x10\x01\x12\x1a\n" +
 	"\x16READ_REPAIR_MODE_ASYNC\x10\x02\x12\x18\n" +
-	"\x14READ_REPAIR_MODE_OFF\x10\x03*\x81\x01\n" +
+	"\x14READ_REPAIR_MODE_OFF\x10\x03*\x8f\x01\n" +
+	"\x0fReportingPolicy\x12 \n" +
+	"\x1cREPORTING_POLICY_UNSPECIFIED\x10\x00\x12\x1a\n" +
+	"\x16REPORTING_POLICY_BLOCK\x10\x01\x12\x1c\n" +
+	"\x18REPORTING_POLICY_DEGRADE\x10\x02\x12 \n" +
+	"\x1cREPORTING_POLICY_BEST_EFFORT\x10\x03*\x81\x01\n" +
 	"\aNChange\x12\x18\n" +
 	"\x14N_CHANGE_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11N_CHANGE_WIDENING\x10\x01\x12\x16\n" +
@@ -2034,71 +2328,79 @@ func file_kvasir_topology_v1_topology_proto_rawDescGZIP() []byte {
 	return file_kvasir_topology_v1_topology_proto_rawDescData
 }
 
-var file_kvasir_topology_v1_topology_proto_enumTypes = make([]protoimpl.EnumInfo, 7)
-var file_kvasir_topology_v1_topology_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
+var file_kvasir_topology_v1_topology_proto_enumTypes = make([]protoimpl.EnumInfo, 9)
+var file_kvasir_topology_v1_topology_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_kvasir_topology_v1_topology_proto_goTypes = []any{
 	(Role)(0),                     // 0: kvasir.topology.v1.Role
 	(Phase)(0),                    // 1: kvasir.topology.v1.Phase
-	(ReadRepairMode)(0),           // 2: kvasir.topology.v1.ReadRepairMode
-	(NChange)(0),                  // 3: kvasir.topology.v1.NChange
-	(JoinPolicy)(0),               // 4: kvasir.topology.v1.JoinPolicy
-	(Rebalance_Policy)(0),         // 5: kvasir.topology.v1.Rebalance.Policy
-	(NodeHealth_State)(0),         // 6: kvasir.topology.v1.NodeHealth.State
-	(*Node)(nil),                  // 7: kvasir.topology.v1.Node
-	(*Slot)(nil),                  // 8: kvasir.topology.v1.Slot
-	(*Vnode)(nil),                 // 9: kvasir.topology.v1.Vnode
-	(*Namespace)(nil),             // 10: kvasir.topology.v1.Namespace
-	(*HealthChecks)(nil),          // 11: kvasir.topology.v1.HealthChecks
-	(*Settings)(nil),              // 12: kvasir.topology.v1.Settings
-	(*AutoScalingGroup)(nil),      // 13: kvasir.topology.v1.AutoScalingGroup
-	(*Rebalance)(nil),             // 14: kvasir.topology.v1.Rebalance
-	(*Orchestrator)(nil),          // 15: kvasir.topology.v1.Orchestrator
-	(*Topology)(nil),              // 16: kvasir.topology.v1.Topology
-	(*TopologyDelta)(nil),         // 17: kvasir.topology.v1.TopologyDelta
-	(*VnodeChange)(nil),           // 18: kvasir.topology.v1.VnodeChange
-	(*NodeHealth)(nil),            // 19: kvasir.topology.v1.NodeHealth
-	(*GetTopologyRequest)(nil),    // 20: kvasir.topology.v1.GetTopologyRequest
-	(*GetTopologyResponse)(nil),   // 21: kvasir.topology.v1.GetTopologyResponse
-	(*WatchTopologyRequest)(nil),  // 22: kvasir.topology.v1.WatchTopologyRequest
-	(*WatchTopologyResponse)(nil), // 23: kvasir.topology.v1.WatchTopologyResponse
+	(CopyState)(0),                // 2: kvasir.topology.v1.CopyState
+	(ReadRepairMode)(0),           // 3: kvasir.topology.v1.ReadRepairMode
+	(ReportingPolicy)(0),          // 4: kvasir.topology.v1.ReportingPolicy
+	(NChange)(0),                  // 5: kvasir.topology.v1.NChange
+	(JoinPolicy)(0),               // 6: kvasir.topology.v1.JoinPolicy
+	(Rebalance_Policy)(0),         // 7: kvasir.topology.v1.Rebalance.Policy
+	(NodeHealth_State)(0),         // 8: kvasir.topology.v1.NodeHealth.State
+	(*Node)(nil),                  // 9: kvasir.topology.v1.Node
+	(*Slot)(nil),                  // 10: kvasir.topology.v1.Slot
+	(*Vnode)(nil),                 // 11: kvasir.topology.v1.Vnode
+	(*Copy)(nil),                  // 12: kvasir.topology.v1.Copy
+	(*Namespace)(nil),             // 13: kvasir.topology.v1.Namespace
+	(*Reporting)(nil),             // 14: kvasir.topology.v1.Reporting
+	(*HealthChecks)(nil),          // 15: kvasir.topology.v1.HealthChecks
+	(*Settings)(nil),              // 16: kvasir.topology.v1.Settings
+	(*AutoScalingGroup)(nil),      // 17: kvasir.topology.v1.AutoScalingGroup
+	(*Rebalance)(nil),             // 18: kvasir.topology.v1.Rebalance
+	(*Orchestrator)(nil),          // 19: kvasir.topology.v1.Orchestrator
+	(*Topology)(nil),              // 20: kvasir.topology.v1.Topology
+	(*TopologyDelta)(nil),         // 21: kvasir.topology.v1.TopologyDelta
+	(*VnodeChange)(nil),           // 22: kvasir.topology.v1.VnodeChange
+	(*NodeHealth)(nil),            // 23: kvasir.topology.v1.NodeHealth
+	(*GetTopologyRequest)(nil),    // 24: kvasir.topology.v1.GetTopologyRequest
+	(*GetTopologyResponse)(nil),   // 25: kvasir.topology.v1.GetTopologyResponse
+	(*WatchTopologyRequest)(nil),  // 26: kvasir.topology.v1.WatchTopologyRequest
+	(*WatchTopologyResponse)(nil), // 27: kvasir.topology.v1.WatchTopologyResponse
 }
 var file_kvasir_topology_v1_topology_proto_depIdxs = []int32{
 	0,  // 0: kvasir.topology.v1.Node.role:type_name -> kvasir.topology.v1.Role
 	1,  // 1: kvasir.topology.v1.Slot.phase:type_name -> kvasir.topology.v1.Phase
-	8,  // 2: kvasir.topology.v1.Vnode.slots:type_name -> kvasir.topology.v1.Slot
-	2,  // 3: kvasir.topology.v1.Namespace.read_repair:type_name -> kvasir.topology.v1.ReadRepairMode
-	3,  // 4: kvasir.topology.v1.Namespace.change:type_name -> kvasir.topology.v1.NChange
-	11, // 5: kvasir.topology.v1.Settings.health_checks:type_name -> kvasir.topology.v1.HealthChecks
-	13, // 6: kvasir.topology.v1.Settings.auto_scaling_group:type_name -> kvasir.topology.v1.AutoScalingGroup
-	4,  // 7: kvasir.topology.v1.Settings.join:type_name -> kvasir.topology.v1.JoinPolicy
-	14, // 8: kvasir.topology.v1.Settings.rebalance:type_name -> kvasir.topology.v1.Rebalance
-	5,  // 9: kvasir.topology.v1.Rebalance.policy:type_name -> kvasir.topology.v1.Rebalance.Policy
-	7,  // 10: kvasir.topology.v1.Topology.nodes:type_name -> kvasir.topology.v1.Node
-	9,  // 11: kvasir.topology.v1.Topology.ring:type_name -> kvasir.topology.v1.Vnode
-	10, // 12: kvasir.topology.v1.Topology.namespaces:type_name -> kvasir.topology.v1.Namespace
-	12, // 13: kvasir.topology.v1.Topology.settings:type_name -> kvasir.topology.v1.Settings
-	15, // 14: kvasir.topology.v1.Topology.orchestrators:type_name -> kvasir.topology.v1.Orchestrator
-	7,  // 15: kvasir.topology.v1.TopologyDelta.nodes:type_name -> kvasir.topology.v1.Node
-	18, // 16: kvasir.topology.v1.TopologyDelta.vnodes:type_name -> kvasir.topology.v1.VnodeChange
-	10, // 17: kvasir.topology.v1.TopologyDelta.namespaces:type_name -> kvasir.topology.v1.Namespace
-	12, // 18: kvasir.topology.v1.TopologyDelta.settings:type_name -> kvasir.topology.v1.Settings
-	15, // 19: kvasir.topology.v1.TopologyDelta.orchestrators:type_name -> kvasir.topology.v1.Orchestrator
-	9,  // 20: kvasir.topology.v1.VnodeChange.vnode:type_name -> kvasir.topology.v1.Vnode
-	6,  // 21: kvasir.topology.v1.NodeHealth.state:type_name -> kvasir.topology.v1.NodeHealth.State
-	16, // 22: kvasir.topology.v1.GetTopologyResponse.topology:type_name -> kvasir.topology.v1.Topology
-	17, // 23: kvasir.topology.v1.GetTopologyResponse.delta:type_name -> kvasir.topology.v1.TopologyDelta
-	16, // 24: kvasir.topology.v1.WatchTopologyResponse.topology:type_name -> kvasir.topology.v1.Topology
-	19, // 25: kvasir.topology.v1.WatchTopologyResponse.health:type_name -> kvasir.topology.v1.NodeHealth
-	17, // 26: kvasir.topology.v1.WatchTopologyResponse.delta:type_name -> kvasir.topology.v1.TopologyDelta
-	20, // 27: kvasir.topology.v1.TopologyService.GetTopology:input_type -> kvasir.topology.v1.GetTopologyRequest
-	22, // 28: kvasir.topology.v1.TopologyService.WatchTopology:input_type -> kvasir.topology.v1.WatchTopologyRequest
-	21, // 29: kvasir.topology.v1.TopologyService.GetTopology:output_type -> kvasir.topology.v1.GetTopologyResponse
-	23, // 30: kvasir.topology.v1.TopologyService.WatchTopology:output_type -> kvasir.topology.v1.WatchTopologyResponse
-	29, // [29:31] is the sub-list for method output_type
-	27, // [27:29] is the sub-list for method input_type
-	27, // [27:27] is the sub-list for extension type_name
-	27, // [27:27] is the sub-list for extension extendee
-	0,  // [0:27] is the sub-list for field type_name
+	10, // 2: kvasir.topology.v1.Vnode.slots:type_name -> kvasir.topology.v1.Slot
+	12, // 3: kvasir.topology.v1.Vnode.copies:type_name -> kvasir.topology.v1.Copy
+	2,  // 4: kvasir.topology.v1.Copy.state:type_name -> kvasir.topology.v1.CopyState
+	3,  // 5: kvasir.topology.v1.Namespace.read_repair:type_name -> kvasir.topology.v1.ReadRepairMode
+	5,  // 6: kvasir.topology.v1.Namespace.change:type_name -> kvasir.topology.v1.NChange
+	14, // 7: kvasir.topology.v1.Namespace.reporting:type_name -> kvasir.topology.v1.Reporting
+	4,  // 8: kvasir.topology.v1.Reporting.policy:type_name -> kvasir.topology.v1.ReportingPolicy
+	15, // 9: kvasir.topology.v1.Settings.health_checks:type_name -> kvasir.topology.v1.HealthChecks
+	17, // 10: kvasir.topology.v1.Settings.auto_scaling_group:type_name -> kvasir.topology.v1.AutoScalingGroup
+	6,  // 11: kvasir.topology.v1.Settings.join:type_name -> kvasir.topology.v1.JoinPolicy
+	18, // 12: kvasir.topology.v1.Settings.rebalance:type_name -> kvasir.topology.v1.Rebalance
+	7,  // 13: kvasir.topology.v1.Rebalance.policy:type_name -> kvasir.topology.v1.Rebalance.Policy
+	9,  // 14: kvasir.topology.v1.Topology.nodes:type_name -> kvasir.topology.v1.Node
+	11, // 15: kvasir.topology.v1.Topology.ring:type_name -> kvasir.topology.v1.Vnode
+	13, // 16: kvasir.topology.v1.Topology.namespaces:type_name -> kvasir.topology.v1.Namespace
+	16, // 17: kvasir.topology.v1.Topology.settings:type_name -> kvasir.topology.v1.Settings
+	19, // 18: kvasir.topology.v1.Topology.orchestrators:type_name -> kvasir.topology.v1.Orchestrator
+	9,  // 19: kvasir.topology.v1.TopologyDelta.nodes:type_name -> kvasir.topology.v1.Node
+	22, // 20: kvasir.topology.v1.TopologyDelta.vnodes:type_name -> kvasir.topology.v1.VnodeChange
+	13, // 21: kvasir.topology.v1.TopologyDelta.namespaces:type_name -> kvasir.topology.v1.Namespace
+	16, // 22: kvasir.topology.v1.TopologyDelta.settings:type_name -> kvasir.topology.v1.Settings
+	19, // 23: kvasir.topology.v1.TopologyDelta.orchestrators:type_name -> kvasir.topology.v1.Orchestrator
+	11, // 24: kvasir.topology.v1.VnodeChange.vnode:type_name -> kvasir.topology.v1.Vnode
+	8,  // 25: kvasir.topology.v1.NodeHealth.state:type_name -> kvasir.topology.v1.NodeHealth.State
+	20, // 26: kvasir.topology.v1.GetTopologyResponse.topology:type_name -> kvasir.topology.v1.Topology
+	21, // 27: kvasir.topology.v1.GetTopologyResponse.delta:type_name -> kvasir.topology.v1.TopologyDelta
+	20, // 28: kvasir.topology.v1.WatchTopologyResponse.topology:type_name -> kvasir.topology.v1.Topology
+	23, // 29: kvasir.topology.v1.WatchTopologyResponse.health:type_name -> kvasir.topology.v1.NodeHealth
+	21, // 30: kvasir.topology.v1.WatchTopologyResponse.delta:type_name -> kvasir.topology.v1.TopologyDelta
+	24, // 31: kvasir.topology.v1.TopologyService.GetTopology:input_type -> kvasir.topology.v1.GetTopologyRequest
+	26, // 32: kvasir.topology.v1.TopologyService.WatchTopology:input_type -> kvasir.topology.v1.WatchTopologyRequest
+	25, // 33: kvasir.topology.v1.TopologyService.GetTopology:output_type -> kvasir.topology.v1.GetTopologyResponse
+	27, // 34: kvasir.topology.v1.TopologyService.WatchTopology:output_type -> kvasir.topology.v1.WatchTopologyResponse
+	33, // [33:35] is the sub-list for method output_type
+	31, // [31:33] is the sub-list for method input_type
+	31, // [31:31] is the sub-list for extension type_name
+	31, // [31:31] is the sub-list for extension extendee
+	0,  // [0:31] is the sub-list for field type_name
 }
 
 func init() { file_kvasir_topology_v1_topology_proto_init() }
@@ -2111,8 +2413,8 @@ func file_kvasir_topology_v1_topology_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kvasir_topology_v1_topology_proto_rawDesc), len(file_kvasir_topology_v1_topology_proto_rawDesc)),
-			NumEnums:      7,
-			NumMessages:   17,
+			NumEnums:      9,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
