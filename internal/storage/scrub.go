@@ -152,7 +152,7 @@ func (s *Store) scrub(ctx context.Context, pace func(context.Context, int) error
 			found := s.Corruptions()
 			n, err := s.scrubTable(ctx, name, &level[i], readers, pace, check)
 			bytes += n
-			if err == nil && met != "" && level[i].Virtual && s.Corruptions() == found {
+			if err == nil && met != "" && level[i].Virtual && s.Corruptions() == found && s.live(&level[i]) {
 				// The records of this part are sound; what leads to them may not be.
 				err = s.replace(ctx, &level[i], met)
 			}
