@@ -244,7 +244,7 @@ func (r *Repairer) cleanse(ctx context.Context) {
 		switch {
 		case ctx.Err() != nil || !t.Formed():
 			return
-		case ns == nil || !t.Owns(r.cfg.Self, d.Vnode, ns.Wide()):
+		case ns == nil || !t.Holds(r.cfg.Self, d.Vnode, ns):
 			// Those who hold the vnode compare it in their rounds.
 			r.metrics.foreign.Inc()
 		case !r.due(d.Place) || !r.pass(ctx, d.Place):
@@ -274,7 +274,7 @@ func (r *Repairer) pass(ctx context.Context, p storage.Place) (complete bool) {
 	defer r.payReads(ctx)
 	t := r.cfg.Fence.Topology()
 	ns := t.NamespaceByID(p.Namespace)
-	if ns == nil || int(p.Vnode) >= len(t.Ring) || !t.Owns(r.cfg.Self, p.Vnode, ns.Wide()) {
+	if ns == nil || !t.Holds(r.cfg.Self, p.Vnode, ns) {
 		return false
 	}
 	r.note(p, func(s *PlaceStatus) { s.State = Running })

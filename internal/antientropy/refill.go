@@ -23,7 +23,7 @@ func (r *Repairer) Refill(ctx context.Context, covers func(storage.Place) bool) 
 		ns := &t.Namespaces[i]
 		for v := range t.Ring {
 			p := storage.Place{Namespace: ns.ID, Vnode: uint32(v)}
-			if !covers(p) || !t.Owns(r.cfg.Self, p.Vnode, ns.Wide()) {
+			if !covers(p) || !t.Holds(r.cfg.Self, p.Vnode, ns) {
 				continue
 			}
 			if err := r.refill(ctx, p); err != nil {

@@ -40,6 +40,7 @@ type cluster struct {
 	ways map[[2]uint64]way
 	// token is the greatest timestamp put has seen; as in a client, it orders writes.
 	token uint64
+	evict func(coordinator.Laggard)
 	stop  context.CancelFunc
 	wg    sync.WaitGroup
 }
@@ -232,7 +233,11 @@ func (c *cluster) newNode(ctx context.Context, id uint64) *node {
 	n.coord = coordinator.New(coordinator.Config{
 		Self: id, Fence: n.fence, Clock: n.clock, Hints: n.hints, Peers: n, Logger: logger,
 		Refresh: func(ctx context.Context, epoch, _ uint64) error { return refresh(ctx, epoch) },
-		Refuse:  serve, Metrics: prometheus.NewRegistry(),
+		Refuse:  serve, Metrics: prometheus.NewRegistry(), Evict: func(l coordinator.Laggard) {
+			if c.evict != nil {
+				c.evict(l)
+			}
+		},
 	})
 	c.wg.Go(func() { n.clock.Run(ctx) })
 	c.wg.Go(func() { n.hints.Run(ctx) })

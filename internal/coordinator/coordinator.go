@@ -46,6 +46,9 @@ type Config struct {
 	Peers Peers
 	// Refresh fetches a topology of at least an epoch, from a peer (0: from anybody).
 	Refresh func(ctx context.Context, epoch, peer uint64) error
+	// Evict asks for the eviction of a reporting replica that holds writes up. It does not
+	// block, and is called again and again. Default: nobody is asked.
+	Evict func(Laggard)
 	// Refuse returns why the node must not serve now, or nil.
 	Refuse func() *rpc.Error
 	Logger *slog.Logger

@@ -232,7 +232,9 @@ type write struct {
 	writeJob
 	c     *Coordinator
 	slots []quorum.Slot
-	size  int64
+	// copies are the reporting replicas that get it, too.
+	copies []topology.Copy
+	size   int64
 	// hinted are the targets known to be down whose hints travel with the carrier's
 	// commit.
 	hinted  []uint64
@@ -282,6 +284,9 @@ func (c *Coordinator) start(job writeJob) (*write, *rpc.Error) {
 			return nil, notEnough(live, goal.Need, slots, job.topology, c.cfg.Peers.Alive)
 		}
 	}
+	if err := w.findCopies(); err != nil {
+		return nil, err
+	}
 	for _, e := range job.entries {
 		w.size += int64(len(e.GetKey())+len(e.GetRecord())) + 512
 	}
@@ -328,12 +333,17 @@ func (w *write) send() {
 	targets := w.targets
 	if targets == nil {
 		targets = endpoints(w.slots)
+		for _, c := range w.copies {
+			targets = append(targets, c.Node)
+		}
 	}
 	var live []uint64
 	for _, n := range targets {
 		switch {
 		case w.c.cfg.Peers.Alive(n):
 			live = append(live, n)
+		case w.isCopy(n):
+			w.trace.add(kvv1.TraceEvent_KIND_FAILED, w.name(n), "down: repair will bring this reporting replica up to date")
 		case w.hints:
 			w.hinted = append(w.hinted, n)
 			w.trace.add(kvv1.TraceEvent_KIND_HINT, w.name(n), "down: a hint is kept for it")
@@ -419,7 +429,7 @@ func (w *write) answered(node uint64, err error) {
 		}
 		if e.Reason == rpc.ReasonBelowPromise {
 			w.mu.below = e
-		} else if e.Code != codes.InvalidArgument {
+		} else if e.Code != codes.InvalidArgument && !w.isCopy(node) {
 			w.mu.unhinted = append(w.mu.unhinted, node)
 		}
 		if epoch := refusedEpoch(err); epoch > w.mu.stale {
@@ -499,18 +509,31 @@ func (w *write) end() {
 	w.c.background.Done()
 }
 
-// wait returns when enough slots have the records, when that has become impossible,
+// wait returns when enough slots have the records, and all reporting replicas that it is to
+// wait for, when that has become impossible,
 // when a replica refused the epoch (which it returns), or when ctx ends.
 func (w *write) wait(ctx context.Context) (stale, by uint64, _ *rpc.Error) {
+	timeout, stop := w.laggards()
+	defer stop()
 	for {
+		var changed <-chan struct{}
+		if len(w.copies) > 0 {
+			changed = w.c.cfg.Fence.Changed() // asked for before the judgement, which is of the present
+		}
 		if done, epoch, by, err := w.judge(); done {
 			return epoch, by, err
 		}
 		select {
 		case <-w.progress:
+		case <-changed:
+		case <-timeout:
+			w.evict()
 		case <-ctx.Done():
 			w.mu.Lock()
 			defer w.mu.Unlock()
+			if lacking := w.lacking(); w.mu.reached && len(lacking) > 0 {
+				return 0, 0, w.withoutCopies(lacking, "in time")
+			}
 			return 0, 0, w.unknownOutcome("in time")
 		}
 	}
@@ -530,7 +553,7 @@ func (w *write) judge() (done bool, stale, by uint64, _ *rpc.Error) {
 		return true, 0, 0, w.mu.below
 	case w.mu.reached || w.mu.counter.Reached():
 		w.mu.reached = true
-		return true, 0, 0, nil
+		return w.judgeCopies()
 	case possible && w.mu.waiting > 0:
 		return false, 0, 0, nil
 	case w.mu.stale > 0:

@@ -243,7 +243,7 @@ func (r *Replayer) sort(t *topology.Topology, hints []storage.Hint) (wanted []st
 		switch ns := t.NamespaceByID(h.Namespace); {
 		case ns == nil:
 			useless[replica.LossNamespace] = append(useless[replica.LossNamespace], h)
-		case !t.Owns(h.Target, h.Vnode, ns.Wide()) && !mutant.On("hint-to-ex-owner"):
+		case !t.Holds(h.Target, h.Vnode, ns) && !mutant.On("hint-to-ex-owner"):
 			useless[replica.LossNotOwner] = append(useless[replica.LossNotOwner], h)
 		case r.cfg.Hints.Expired(h):
 			useless[replica.LossExpired] = append(useless[replica.LossExpired], h)

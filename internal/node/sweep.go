@@ -48,7 +48,7 @@ func (n *Node) sweepUnder(t *topology.Topology) bool {
 		if j := t.Ring[p.Vnode].Moving(); j >= 0 && t.Ring[p.Vnode].Slots[j].Node == n.id.Incarnation && mutant.On("early-sender-drop") {
 			return false
 		}
-		return ns == nil || int(p.Vnode) >= len(t.Ring) || t.Ring[p.Vnode].Moving() >= 0 || t.Owns(n.id.Incarnation, p.Vnode, ns.Wide())
+		return ns == nil || int(p.Vnode) >= len(t.Ring) || t.Ring[p.Vnode].Moving() >= 0 || t.Holds(n.id.Incarnation, p.Vnode, ns)
 	})
 	if err != nil {
 		n.cfg.Logger.Error("cannot delete what the node has handed over", "err", err)

@@ -14,7 +14,7 @@ func (n *Node) use(visit func(storage.Place, storage.Use)) {
 	for i := range t.Namespaces {
 		ns := &t.Namespaces[i]
 		for v := range t.Ring {
-			if t.Owns(n.id.Incarnation, uint32(v), ns.Wide()) {
+			if t.Holds(n.id.Incarnation, uint32(v), ns) {
 				p := storage.Place{Namespace: ns.ID, Vnode: uint32(v)}
 				visit(p, n.store.Use(p))
 			}

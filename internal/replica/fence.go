@@ -14,6 +14,8 @@ type Fence struct {
 	mu      struct {
 		sync.Mutex
 		old []*lease
+		// changed is closed by the next topology.
+		changed chan struct{}
 	}
 }
 
@@ -26,6 +28,7 @@ type lease struct {
 // NewFence returns a fence that serves by t.
 func NewFence(t *topology.Topology) *Fence {
 	f := &Fence{}
+	f.mu.changed = make(chan struct{})
 	f.current.Store(&lease{topology: t})
 	return f
 }
@@ -44,7 +47,17 @@ func (f *Fence) Advance(t *topology.Topology) bool {
 	}
 	f.mu.old = append(f.mu.old, cur)
 	f.current.Store(&lease{topology: t})
+	close(f.mu.changed)
+	f.mu.changed = make(chan struct{})
 	return true
+}
+
+// Changed returns a channel that is closed when new requests are served by another
+// topology than now.
+func (f *Fence) Changed() <-chan struct{} {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.mu.changed
 }
 
 // enter begins a request. The caller must call leave.

@@ -219,17 +219,28 @@ func (f *frame) check(c *replicav1.Call, namespace uint32, vnode uint32, want ac
 				since = ns.Since // what the namespace did not use before is filled, too
 			}
 			if since != 0 && !f.cfg.Open(namespace, vnode, since) {
-				return rpc.Errorf(codes.Unavailable, rpc.ReasonNotReady, "%s takes no records of vnode %d yet: its other replicas must take in epoch %s first",
-					t.NodeName(f.cfg.Self), vnode, topology.EpochString(t.Ring[vnode].ChangedEpoch))
+				return f.notReady(vnode)
 			}
 			return nil
 		}
+	}
+	if copied, ok := t.Copy(vnode, namespace, f.cfg.Self); ok && want != toRead {
+		if copied.State == topology.Filling && !f.cfg.Open(namespace, vnode, copied.Since) {
+			return f.notReady(vnode)
+		}
+		return nil
 	}
 	if mutant.On("not-owner-accepted") || c.GetApply().GetSource() == replicav1.Source_SOURCE_HINT && mutant.On("hint-to-ex-owner") {
 		return nil
 	}
 	return rpc.Errorf(codes.FailedPrecondition, rpc.ReasonNotOwner, "%s is no endpoint of vnode %d in epoch %s",
 		t.NodeName(f.cfg.Self), vnode, topology.EpochString(t.Epoch)).With("epoch", t.Epoch)
+}
+
+func (f *frame) notReady(vnode uint32) *rpc.Error {
+	t := f.topology
+	return rpc.Errorf(codes.Unavailable, rpc.ReasonNotReady, "%s takes no records of vnode %d yet: its other replicas must take in epoch %s first",
+		t.NodeName(f.cfg.Self), vnode, topology.EpochString(t.Ring[vnode].ChangedEpoch))
 }
 
 func (f *frame) stale(format string, args ...any) *rpc.Error {

@@ -156,6 +156,30 @@ func (t *Topology) Copies(vnode uint32, namespace uint32) []Copy {
 	return all[from:to:to]
 }
 
+// Copy returns a node's copy of a vnode's records of a namespace, if it has one.
+// REQUIRES: t.Formed().
+func (t *Topology) Copy(vnode, namespace uint32, node uint64) (Copy, bool) {
+	all := t.Ring[vnode].Copies
+	i, ok := slices.BinarySearchFunc(all, Copy{Namespace: namespace, Node: node}, compareCopies)
+	if !ok {
+		return Copy{}, false
+	}
+	return all[i], true
+}
+
+// Holds reports whether a node is an endpoint of a vnode of a namespace: by a slot, or by
+// a copy for reports.
+func (t *Topology) Holds(incarnation uint64, vnode uint32, ns *Namespace) bool {
+	if t.Owns(incarnation, vnode, ns.Wide()) {
+		return true
+	}
+	if int(vnode) >= len(t.Ring) {
+		return false
+	}
+	_, ok := t.Copy(vnode, ns.ID, incarnation)
+	return ok
+}
+
 // copyStep is a change of a copy's state; 0 is that there is none.
 type copyStep struct{ from, to CopyState }
 
