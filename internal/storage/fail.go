@@ -9,6 +9,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/vfs"
 )
 
@@ -74,6 +75,14 @@ func (s *Store) backgroundError(err error) {
 		s.diskFailed(err) // opening would wait for it without end
 	default: // refuse has told
 		s.cfg.Logger.Debug("no space for a flush or compaction", "dir", s.cfg.Dir, "err", err)
+	}
+}
+
+// flushed is told of the end of a flush. What was taken in as a file finds its level in
+// one, and damage met there (see checkPlace) cannot be cut out: that begins with a flush.
+func (s *Store) flushed(info pebble.FlushInfo) {
+	if info.Err != nil && info.Ingest && pebble.IsCorruptionError(info.Err) {
+		s.giveUp(fmt.Sprintf("no file can be taken in: %s", info.Err))
 	}
 }
 

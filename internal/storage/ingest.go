@@ -1,6 +1,7 @@
 package storage
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -102,6 +103,10 @@ func (i *Ingest) Finish(ctx context.Context) error {
 		i.remove()
 		return nil
 	}
+	if err := s.checkPlace(ctx, i.keys[0]); err != nil {
+		i.remove()
+		return fmt.Errorf("take in %s: %w", i.path, err)
+	}
 	// No version may be taken for exact that does not know of these.
 	defer s.latches.suspend(rangeOf(i.place)).resumeKeys(slices.Values(i.keys))
 	if err := s.commit(func() error { return s.db.Ingest(ctx, []string{i.path}) }); err != nil {
@@ -111,6 +116,38 @@ func (i *Ingest) Finish(ctx context.Context) error {
 	s.unmarked.Store(true)
 	for _, k := range i.keys { // after the records are visible, as in apply
 		s.trees.touch(vnodeID{i.place.Namespace, i.place.Vnode}, k[recordPrefixLen:])
+	}
+	return nil
+}
+
+// checkPlace returns ErrCorrupt, and has a table inspected, if it cannot be read right
+// where a file begins that is to be taken in. Where the log has records of its range, too,
+// Pebble finds the file's level in a flush, which would begin anew without end.
+func (s *Store) checkPlace(ctx context.Context, first []byte) error {
+	levels, err := s.db.SSTables()
+	if err != nil {
+		return readError(err)
+	}
+	options := s.readerOptions()
+	for _, level := range levels {
+		for i := range level {
+			t := &level[i]
+			if bytes.Compare(t.Smallest.UserKey, first) > 0 || bytes.Compare(first, t.Largest.UserKey) > 0 {
+				continue // its bounds tell all
+			}
+			err := s.probe(ctx, t, options, func(it sstable.Iterator) error {
+				it.SeekGE(first, 0)
+				return it.Error()
+			})
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			if err != nil {
+				s.corruptions.Add(1)
+				s.mistrust(tableName(t), err.Error())
+				return fmt.Errorf("%w: %s: %w", ErrCorrupt, tableName(t), err)
+			}
+		}
 	}
 	return nil
 }

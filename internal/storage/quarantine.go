@@ -240,7 +240,11 @@ func (s *Store) checkEnds(ctx context.Context, q *Quarantine) error {
 			if !q.hits(t) || !q.startsIn(t) && !q.endsIn(t) {
 				continue
 			}
-			if err := s.readEnds(ctx, t, options, q); err != nil {
+			err := s.readEnds(ctx, t, options, q)
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			if err != nil {
 				s.mistrust(tableName(t), err.Error())
 				return fmt.Errorf("read %s where what bit rot took ends: %w", tableName(t), err)
 			}
@@ -251,6 +255,21 @@ func (s *Store) checkEnds(ctx context.Context, q *Quarantine) error {
 
 // readEnds reads the keys of a table next to a stretch from the disk, as Excise does.
 func (s *Store) readEnds(ctx context.Context, info *pebble.SSTableInfo, options sstable.ReaderOptions, q *Quarantine) error {
+	return s.probe(ctx, info, options, func(it sstable.Iterator) (err error) {
+		if q.startsIn(info) {
+			it.SeekLT(q.lower, 0)
+			err = it.Error()
+		}
+		if q.endsIn(info) {
+			it.SeekGE(q.upper, 0)
+			err = errors.Join(err, it.Error())
+		}
+		return err
+	})
+}
+
+// probe reads something of a table, or this part of one, from the disk, past all caches.
+func (s *Store) probe(ctx context.Context, info *pebble.SSTableInfo, options sstable.ReaderOptions, read func(sstable.Iterator) error) error {
 	f, err := s.disk.Open(filepath.Join(s.cfg.Dir, tableName(info)), vfs.RandomReadsOption)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil // a compaction has replaced it
@@ -270,15 +289,7 @@ func (s *Store) readEnds(ctx context.Context, info *pebble.SSTableInfo, options 
 	if err != nil {
 		return errors.Join(err, r.Close())
 	}
-	if q.startsIn(info) {
-		it.SeekLT(q.lower, 0)
-		err = it.Error()
-	}
-	if q.endsIn(info) {
-		it.SeekGE(q.upper, 0)
-		err = errors.Join(err, it.Error())
-	}
-	return errors.Join(err, it.Close(), r.Close())
+	return errors.Join(read(it), it.Close(), r.Close())
 }
 
 // hits reports whether a table may have records in the stretch.

@@ -414,32 +414,75 @@ func TestWhatIsLeftAroundACutIsWrittenAnew(t *testing.T) {
 	}
 }
 
+// rottenBlock returns a store, not open, with a damaged block, and a record in that.
+func rottenBlock(t *testing.T) (fs *vfs.MemFS, i int, key []byte) {
+	t.Helper()
+	fs = rotStore(t)
+	path, size := largestTable(t, fs)
+	rot(t, fs, path, size/2)
+	closeStore(t, open(t, fs)) // syncs the directory
+	probe := open(t, fs.CrashClone(vfs.CrashCloneCfg{}))
+	defer closeStore(t, probe)
+	if _, err := probe.Scrub(t.Context(), freely, anyKey); err != nil {
+		t.Fatal(err)
+	}
+	q := probe.quarantines.load()
+	if len(q) != 1 {
+		t.Fatalf("quarantines are %v", q)
+	}
+	var lost []int
+	for i := range rotKeys {
+		if k := recordKey(i); bytes.Compare(q[0].lower, k) < 0 && bytes.Compare(k, q[0].upper) < 0 {
+			lost = append(lost, i)
+		}
+	}
+	slices.SortFunc(lost, func(a, b int) int { return bytes.Compare(recordKey(a), recordKey(b)) })
+	i = lost[len(lost)/2]
+	return fs, i, recordKey(i)
+}
+
+// Pebble finds the level of a file that is taken in by reading what lies there. It does so
+// in a flush where the log has records of the file's range, and begins one that fails anew
+// without end.
+func TestNoFileIsTakenInWhereThereIsDamage(t *testing.T) {
+	fs, i, _ := rottenBlock(t)
+	s := open(t, fs)
+	v, k := rotKey(i)
+	put(t, s, Write{Namespace: 1, Vnode: v, Key: append(bytes.Clone(k), 'b'), Record: rotValue(1)})
+	take := func() error {
+		in, err := s.NewIngest(Place{1, v})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, end := range "ac" {
+			if err := in.Add(append(bytes.Clone(k), byte(end)), rotValue(1)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return in.Finish(t.Context())
+	}
+	if err := take(); !errors.Is(err, ErrCorrupt) {
+		t.Fatalf("error %v, want ErrCorrupt", err)
+	}
+	if err := errors.Join(s.Inspect(t.Context(), anyKey), s.Cut(t.Context())); err != nil || s.Damage() != "" {
+		t.Fatalf("%v, %s", err, s.Damage())
+	}
+	if err := take(); err != nil {
+		t.Errorf("after the damage was cut out: %v", err)
+	}
+	fillAgain(t, s)
+	if n := readRight(t, s, "at the end"); n > 0 {
+		t.Errorf("%d reads are refused", n)
+	}
+	closeStore(t, s)
+}
+
 // Pebble drops the rest of a table that it cannot read where a stretch ends: a stretch
 // that ends in damage nobody knew of is not cut out before that is known too.
 func TestACutThatEndsInDamageLosesNothingElse(t *testing.T) {
 	for _, ends := range []string{"lower", "upper"} {
-		fs := rotStore(t)
-		path, size := largestTable(t, fs)
-		rot(t, fs, path, size/2)
+		fs, _, inside := rottenBlock(t)
 		s := open(t, fs)
-		// Where the damage is, in a store of its own.
-		probe := open(t, fs.CrashClone(vfs.CrashCloneCfg{}))
-		if _, err := probe.Scrub(t.Context(), freely, anyKey); err != nil {
-			t.Fatal(err)
-		}
-		q := probe.quarantines.load()
-		closeStore(t, probe)
-		if len(q) != 1 {
-			t.Fatalf("quarantines are %v", q)
-		}
-		var lost [][]byte
-		for i := range rotKeys {
-			if k := recordKey(i); bytes.Compare(q[0].lower, k) < 0 && bytes.Compare(k, q[0].upper) < 0 {
-				lost = append(lost, k)
-			}
-		}
-		slices.SortFunc(lost, bytes.Compare)
-		inside := lost[len(lost)/2]
 		lower, upper := inside, []byte{kindRecord + 1}
 		if ends == "upper" {
 			lower, upper = recordKey(0), inside

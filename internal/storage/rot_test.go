@@ -100,6 +100,26 @@ func (r *rotten) write(from, n int, repair bool) {
 	}
 }
 
+// ingest takes a file in with records that are there already.
+func (r *rotten) ingest() {
+	v := uint32(r.rng.IntN(8))
+	in, err := r.s.NewIngest(Place{1, v})
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	from := r.rng.IntN(rottenKeys)
+	for i := range rottenKeys {
+		if vnode, k := rotKey(i); vnode == v && i >= from && r.rounds[i] > 0 {
+			if err := in.Add(k, r.value(i, r.rounds[i])); err != nil {
+				r.t.Fatal(err)
+			}
+		}
+	}
+	if err := in.Finish(r.t.Context()); err != nil && !errors.Is(err, ErrCorrupt) {
+		r.t.Fatal(err)
+	}
+}
+
 // shape does what gives tables their shapes.
 func (r *rotten) shape() {
 	at := func() []byte {
@@ -112,7 +132,9 @@ func (r *rotten) shape() {
 	}
 	b = append(b, 0)
 	var err error
-	switch r.rng.IntN(6) {
+	switch r.rng.IntN(7) {
+	case 6:
+		r.ingest()
 	case 0, 1:
 		r.write(r.rng.IntN(rottenKeys), 1+r.rng.IntN(300), false)
 	case 2:
@@ -256,6 +278,9 @@ func (r *rotten) run() {
 		}
 		if second < 30 {
 			r.read()
+		}
+		if r.rng.IntN(3) == 0 {
+			r.ingest()
 		}
 		if second%10 == 0 {
 			if _, err := r.s.Scrub(ctx, freely, anyKey); err != nil {

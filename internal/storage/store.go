@@ -385,6 +385,7 @@ func (s *Store) options() *pebble.Options {
 		EventListener: &pebble.EventListener{
 			BackgroundError: s.backgroundError,
 			DataCorruption:  s.suspect,
+			FlushEnd:        s.flushed,
 			WriteStallBegin: func(pebble.WriteStallBeginInfo) { s.stalls.begin(time.Now()) },
 			WriteStallEnd:   func() { s.stalls.end(time.Now()) },
 		},
