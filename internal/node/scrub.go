@@ -117,11 +117,9 @@ func (s *scrubber) mend(ctx context.Context) {
 	fill := make(chan struct{}, 1)
 	loops.Go(func() {
 		s.again(ctx, store.Attention(), "what bit rot took cannot be cut out yet", func() error {
-			if err := errors.Join(store.Inspect(ctx, s.check), store.Cut(ctx)); err != nil {
-				return err
-			}
-			signal(fill)
-			return nil
+			err := errors.Join(store.Inspect(ctx, s.check), store.Cut(ctx))
+			signal(fill) // with what was cut out, whatever was not
+			return err
 		})
 	})
 	loops.Go(func() {
