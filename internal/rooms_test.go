@@ -18,7 +18,7 @@ const module = "github.com/kvasirdb/kvasir"
 // only, and of its own level only where siblings says so.
 var levels = [][]string{
 	{"hlc", "record", "ring", "topology", "placement", "capacity", "quorum", "report", "mutant"},
-	{"storage", "rpc", "gossip", "consensus"},
+	{"storage", "rpc", "gossip", "consensus", "boottime"},
 	{"replica", "coordinator", "handoff", "antientropy"},
 	{"node", "orchestrator", "provision"},
 	{"cli", "devcluster", "bench"},

@@ -49,6 +49,10 @@ const (
 	ReasonEpochAhead = "EPOCH_AHEAD"
 	// ReasonNotOwner: the node is no endpoint of the vnode.
 	ReasonNotOwner = "NOT_OWNER"
+	// ReasonNotInSync: a copy for reports lacks writes, or may.
+	ReasonNotInSync = "NOT_IN_SYNC"
+	// ReasonReportTooLarge: the groups of a report do not fit into the memory it may take.
+	ReasonReportTooLarge = "REPORT_TOO_LARGE"
 	// ReasonBelowPromise: the version is at or below what the replica has promised not
 	// to take any more; details name the promise. A new version will do.
 	ReasonBelowPromise = "BELOW_PROMISE"

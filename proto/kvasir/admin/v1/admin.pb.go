@@ -84,7 +84,7 @@ func (x NodeStatus_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use NodeStatus_State.Descriptor instead.
 func (NodeStatus_State) EnumDescriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{37, 0}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{41, 0}
 }
 
 type VnodeRepair_State int32
@@ -144,7 +144,227 @@ func (x VnodeRepair_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use VnodeRepair_State.Descriptor instead.
 func (VnodeRepair_State) EnumDescriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{51, 0}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{56, 0}
+}
+
+type GrantLeaseRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ClusterId     string                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	Incarnation   uint64                 `protobuf:"varint,2,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GrantLeaseRequest) Reset() {
+	*x = GrantLeaseRequest{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GrantLeaseRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GrantLeaseRequest) ProtoMessage() {}
+
+func (x *GrantLeaseRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GrantLeaseRequest.ProtoReflect.Descriptor instead.
+func (*GrantLeaseRequest) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *GrantLeaseRequest) GetClusterId() string {
+	if x != nil {
+		return x.ClusterId
+	}
+	return ""
+}
+
+func (x *GrantLeaseRequest) GetIncarnation() uint64 {
+	if x != nil {
+		return x.Incarnation
+	}
+	return 0
+}
+
+type GrantLeaseResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The lease is for what is in sync in this epoch, and in every later one that the node
+	// has.
+	Epoch uint64 `protobuf:"fixed64,1,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// Counted from when the node asked.
+	DurationMs    uint64 `protobuf:"varint,2,opt,name=duration_ms,json=durationMs,proto3" json:"duration_ms,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GrantLeaseResponse) Reset() {
+	*x = GrantLeaseResponse{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GrantLeaseResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GrantLeaseResponse) ProtoMessage() {}
+
+func (x *GrantLeaseResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GrantLeaseResponse.ProtoReflect.Descriptor instead.
+func (*GrantLeaseResponse) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *GrantLeaseResponse) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *GrantLeaseResponse) GetDurationMs() uint64 {
+	if x != nil {
+		return x.DurationMs
+	}
+	return 0
+}
+
+type EvictCopiesRequest struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	ClusterId   string                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	NamespaceId uint32                 `protobuf:"varint,2,opt,name=namespace_id,json=namespaceId,proto3" json:"namespace_id,omitempty"`
+	// The node that has the copies, and the one whose writes wait for them.
+	Incarnation   uint64 `protobuf:"varint,3,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	HeldUp        uint64 `protobuf:"varint,4,opt,name=held_up,json=heldUp,proto3" json:"held_up,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EvictCopiesRequest) Reset() {
+	*x = EvictCopiesRequest{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EvictCopiesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EvictCopiesRequest) ProtoMessage() {}
+
+func (x *EvictCopiesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EvictCopiesRequest.ProtoReflect.Descriptor instead.
+func (*EvictCopiesRequest) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *EvictCopiesRequest) GetClusterId() string {
+	if x != nil {
+		return x.ClusterId
+	}
+	return ""
+}
+
+func (x *EvictCopiesRequest) GetNamespaceId() uint32 {
+	if x != nil {
+		return x.NamespaceId
+	}
+	return 0
+}
+
+func (x *EvictCopiesRequest) GetIncarnation() uint64 {
+	if x != nil {
+		return x.Incarnation
+	}
+	return 0
+}
+
+func (x *EvictCopiesRequest) GetHeldUp() uint64 {
+	if x != nil {
+		return x.HeldUp
+	}
+	return 0
+}
+
+type EvictCopiesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Epoch         uint64                 `protobuf:"fixed64,1,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EvictCopiesResponse) Reset() {
+	*x = EvictCopiesResponse{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EvictCopiesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EvictCopiesResponse) ProtoMessage() {}
+
+func (x *EvictCopiesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EvictCopiesResponse.ProtoReflect.Descriptor instead.
+func (*EvictCopiesResponse) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *EvictCopiesResponse) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
 }
 
 type RegisterNodeRequest struct {
@@ -170,7 +390,7 @@ type RegisterNodeRequest struct {
 
 func (x *RegisterNodeRequest) Reset() {
 	*x = RegisterNodeRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[0]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -182,7 +402,7 @@ func (x *RegisterNodeRequest) String() string {
 func (*RegisterNodeRequest) ProtoMessage() {}
 
 func (x *RegisterNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[0]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -195,7 +415,7 @@ func (x *RegisterNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterNodeRequest.ProtoReflect.Descriptor instead.
 func (*RegisterNodeRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{0}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *RegisterNodeRequest) GetClusterId() string {
@@ -285,7 +505,7 @@ type RegisterNodeResponse struct {
 
 func (x *RegisterNodeResponse) Reset() {
 	*x = RegisterNodeResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[1]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -297,7 +517,7 @@ func (x *RegisterNodeResponse) String() string {
 func (*RegisterNodeResponse) ProtoMessage() {}
 
 func (x *RegisterNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[1]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -310,7 +530,7 @@ func (x *RegisterNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterNodeResponse.ProtoReflect.Descriptor instead.
 func (*RegisterNodeResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{1}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *RegisterNodeResponse) GetIncarnation() uint64 {
@@ -330,21 +550,25 @@ func (x *RegisterNodeResponse) GetTopology() *v1.Topology {
 // NamespaceSettings holds what is to be set; absent fields keep their value, or
 // take the default when a namespace is created.
 type NamespaceSettings struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	N             *uint32                `protobuf:"varint,1,opt,name=n,proto3,oneof" json:"n,omitempty"`
-	WriteQuorum   *string                `protobuf:"bytes,2,opt,name=write_quorum,json=writeQuorum,proto3,oneof" json:"write_quorum,omitempty"`
-	ReadQuorum    *string                `protobuf:"bytes,3,opt,name=read_quorum,json=readQuorum,proto3,oneof" json:"read_quorum,omitempty"`
-	ReadRepair    *v1.ReadRepairMode     `protobuf:"varint,4,opt,name=read_repair,json=readRepair,proto3,enum=kvasir.topology.v1.ReadRepairMode,oneof" json:"read_repair,omitempty"`
-	RepairChance  *float64               `protobuf:"fixed64,5,opt,name=repair_chance,json=repairChance,proto3,oneof" json:"repair_chance,omitempty"`
-	Hints         *bool                  `protobuf:"varint,6,opt,name=hints,proto3,oneof" json:"hints,omitempty"`
-	TtlMs         *uint64                `protobuf:"varint,7,opt,name=ttl_ms,json=ttlMs,proto3,oneof" json:"ttl_ms,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	N            *uint32                `protobuf:"varint,1,opt,name=n,proto3,oneof" json:"n,omitempty"`
+	WriteQuorum  *string                `protobuf:"bytes,2,opt,name=write_quorum,json=writeQuorum,proto3,oneof" json:"write_quorum,omitempty"`
+	ReadQuorum   *string                `protobuf:"bytes,3,opt,name=read_quorum,json=readQuorum,proto3,oneof" json:"read_quorum,omitempty"`
+	ReadRepair   *v1.ReadRepairMode     `protobuf:"varint,4,opt,name=read_repair,json=readRepair,proto3,enum=kvasir.topology.v1.ReadRepairMode,oneof" json:"read_repair,omitempty"`
+	RepairChance *float64               `protobuf:"fixed64,5,opt,name=repair_chance,json=repairChance,proto3,oneof" json:"repair_chance,omitempty"`
+	Hints        *bool                  `protobuf:"varint,6,opt,name=hints,proto3,oneof" json:"hints,omitempty"`
+	TtlMs        *uint64                `protobuf:"varint,7,opt,name=ttl_ms,json=ttlMs,proto3,oneof" json:"ttl_ms,omitempty"`
+	// Unspecified: it is to have no reporting replicas.
+	ReportingPolicy    *v1.ReportingPolicy `protobuf:"varint,8,opt,name=reporting_policy,json=reportingPolicy,proto3,enum=kvasir.topology.v1.ReportingPolicy,oneof" json:"reporting_policy,omitempty"`
+	ReportingCopies    *uint32             `protobuf:"varint,9,opt,name=reporting_copies,json=reportingCopies,proto3,oneof" json:"reporting_copies,omitempty"`
+	ReportingTimeoutMs *uint64             `protobuf:"varint,10,opt,name=reporting_timeout_ms,json=reportingTimeoutMs,proto3,oneof" json:"reporting_timeout_ms,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *NamespaceSettings) Reset() {
 	*x = NamespaceSettings{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[2]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -356,7 +580,7 @@ func (x *NamespaceSettings) String() string {
 func (*NamespaceSettings) ProtoMessage() {}
 
 func (x *NamespaceSettings) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[2]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -369,7 +593,7 @@ func (x *NamespaceSettings) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NamespaceSettings.ProtoReflect.Descriptor instead.
 func (*NamespaceSettings) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{2}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *NamespaceSettings) GetN() uint32 {
@@ -421,6 +645,27 @@ func (x *NamespaceSettings) GetTtlMs() uint64 {
 	return 0
 }
 
+func (x *NamespaceSettings) GetReportingPolicy() v1.ReportingPolicy {
+	if x != nil && x.ReportingPolicy != nil {
+		return *x.ReportingPolicy
+	}
+	return v1.ReportingPolicy(0)
+}
+
+func (x *NamespaceSettings) GetReportingCopies() uint32 {
+	if x != nil && x.ReportingCopies != nil {
+		return *x.ReportingCopies
+	}
+	return 0
+}
+
+func (x *NamespaceSettings) GetReportingTimeoutMs() uint64 {
+	if x != nil && x.ReportingTimeoutMs != nil {
+		return *x.ReportingTimeoutMs
+	}
+	return 0
+}
+
 type CreateNamespaceRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Name          string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
@@ -431,7 +676,7 @@ type CreateNamespaceRequest struct {
 
 func (x *CreateNamespaceRequest) Reset() {
 	*x = CreateNamespaceRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[3]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -443,7 +688,7 @@ func (x *CreateNamespaceRequest) String() string {
 func (*CreateNamespaceRequest) ProtoMessage() {}
 
 func (x *CreateNamespaceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[3]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -456,7 +701,7 @@ func (x *CreateNamespaceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNamespaceRequest.ProtoReflect.Descriptor instead.
 func (*CreateNamespaceRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{3}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *CreateNamespaceRequest) GetName() string {
@@ -484,7 +729,7 @@ type CreateNamespaceResponse struct {
 
 func (x *CreateNamespaceResponse) Reset() {
 	*x = CreateNamespaceResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[4]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -496,7 +741,7 @@ func (x *CreateNamespaceResponse) String() string {
 func (*CreateNamespaceResponse) ProtoMessage() {}
 
 func (x *CreateNamespaceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[4]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -509,7 +754,7 @@ func (x *CreateNamespaceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNamespaceResponse.ProtoReflect.Descriptor instead.
 func (*CreateNamespaceResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{4}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *CreateNamespaceResponse) GetNamespace() *v1.Namespace {
@@ -548,7 +793,7 @@ type UpdateNamespaceRequest struct {
 
 func (x *UpdateNamespaceRequest) Reset() {
 	*x = UpdateNamespaceRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[5]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -560,7 +805,7 @@ func (x *UpdateNamespaceRequest) String() string {
 func (*UpdateNamespaceRequest) ProtoMessage() {}
 
 func (x *UpdateNamespaceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[5]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -573,7 +818,7 @@ func (x *UpdateNamespaceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNamespaceRequest.ProtoReflect.Descriptor instead.
 func (*UpdateNamespaceRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{5}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *UpdateNamespaceRequest) GetName() string {
@@ -617,7 +862,7 @@ type UpdateNamespaceResponse struct {
 
 func (x *UpdateNamespaceResponse) Reset() {
 	*x = UpdateNamespaceResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[6]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -629,7 +874,7 @@ func (x *UpdateNamespaceResponse) String() string {
 func (*UpdateNamespaceResponse) ProtoMessage() {}
 
 func (x *UpdateNamespaceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[6]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -642,7 +887,7 @@ func (x *UpdateNamespaceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNamespaceResponse.ProtoReflect.Descriptor instead.
 func (*UpdateNamespaceResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{6}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *UpdateNamespaceResponse) GetNamespace() *v1.Namespace {
@@ -682,7 +927,7 @@ type DropNamespaceRequest struct {
 
 func (x *DropNamespaceRequest) Reset() {
 	*x = DropNamespaceRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[7]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -694,7 +939,7 @@ func (x *DropNamespaceRequest) String() string {
 func (*DropNamespaceRequest) ProtoMessage() {}
 
 func (x *DropNamespaceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[7]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -707,7 +952,7 @@ func (x *DropNamespaceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DropNamespaceRequest.ProtoReflect.Descriptor instead.
 func (*DropNamespaceRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{7}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *DropNamespaceRequest) GetName() string {
@@ -726,7 +971,7 @@ type DropNamespaceResponse struct {
 
 func (x *DropNamespaceResponse) Reset() {
 	*x = DropNamespaceResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[8]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -738,7 +983,7 @@ func (x *DropNamespaceResponse) String() string {
 func (*DropNamespaceResponse) ProtoMessage() {}
 
 func (x *DropNamespaceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[8]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -751,7 +996,7 @@ func (x *DropNamespaceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DropNamespaceResponse.ProtoReflect.Descriptor instead.
 func (*DropNamespaceResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{8}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *DropNamespaceResponse) GetEpoch() uint64 {
@@ -778,7 +1023,7 @@ type UpdateSettingsRequest struct {
 
 func (x *UpdateSettingsRequest) Reset() {
 	*x = UpdateSettingsRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[9]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -790,7 +1035,7 @@ func (x *UpdateSettingsRequest) String() string {
 func (*UpdateSettingsRequest) ProtoMessage() {}
 
 func (x *UpdateSettingsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[9]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -803,7 +1048,7 @@ func (x *UpdateSettingsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateSettingsRequest.ProtoReflect.Descriptor instead.
 func (*UpdateSettingsRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{9}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *UpdateSettingsRequest) GetValues() map[string]string {
@@ -845,7 +1090,7 @@ type UpdateSettingsResponse struct {
 
 func (x *UpdateSettingsResponse) Reset() {
 	*x = UpdateSettingsResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[10]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -857,7 +1102,7 @@ func (x *UpdateSettingsResponse) String() string {
 func (*UpdateSettingsResponse) ProtoMessage() {}
 
 func (x *UpdateSettingsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[10]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -870,7 +1115,7 @@ func (x *UpdateSettingsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateSettingsResponse.ProtoReflect.Descriptor instead.
 func (*UpdateSettingsResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{10}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *UpdateSettingsResponse) GetBefore() *v1.SettingsVersion {
@@ -902,7 +1147,7 @@ type ListSettingsRequest struct {
 
 func (x *ListSettingsRequest) Reset() {
 	*x = ListSettingsRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[11]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -914,7 +1159,7 @@ func (x *ListSettingsRequest) String() string {
 func (*ListSettingsRequest) ProtoMessage() {}
 
 func (x *ListSettingsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[11]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -927,7 +1172,7 @@ func (x *ListSettingsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSettingsRequest.ProtoReflect.Descriptor instead.
 func (*ListSettingsRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{11}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{15}
 }
 
 type ListSettingsResponse struct {
@@ -940,7 +1185,7 @@ type ListSettingsResponse struct {
 
 func (x *ListSettingsResponse) Reset() {
 	*x = ListSettingsResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[12]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -952,7 +1197,7 @@ func (x *ListSettingsResponse) String() string {
 func (*ListSettingsResponse) ProtoMessage() {}
 
 func (x *ListSettingsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[12]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -965,7 +1210,7 @@ func (x *ListSettingsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSettingsResponse.ProtoReflect.Descriptor instead.
 func (*ListSettingsResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{12}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ListSettingsResponse) GetVersions() []*v1.SettingsVersion {
@@ -983,7 +1228,7 @@ type GetCapacityRequest struct {
 
 func (x *GetCapacityRequest) Reset() {
 	*x = GetCapacityRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[13]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -995,7 +1240,7 @@ func (x *GetCapacityRequest) String() string {
 func (*GetCapacityRequest) ProtoMessage() {}
 
 func (x *GetCapacityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[13]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1008,7 +1253,7 @@ func (x *GetCapacityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetCapacityRequest.ProtoReflect.Descriptor instead.
 func (*GetCapacityRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{13}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{17}
 }
 
 // GetCapacityResponse is what the leader last thought of the number of nodes.
@@ -1037,7 +1282,7 @@ type GetCapacityResponse struct {
 
 func (x *GetCapacityResponse) Reset() {
 	*x = GetCapacityResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[14]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1049,7 +1294,7 @@ func (x *GetCapacityResponse) String() string {
 func (*GetCapacityResponse) ProtoMessage() {}
 
 func (x *GetCapacityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[14]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1062,7 +1307,7 @@ func (x *GetCapacityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetCapacityResponse.ProtoReflect.Descriptor instead.
 func (*GetCapacityResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{14}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *GetCapacityResponse) GetSettings() *v1.Settings {
@@ -1167,7 +1412,7 @@ type CapacityNode struct {
 
 func (x *CapacityNode) Reset() {
 	*x = CapacityNode{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[15]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1179,7 +1424,7 @@ func (x *CapacityNode) String() string {
 func (*CapacityNode) ProtoMessage() {}
 
 func (x *CapacityNode) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[15]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1192,7 +1437,7 @@ func (x *CapacityNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CapacityNode.ProtoReflect.Descriptor instead.
 func (*CapacityNode) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{15}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *CapacityNode) GetIncarnation() uint64 {
@@ -1270,7 +1515,7 @@ type CapacitySignal struct {
 
 func (x *CapacitySignal) Reset() {
 	*x = CapacitySignal{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[16]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1282,7 +1527,7 @@ func (x *CapacitySignal) String() string {
 func (*CapacitySignal) ProtoMessage() {}
 
 func (x *CapacitySignal) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[16]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1295,7 +1540,7 @@ func (x *CapacitySignal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CapacitySignal.ProtoReflect.Descriptor instead.
 func (*CapacitySignal) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{16}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *CapacitySignal) GetName() string {
@@ -1369,7 +1614,7 @@ type ListProvisionsRequest struct {
 
 func (x *ListProvisionsRequest) Reset() {
 	*x = ListProvisionsRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[17]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1381,7 +1626,7 @@ func (x *ListProvisionsRequest) String() string {
 func (*ListProvisionsRequest) ProtoMessage() {}
 
 func (x *ListProvisionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[17]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1394,7 +1639,7 @@ func (x *ListProvisionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProvisionsRequest.ProtoReflect.Descriptor instead.
 func (*ListProvisionsRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{17}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{21}
 }
 
 type ListProvisionsResponse struct {
@@ -1407,7 +1652,7 @@ type ListProvisionsResponse struct {
 
 func (x *ListProvisionsResponse) Reset() {
 	*x = ListProvisionsResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[18]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1419,7 +1664,7 @@ func (x *ListProvisionsResponse) String() string {
 func (*ListProvisionsResponse) ProtoMessage() {}
 
 func (x *ListProvisionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[18]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1432,7 +1677,7 @@ func (x *ListProvisionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProvisionsResponse.ProtoReflect.Descriptor instead.
 func (*ListProvisionsResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{18}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ListProvisionsResponse) GetProvisions() []*v1.Provision {
@@ -1457,7 +1702,7 @@ type AcceptLossRequest struct {
 
 func (x *AcceptLossRequest) Reset() {
 	*x = AcceptLossRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1469,7 +1714,7 @@ func (x *AcceptLossRequest) String() string {
 func (*AcceptLossRequest) ProtoMessage() {}
 
 func (x *AcceptLossRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1482,7 +1727,7 @@ func (x *AcceptLossRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AcceptLossRequest.ProtoReflect.Descriptor instead.
 func (*AcceptLossRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{19}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *AcceptLossRequest) GetVnodes() []uint32 {
@@ -1518,7 +1763,7 @@ type AcceptLossResponse struct {
 
 func (x *AcceptLossResponse) Reset() {
 	*x = AcceptLossResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[20]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1530,7 +1775,7 @@ func (x *AcceptLossResponse) String() string {
 func (*AcceptLossResponse) ProtoMessage() {}
 
 func (x *AcceptLossResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[20]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1543,7 +1788,7 @@ func (x *AcceptLossResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AcceptLossResponse.ProtoReflect.Descriptor instead.
 func (*AcceptLossResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{20}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *AcceptLossResponse) GetLoss() *v1.Loss {
@@ -1577,7 +1822,7 @@ type ListChangesRequest struct {
 
 func (x *ListChangesRequest) Reset() {
 	*x = ListChangesRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[21]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1589,7 +1834,7 @@ func (x *ListChangesRequest) String() string {
 func (*ListChangesRequest) ProtoMessage() {}
 
 func (x *ListChangesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[21]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1602,7 +1847,7 @@ func (x *ListChangesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChangesRequest.ProtoReflect.Descriptor instead.
 func (*ListChangesRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{21}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ListChangesRequest) GetSubject() string {
@@ -1650,7 +1895,7 @@ type ListChangesResponse struct {
 
 func (x *ListChangesResponse) Reset() {
 	*x = ListChangesResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[22]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1662,7 +1907,7 @@ func (x *ListChangesResponse) String() string {
 func (*ListChangesResponse) ProtoMessage() {}
 
 func (x *ListChangesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[22]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1675,7 +1920,7 @@ func (x *ListChangesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChangesResponse.ProtoReflect.Descriptor instead.
 func (*ListChangesResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{22}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ListChangesResponse) GetChanges() []*v1.Change {
@@ -1697,7 +1942,7 @@ type StartOperationRequest struct {
 
 func (x *StartOperationRequest) Reset() {
 	*x = StartOperationRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[23]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1709,7 +1954,7 @@ func (x *StartOperationRequest) String() string {
 func (*StartOperationRequest) ProtoMessage() {}
 
 func (x *StartOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[23]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1722,7 +1967,7 @@ func (x *StartOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartOperationRequest.ProtoReflect.Descriptor instead.
 func (*StartOperationRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{23}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *StartOperationRequest) GetEpoch() uint64 {
@@ -1748,7 +1993,7 @@ type StartOperationResponse struct {
 
 func (x *StartOperationResponse) Reset() {
 	*x = StartOperationResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[24]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1760,7 +2005,7 @@ func (x *StartOperationResponse) String() string {
 func (*StartOperationResponse) ProtoMessage() {}
 
 func (x *StartOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[24]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1773,7 +2018,7 @@ func (x *StartOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartOperationResponse.ProtoReflect.Descriptor instead.
 func (*StartOperationResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{24}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *StartOperationResponse) GetOperation() *v1.Operation {
@@ -1794,7 +2039,7 @@ type SteerOperationRequest struct {
 
 func (x *SteerOperationRequest) Reset() {
 	*x = SteerOperationRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[25]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1806,7 +2051,7 @@ func (x *SteerOperationRequest) String() string {
 func (*SteerOperationRequest) ProtoMessage() {}
 
 func (x *SteerOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[25]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1819,7 +2064,7 @@ func (x *SteerOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SteerOperationRequest.ProtoReflect.Descriptor instead.
 func (*SteerOperationRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{25}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *SteerOperationRequest) GetId() uint64 {
@@ -1845,7 +2090,7 @@ type SteerOperationResponse struct {
 
 func (x *SteerOperationResponse) Reset() {
 	*x = SteerOperationResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[26]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1857,7 +2102,7 @@ func (x *SteerOperationResponse) String() string {
 func (*SteerOperationResponse) ProtoMessage() {}
 
 func (x *SteerOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[26]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1870,7 +2115,7 @@ func (x *SteerOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SteerOperationResponse.ProtoReflect.Descriptor instead.
 func (*SteerOperationResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{26}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *SteerOperationResponse) GetOperation() *v1.Operation {
@@ -1890,7 +2135,7 @@ type ListOperationsRequest struct {
 
 func (x *ListOperationsRequest) Reset() {
 	*x = ListOperationsRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[27]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1902,7 +2147,7 @@ func (x *ListOperationsRequest) String() string {
 func (*ListOperationsRequest) ProtoMessage() {}
 
 func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[27]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1915,7 +2160,7 @@ func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsRequest.ProtoReflect.Descriptor instead.
 func (*ListOperationsRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{27}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ListOperationsRequest) GetId() uint64 {
@@ -1935,7 +2180,7 @@ type ListOperationsResponse struct {
 
 func (x *ListOperationsResponse) Reset() {
 	*x = ListOperationsResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[28]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1947,7 +2192,7 @@ func (x *ListOperationsResponse) String() string {
 func (*ListOperationsResponse) ProtoMessage() {}
 
 func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[28]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1960,7 +2205,7 @@ func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsResponse.ProtoReflect.Descriptor instead.
 func (*ListOperationsResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{28}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ListOperationsResponse) GetOperations() []*ObservedOperation {
@@ -1981,7 +2226,7 @@ type ObservedOperation struct {
 
 func (x *ObservedOperation) Reset() {
 	*x = ObservedOperation{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[29]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1993,7 +2238,7 @@ func (x *ObservedOperation) String() string {
 func (*ObservedOperation) ProtoMessage() {}
 
 func (x *ObservedOperation) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[29]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2006,7 +2251,7 @@ func (x *ObservedOperation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObservedOperation.ProtoReflect.Descriptor instead.
 func (*ObservedOperation) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{29}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ObservedOperation) GetOperation() *v1.Operation {
@@ -2039,7 +2284,7 @@ type MoveProgress struct {
 
 func (x *MoveProgress) Reset() {
 	*x = MoveProgress{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[30]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2051,7 +2296,7 @@ func (x *MoveProgress) String() string {
 func (*MoveProgress) ProtoMessage() {}
 
 func (x *MoveProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[30]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2064,7 +2309,7 @@ func (x *MoveProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveProgress.ProtoReflect.Descriptor instead.
 func (*MoveProgress) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{30}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *MoveProgress) GetMove() *v1.Move {
@@ -2110,7 +2355,7 @@ type GetNodeUseRequest struct {
 
 func (x *GetNodeUseRequest) Reset() {
 	*x = GetNodeUseRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[31]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2122,7 +2367,7 @@ func (x *GetNodeUseRequest) String() string {
 func (*GetNodeUseRequest) ProtoMessage() {}
 
 func (x *GetNodeUseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[31]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2135,7 +2380,7 @@ func (x *GetNodeUseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetNodeUseRequest.ProtoReflect.Descriptor instead.
 func (*GetNodeUseRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{31}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{35}
 }
 
 // GetNodeUseResponse says what a node holds of the vnodes that it is an endpoint of.
@@ -2148,7 +2393,7 @@ type GetNodeUseResponse struct {
 
 func (x *GetNodeUseResponse) Reset() {
 	*x = GetNodeUseResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[32]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2160,7 +2405,7 @@ func (x *GetNodeUseResponse) String() string {
 func (*GetNodeUseResponse) ProtoMessage() {}
 
 func (x *GetNodeUseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[32]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2173,7 +2418,7 @@ func (x *GetNodeUseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetNodeUseResponse.ProtoReflect.Descriptor instead.
 func (*GetNodeUseResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{32}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *GetNodeUseResponse) GetVnodes() []*VnodeUse {
@@ -2199,7 +2444,7 @@ type VnodeUse struct {
 
 func (x *VnodeUse) Reset() {
 	*x = VnodeUse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[33]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2211,7 +2456,7 @@ func (x *VnodeUse) String() string {
 func (*VnodeUse) ProtoMessage() {}
 
 func (x *VnodeUse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[33]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2224,7 +2469,7 @@ func (x *VnodeUse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VnodeUse.ProtoReflect.Descriptor instead.
 func (*VnodeUse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{33}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *VnodeUse) GetNamespaceId() uint32 {
@@ -2263,7 +2508,7 @@ type GetNodeStatusRequest struct {
 
 func (x *GetNodeStatusRequest) Reset() {
 	*x = GetNodeStatusRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[34]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2275,7 +2520,7 @@ func (x *GetNodeStatusRequest) String() string {
 func (*GetNodeStatusRequest) ProtoMessage() {}
 
 func (x *GetNodeStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[34]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2288,7 +2533,7 @@ func (x *GetNodeStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetNodeStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetNodeStatusRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{34}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{38}
 }
 
 type OperationStats struct {
@@ -2304,7 +2549,7 @@ type OperationStats struct {
 
 func (x *OperationStats) Reset() {
 	*x = OperationStats{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[35]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2316,7 +2561,7 @@ func (x *OperationStats) String() string {
 func (*OperationStats) ProtoMessage() {}
 
 func (x *OperationStats) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[35]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2329,7 +2574,7 @@ func (x *OperationStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OperationStats.ProtoReflect.Descriptor instead.
 func (*OperationStats) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{35}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *OperationStats) GetPerSecond() float64 {
@@ -2379,7 +2624,7 @@ type HintBacklog struct {
 
 func (x *HintBacklog) Reset() {
 	*x = HintBacklog{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[36]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2391,7 +2636,7 @@ func (x *HintBacklog) String() string {
 func (*HintBacklog) ProtoMessage() {}
 
 func (x *HintBacklog) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[36]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2404,7 +2649,7 @@ func (x *HintBacklog) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HintBacklog.ProtoReflect.Descriptor instead.
 func (*HintBacklog) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{36}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *HintBacklog) GetTarget() uint64 {
@@ -2481,14 +2726,18 @@ type NodeStatus struct {
 	SettingsHash        uint64 `protobuf:"fixed64,31,opt,name=settings_hash,json=settingsHash,proto3" json:"settings_hash,omitempty"`
 	ProcessSettingsHash uint64 `protobuf:"fixed64,32,opt,name=process_settings_hash,json=processSettingsHash,proto3" json:"process_settings_hash,omitempty"`
 	// For how long the disk has owed the end of the oldest sync in flight; 0: of none.
-	OldestSyncMs  uint64 `protobuf:"varint,40,opt,name=oldest_sync_ms,json=oldestSyncMs,proto3" json:"oldest_sync_ms,omitempty"`
+	OldestSyncMs uint64 `protobuf:"varint,40,opt,name=oldest_sync_ms,json=oldestSyncMs,proto3" json:"oldest_sync_ms,omitempty"`
+	// The copies that a reporting node has, and for how long it may answer for those in
+	// sync without being told again.
+	Copies        []*CopyProgress `protobuf:"bytes,41,rep,name=copies,proto3" json:"copies,omitempty"`
+	LeaseMs       uint64          `protobuf:"varint,42,opt,name=lease_ms,json=leaseMs,proto3" json:"lease_ms,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *NodeStatus) Reset() {
 	*x = NodeStatus{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[37]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2500,7 +2749,7 @@ func (x *NodeStatus) String() string {
 func (*NodeStatus) ProtoMessage() {}
 
 func (x *NodeStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[37]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2513,7 +2762,7 @@ func (x *NodeStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeStatus.ProtoReflect.Descriptor instead.
 func (*NodeStatus) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{37}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *NodeStatus) GetIncarnation() uint64 {
@@ -2726,6 +2975,110 @@ func (x *NodeStatus) GetOldestSyncMs() uint64 {
 	return 0
 }
 
+func (x *NodeStatus) GetCopies() []*CopyProgress {
+	if x != nil {
+		return x.Copies
+	}
+	return nil
+}
+
+func (x *NodeStatus) GetLeaseMs() uint64 {
+	if x != nil {
+		return x.LeaseMs
+	}
+	return 0
+}
+
+// CopyProgress is how far a reporting node's copy of a vnode is.
+type CopyProgress struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Vnode       uint32                 `protobuf:"varint,1,opt,name=vnode,proto3" json:"vnode,omitempty"`
+	NamespaceId uint32                 `protobuf:"varint,2,opt,name=namespace_id,json=namespaceId,proto3" json:"namespace_id,omitempty"`
+	// The epoch in which it came into the state that the node knows it in.
+	SinceEpoch uint64 `protobuf:"fixed64,3,opt,name=since_epoch,json=sinceEpoch,proto3" json:"since_epoch,omitempty"`
+	// It holds all that was acknowledged before writes waited for it.
+	Joined bool `protobuf:"varint,4,opt,name=joined,proto3" json:"joined,omitempty"`
+	// Every write that was acknowledged before, in milliseconds since 1970, is in it; 0: that
+	// is not known of any.
+	CompleteAtMs uint64 `protobuf:"varint,5,opt,name=complete_at_ms,json=completeAtMs,proto3" json:"complete_at_ms,omitempty"`
+	// Why it does not go on, if it does not.
+	WaitsFor      string `protobuf:"bytes,6,opt,name=waits_for,json=waitsFor,proto3" json:"waits_for,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CopyProgress) Reset() {
+	*x = CopyProgress{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CopyProgress) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CopyProgress) ProtoMessage() {}
+
+func (x *CopyProgress) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CopyProgress.ProtoReflect.Descriptor instead.
+func (*CopyProgress) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *CopyProgress) GetVnode() uint32 {
+	if x != nil {
+		return x.Vnode
+	}
+	return 0
+}
+
+func (x *CopyProgress) GetNamespaceId() uint32 {
+	if x != nil {
+		return x.NamespaceId
+	}
+	return 0
+}
+
+func (x *CopyProgress) GetSinceEpoch() uint64 {
+	if x != nil {
+		return x.SinceEpoch
+	}
+	return 0
+}
+
+func (x *CopyProgress) GetJoined() bool {
+	if x != nil {
+		return x.Joined
+	}
+	return false
+}
+
+func (x *CopyProgress) GetCompleteAtMs() uint64 {
+	if x != nil {
+		return x.CompleteAtMs
+	}
+	return 0
+}
+
+func (x *CopyProgress) GetWaitsFor() string {
+	if x != nil {
+		return x.WaitsFor
+	}
+	return ""
+}
+
 // Filling is how far a vnode's records have come to the node that is to hold them.
 type Filling struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2745,7 +3098,7 @@ type Filling struct {
 
 func (x *Filling) Reset() {
 	*x = Filling{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[38]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2757,7 +3110,7 @@ func (x *Filling) String() string {
 func (*Filling) ProtoMessage() {}
 
 func (x *Filling) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[38]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2770,7 +3123,7 @@ func (x *Filling) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Filling.ProtoReflect.Descriptor instead.
 func (*Filling) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{38}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Filling) GetVnode() uint32 {
@@ -2833,7 +3186,7 @@ type QueueDepth struct {
 
 func (x *QueueDepth) Reset() {
 	*x = QueueDepth{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[39]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2845,7 +3198,7 @@ func (x *QueueDepth) String() string {
 func (*QueueDepth) ProtoMessage() {}
 
 func (x *QueueDepth) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[39]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2858,7 +3211,7 @@ func (x *QueueDepth) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueueDepth.ProtoReflect.Descriptor instead.
 func (*QueueDepth) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{39}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *QueueDepth) GetName() string {
@@ -2891,7 +3244,7 @@ type GetNodeStatusResponse struct {
 
 func (x *GetNodeStatusResponse) Reset() {
 	*x = GetNodeStatusResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[40]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2903,7 +3256,7 @@ func (x *GetNodeStatusResponse) String() string {
 func (*GetNodeStatusResponse) ProtoMessage() {}
 
 func (x *GetNodeStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[40]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2916,7 +3269,7 @@ func (x *GetNodeStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetNodeStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetNodeStatusResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{40}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *GetNodeStatusResponse) GetStatus() *NodeStatus {
@@ -2934,7 +3287,7 @@ type GetOrchestratorStatusRequest struct {
 
 func (x *GetOrchestratorStatusRequest) Reset() {
 	*x = GetOrchestratorStatusRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[41]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2946,7 +3299,7 @@ func (x *GetOrchestratorStatusRequest) String() string {
 func (*GetOrchestratorStatusRequest) ProtoMessage() {}
 
 func (x *GetOrchestratorStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[41]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2959,7 +3312,7 @@ func (x *GetOrchestratorStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOrchestratorStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetOrchestratorStatusRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{41}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{46}
 }
 
 type OrchestratorStatus struct {
@@ -2981,7 +3334,7 @@ type OrchestratorStatus struct {
 
 func (x *OrchestratorStatus) Reset() {
 	*x = OrchestratorStatus{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[42]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2993,7 +3346,7 @@ func (x *OrchestratorStatus) String() string {
 func (*OrchestratorStatus) ProtoMessage() {}
 
 func (x *OrchestratorStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[42]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3006,7 +3359,7 @@ func (x *OrchestratorStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OrchestratorStatus.ProtoReflect.Descriptor instead.
 func (*OrchestratorStatus) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{42}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *OrchestratorStatus) GetName() string {
@@ -3081,7 +3434,7 @@ type GetOrchestratorStatusResponse struct {
 
 func (x *GetOrchestratorStatusResponse) Reset() {
 	*x = GetOrchestratorStatusResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[43]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3093,7 +3446,7 @@ func (x *GetOrchestratorStatusResponse) String() string {
 func (*GetOrchestratorStatusResponse) ProtoMessage() {}
 
 func (x *GetOrchestratorStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[43]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3106,7 +3459,7 @@ func (x *GetOrchestratorStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOrchestratorStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetOrchestratorStatusResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{43}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *GetOrchestratorStatusResponse) GetStatus() *OrchestratorStatus {
@@ -3124,7 +3477,7 @@ type GetClusterStatusRequest struct {
 
 func (x *GetClusterStatusRequest) Reset() {
 	*x = GetClusterStatusRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[44]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3136,7 +3489,7 @@ func (x *GetClusterStatusRequest) String() string {
 func (*GetClusterStatusRequest) ProtoMessage() {}
 
 func (x *GetClusterStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[44]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3149,7 +3502,7 @@ func (x *GetClusterStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetClusterStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetClusterStatusRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{44}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{49}
 }
 
 type ObservedNode struct {
@@ -3169,7 +3522,7 @@ type ObservedNode struct {
 
 func (x *ObservedNode) Reset() {
 	*x = ObservedNode{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[45]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3181,7 +3534,7 @@ func (x *ObservedNode) String() string {
 func (*ObservedNode) ProtoMessage() {}
 
 func (x *ObservedNode) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[45]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3194,7 +3547,7 @@ func (x *ObservedNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObservedNode.ProtoReflect.Descriptor instead.
 func (*ObservedNode) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{45}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ObservedNode) GetHealth() *v1.NodeHealth {
@@ -3246,7 +3599,7 @@ type HealthCheck struct {
 
 func (x *HealthCheck) Reset() {
 	*x = HealthCheck{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[46]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3258,7 +3611,7 @@ func (x *HealthCheck) String() string {
 func (*HealthCheck) ProtoMessage() {}
 
 func (x *HealthCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[46]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3271,7 +3624,7 @@ func (x *HealthCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HealthCheck.ProtoReflect.Descriptor instead.
 func (*HealthCheck) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{46}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *HealthCheck) GetAgeMs() uint64 {
@@ -3313,7 +3666,7 @@ type ObservedOrchestrator struct {
 
 func (x *ObservedOrchestrator) Reset() {
 	*x = ObservedOrchestrator{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[47]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3325,7 +3678,7 @@ func (x *ObservedOrchestrator) String() string {
 func (*ObservedOrchestrator) ProtoMessage() {}
 
 func (x *ObservedOrchestrator) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[47]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3338,7 +3691,7 @@ func (x *ObservedOrchestrator) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObservedOrchestrator.ProtoReflect.Descriptor instead.
 func (*ObservedOrchestrator) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{47}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ObservedOrchestrator) GetName() string {
@@ -3382,7 +3735,7 @@ type GetClusterStatusResponse struct {
 
 func (x *GetClusterStatusResponse) Reset() {
 	*x = GetClusterStatusResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[48]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3394,7 +3747,7 @@ func (x *GetClusterStatusResponse) String() string {
 func (*GetClusterStatusResponse) ProtoMessage() {}
 
 func (x *GetClusterStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[48]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3407,7 +3760,7 @@ func (x *GetClusterStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetClusterStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetClusterStatusResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{48}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *GetClusterStatusResponse) GetTopology() *v1.Topology {
@@ -3476,7 +3829,7 @@ type GetRepairStatusRequest struct {
 
 func (x *GetRepairStatusRequest) Reset() {
 	*x = GetRepairStatusRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[49]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3488,7 +3841,7 @@ func (x *GetRepairStatusRequest) String() string {
 func (*GetRepairStatusRequest) ProtoMessage() {}
 
 func (x *GetRepairStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[49]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3501,7 +3854,7 @@ func (x *GetRepairStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRepairStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetRepairStatusRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{49}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *GetRepairStatusRequest) GetVnodes() bool {
@@ -3536,7 +3889,7 @@ type GetRepairStatusResponse struct {
 
 func (x *GetRepairStatusResponse) Reset() {
 	*x = GetRepairStatusResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[50]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3548,7 +3901,7 @@ func (x *GetRepairStatusResponse) String() string {
 func (*GetRepairStatusResponse) ProtoMessage() {}
 
 func (x *GetRepairStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[50]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3561,7 +3914,7 @@ func (x *GetRepairStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRepairStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetRepairStatusResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{50}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *GetRepairStatusResponse) GetPaused() bool {
@@ -3676,7 +4029,7 @@ type VnodeRepair struct {
 
 func (x *VnodeRepair) Reset() {
 	*x = VnodeRepair{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[51]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3688,7 +4041,7 @@ func (x *VnodeRepair) String() string {
 func (*VnodeRepair) ProtoMessage() {}
 
 func (x *VnodeRepair) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[51]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3701,7 +4054,7 @@ func (x *VnodeRepair) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VnodeRepair.ProtoReflect.Descriptor instead.
 func (*VnodeRepair) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{51}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *VnodeRepair) GetNamespace() string {
@@ -3798,7 +4151,7 @@ type StartRepairRequest struct {
 
 func (x *StartRepairRequest) Reset() {
 	*x = StartRepairRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[52]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3810,7 +4163,7 @@ func (x *StartRepairRequest) String() string {
 func (*StartRepairRequest) ProtoMessage() {}
 
 func (x *StartRepairRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[52]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3823,7 +4176,7 @@ func (x *StartRepairRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRepairRequest.ProtoReflect.Descriptor instead.
 func (*StartRepairRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{52}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *StartRepairRequest) GetScrub() bool {
@@ -3841,7 +4194,7 @@ type StartRepairResponse struct {
 
 func (x *StartRepairResponse) Reset() {
 	*x = StartRepairResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[53]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3853,7 +4206,7 @@ func (x *StartRepairResponse) String() string {
 func (*StartRepairResponse) ProtoMessage() {}
 
 func (x *StartRepairResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[53]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3866,7 +4219,7 @@ func (x *StartRepairResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRepairResponse.ProtoReflect.Descriptor instead.
 func (*StartRepairResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{53}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{58}
 }
 
 type PauseRepairRequest struct {
@@ -3877,7 +4230,7 @@ type PauseRepairRequest struct {
 
 func (x *PauseRepairRequest) Reset() {
 	*x = PauseRepairRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[54]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3889,7 +4242,7 @@ func (x *PauseRepairRequest) String() string {
 func (*PauseRepairRequest) ProtoMessage() {}
 
 func (x *PauseRepairRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[54]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3902,7 +4255,7 @@ func (x *PauseRepairRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseRepairRequest.ProtoReflect.Descriptor instead.
 func (*PauseRepairRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{54}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{59}
 }
 
 type PauseRepairResponse struct {
@@ -3913,7 +4266,7 @@ type PauseRepairResponse struct {
 
 func (x *PauseRepairResponse) Reset() {
 	*x = PauseRepairResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[55]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3925,7 +4278,7 @@ func (x *PauseRepairResponse) String() string {
 func (*PauseRepairResponse) ProtoMessage() {}
 
 func (x *PauseRepairResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[55]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3938,7 +4291,7 @@ func (x *PauseRepairResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseRepairResponse.ProtoReflect.Descriptor instead.
 func (*PauseRepairResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{55}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{60}
 }
 
 type ExplainCollectionRequest struct {
@@ -3955,7 +4308,7 @@ type ExplainCollectionRequest struct {
 
 func (x *ExplainCollectionRequest) Reset() {
 	*x = ExplainCollectionRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[56]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3967,7 +4320,7 @@ func (x *ExplainCollectionRequest) String() string {
 func (*ExplainCollectionRequest) ProtoMessage() {}
 
 func (x *ExplainCollectionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[56]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3980,7 +4333,7 @@ func (x *ExplainCollectionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainCollectionRequest.ProtoReflect.Descriptor instead.
 func (*ExplainCollectionRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{56}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *ExplainCollectionRequest) GetNamespace() string {
@@ -4048,7 +4401,7 @@ type ExplainCollectionResponse struct {
 
 func (x *ExplainCollectionResponse) Reset() {
 	*x = ExplainCollectionResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[57]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4060,7 +4413,7 @@ func (x *ExplainCollectionResponse) String() string {
 func (*ExplainCollectionResponse) ProtoMessage() {}
 
 func (x *ExplainCollectionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[57]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4073,7 +4426,7 @@ func (x *ExplainCollectionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainCollectionResponse.ProtoReflect.Descriptor instead.
 func (*ExplainCollectionResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{57}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *ExplainCollectionResponse) GetVnode() uint32 {
@@ -4134,7 +4487,7 @@ type CollectionReplica struct {
 
 func (x *CollectionReplica) Reset() {
 	*x = CollectionReplica{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[58]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4146,7 +4499,7 @@ func (x *CollectionReplica) String() string {
 func (*CollectionReplica) ProtoMessage() {}
 
 func (x *CollectionReplica) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[58]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4159,7 +4512,7 @@ func (x *CollectionReplica) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CollectionReplica.ProtoReflect.Descriptor instead.
 func (*CollectionReplica) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{58}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *CollectionReplica) GetIncarnation() uint64 {
@@ -4228,7 +4581,7 @@ type ListHintsRequest struct {
 
 func (x *ListHintsRequest) Reset() {
 	*x = ListHintsRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[59]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4240,7 +4593,7 @@ func (x *ListHintsRequest) String() string {
 func (*ListHintsRequest) ProtoMessage() {}
 
 func (x *ListHintsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[59]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4253,7 +4606,7 @@ func (x *ListHintsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHintsRequest.ProtoReflect.Descriptor instead.
 func (*ListHintsRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{59}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *ListHintsRequest) GetTarget() uint64 {
@@ -4282,7 +4635,7 @@ type ListHintsResponse struct {
 
 func (x *ListHintsResponse) Reset() {
 	*x = ListHintsResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[60]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4294,7 +4647,7 @@ func (x *ListHintsResponse) String() string {
 func (*ListHintsResponse) ProtoMessage() {}
 
 func (x *ListHintsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[60]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4307,7 +4660,7 @@ func (x *ListHintsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHintsResponse.ProtoReflect.Descriptor instead.
 func (*ListHintsResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{60}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *ListHintsResponse) GetGroups() []*HintGroup {
@@ -4388,7 +4741,7 @@ type HintGroup struct {
 
 func (x *HintGroup) Reset() {
 	*x = HintGroup{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[61]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4400,7 +4753,7 @@ func (x *HintGroup) String() string {
 func (*HintGroup) ProtoMessage() {}
 
 func (x *HintGroup) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[61]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4413,7 +4766,7 @@ func (x *HintGroup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HintGroup.ProtoReflect.Descriptor instead.
 func (*HintGroup) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{61}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *HintGroup) GetTarget() uint64 {
@@ -4462,7 +4815,23 @@ var File_kvasir_admin_v1_admin_proto protoreflect.FileDescriptor
 
 const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\n" +
-	"\x1bkvasir/admin/v1/admin.proto\x12\x0fkvasir.admin.v1\x1a kvasir/topology/v1/control.proto\x1a!kvasir/topology/v1/topology.proto\"\xd8\x02\n" +
+	"\x1bkvasir/admin/v1/admin.proto\x12\x0fkvasir.admin.v1\x1a kvasir/topology/v1/control.proto\x1a!kvasir/topology/v1/topology.proto\"T\n" +
+	"\x11GrantLeaseRequest\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12 \n" +
+	"\vincarnation\x18\x02 \x01(\x04R\vincarnation\"K\n" +
+	"\x12GrantLeaseResponse\x12\x14\n" +
+	"\x05epoch\x18\x01 \x01(\x06R\x05epoch\x12\x1f\n" +
+	"\vduration_ms\x18\x02 \x01(\x04R\n" +
+	"durationMs\"\x91\x01\n" +
+	"\x12EvictCopiesRequest\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12!\n" +
+	"\fnamespace_id\x18\x02 \x01(\rR\vnamespaceId\x12 \n" +
+	"\vincarnation\x18\x03 \x01(\x04R\vincarnation\x12\x17\n" +
+	"\aheld_up\x18\x04 \x01(\x04R\x06heldUp\"+\n" +
+	"\x13EvictCopiesResponse\x12\x14\n" +
+	"\x05epoch\x18\x01 \x01(\x06R\x05epoch\"\xd8\x02\n" +
 	"\x13RegisterNodeRequest\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x12\n" +
@@ -4479,7 +4848,7 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\aboot_id\x18\v \x01(\tR\x06bootId\"r\n" +
 	"\x14RegisterNodeResponse\x12 \n" +
 	"\vincarnation\x18\x01 \x01(\x04R\vincarnation\x128\n" +
-	"\btopology\x18\x02 \x01(\v2\x1c.kvasir.topology.v1.TopologyR\btopology\"\xfd\x02\n" +
+	"\btopology\x18\x02 \x01(\v2\x1c.kvasir.topology.v1.TopologyR\btopology\"\xfc\x04\n" +
 	"\x11NamespaceSettings\x12\x11\n" +
 	"\x01n\x18\x01 \x01(\rH\x00R\x01n\x88\x01\x01\x12&\n" +
 	"\fwrite_quorum\x18\x02 \x01(\tH\x01R\vwriteQuorum\x88\x01\x01\x12$\n" +
@@ -4489,14 +4858,21 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"readRepair\x88\x01\x01\x12(\n" +
 	"\rrepair_chance\x18\x05 \x01(\x01H\x04R\frepairChance\x88\x01\x01\x12\x19\n" +
 	"\x05hints\x18\x06 \x01(\bH\x05R\x05hints\x88\x01\x01\x12\x1a\n" +
-	"\x06ttl_ms\x18\a \x01(\x04H\x06R\x05ttlMs\x88\x01\x01B\x04\n" +
+	"\x06ttl_ms\x18\a \x01(\x04H\x06R\x05ttlMs\x88\x01\x01\x12S\n" +
+	"\x10reporting_policy\x18\b \x01(\x0e2#.kvasir.topology.v1.ReportingPolicyH\aR\x0freportingPolicy\x88\x01\x01\x12.\n" +
+	"\x10reporting_copies\x18\t \x01(\rH\bR\x0freportingCopies\x88\x01\x01\x125\n" +
+	"\x14reporting_timeout_ms\x18\n" +
+	" \x01(\x04H\tR\x12reportingTimeoutMs\x88\x01\x01B\x04\n" +
 	"\x02_nB\x0f\n" +
 	"\r_write_quorumB\x0e\n" +
 	"\f_read_quorumB\x0e\n" +
 	"\f_read_repairB\x10\n" +
 	"\x0e_repair_chanceB\b\n" +
 	"\x06_hintsB\t\n" +
-	"\a_ttl_ms\"l\n" +
+	"\a_ttl_msB\x13\n" +
+	"\x11_reporting_policyB\x13\n" +
+	"\x11_reporting_copiesB\x17\n" +
+	"\x15_reporting_timeout_ms\"l\n" +
 	"\x16CreateNamespaceRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12>\n" +
 	"\bsettings\x18\x02 \x01(\v2\".kvasir.admin.v1.NamespaceSettingsR\bsettings\"\x88\x01\n" +
@@ -4638,8 +5014,7 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\x06target\x18\x01 \x01(\x04R\x06target\x12\x14\n" +
 	"\x05count\x18\x02 \x01(\x04R\x05count\x12\x14\n" +
 	"\x05bytes\x18\x03 \x01(\x04R\x05bytes\x12\x1b\n" +
-	"\toldest_ms\x18\x04 \x01(\x04R\boldestMs\"\xc6\n" +
-	"\n" +
+	"\toldest_ms\x18\x04 \x01(\x04R\boldestMs\"\x98\v\n" +
 	"\n" +
 	"NodeStatus\x12 \n" +
 	"\vincarnation\x18\x01 \x01(\x04R\vincarnation\x12\x12\n" +
@@ -4672,7 +5047,9 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\rclock_problem\x18\x1e \x01(\tR\fclockProblem\x12#\n" +
 	"\rsettings_hash\x18\x1f \x01(\x06R\fsettingsHash\x122\n" +
 	"\x15process_settings_hash\x18  \x01(\x06R\x13processSettingsHash\x12$\n" +
-	"\x0eoldest_sync_ms\x18( \x01(\x04R\foldestSyncMs\"\x94\x01\n" +
+	"\x0eoldest_sync_ms\x18( \x01(\x04R\foldestSyncMs\x125\n" +
+	"\x06copies\x18) \x03(\v2\x1d.kvasir.admin.v1.CopyProgressR\x06copies\x12\x19\n" +
+	"\blease_ms\x18* \x01(\x04R\aleaseMs\"\x94\x01\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eSTATE_STARTING\x10\x01\x12\x11\n" +
@@ -4681,7 +5058,15 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\x0eSTATE_STOPPING\x10\x04\x12\x11\n" +
 	"\rSTATE_REMOVED\x10\x05\x12\x11\n" +
 	"\rSTATE_STALLED\x10\n" +
-	"\"\xd2\x01\n" +
+	"\"\xc3\x01\n" +
+	"\fCopyProgress\x12\x14\n" +
+	"\x05vnode\x18\x01 \x01(\rR\x05vnode\x12!\n" +
+	"\fnamespace_id\x18\x02 \x01(\rR\vnamespaceId\x12\x1f\n" +
+	"\vsince_epoch\x18\x03 \x01(\x06R\n" +
+	"sinceEpoch\x12\x16\n" +
+	"\x06joined\x18\x04 \x01(\bR\x06joined\x12$\n" +
+	"\x0ecomplete_at_ms\x18\x05 \x01(\x04R\fcompleteAtMs\x12\x1b\n" +
+	"\twaits_for\x18\x06 \x01(\tR\bwaitsFor\"\xd2\x01\n" +
 	"\aFilling\x12\x14\n" +
 	"\x05vnode\x18\x01 \x01(\rR\x05vnode\x12%\n" +
 	"\x0eassigned_epoch\x18\x02 \x01(\x06R\rassignedEpoch\x12\x1a\n" +
@@ -4827,8 +5212,7 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\x05vnode\x18\x03 \x01(\rR\x05vnode\x12\x14\n" +
 	"\x05count\x18\x04 \x01(\x04R\x05count\x12\x14\n" +
 	"\x05bytes\x18\x05 \x01(\x04R\x05bytes\x12\x1b\n" +
-	"\toldest_ms\x18\x06 \x01(\x04R\boldestMs2\xd9\n" +
-	"\n" +
+	"\toldest_ms\x18\x06 \x01(\x04R\boldestMs2\x8a\f\n" +
 	"\x0eControlService\x12[\n" +
 	"\fRegisterNode\x12$.kvasir.admin.v1.RegisterNodeRequest\x1a%.kvasir.admin.v1.RegisterNodeResponse\x12d\n" +
 	"\x0fCreateNamespace\x12'.kvasir.admin.v1.CreateNamespaceRequest\x1a(.kvasir.admin.v1.CreateNamespaceResponse\x12d\n" +
@@ -4844,7 +5228,10 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\vGetCapacity\x12#.kvasir.admin.v1.GetCapacityRequest\x1a$.kvasir.admin.v1.GetCapacityResponse\x12a\n" +
 	"\x0eListProvisions\x12&.kvasir.admin.v1.ListProvisionsRequest\x1a'.kvasir.admin.v1.ListProvisionsResponse\x12U\n" +
 	"\n" +
-	"AcceptLoss\x12\".kvasir.admin.v1.AcceptLossRequest\x1a#.kvasir.admin.v1.AcceptLossResponse2\xbe\x02\n" +
+	"AcceptLoss\x12\".kvasir.admin.v1.AcceptLossRequest\x1a#.kvasir.admin.v1.AcceptLossResponse\x12U\n" +
+	"\n" +
+	"GrantLease\x12\".kvasir.admin.v1.GrantLeaseRequest\x1a#.kvasir.admin.v1.GrantLeaseResponse\x12X\n" +
+	"\vEvictCopies\x12#.kvasir.admin.v1.EvictCopiesRequest\x1a$.kvasir.admin.v1.EvictCopiesResponse2\xbe\x02\n" +
 	"\rStatusService\x12^\n" +
 	"\rGetNodeStatus\x12%.kvasir.admin.v1.GetNodeStatusRequest\x1a&.kvasir.admin.v1.GetNodeStatusResponse\x12v\n" +
 	"\x15GetOrchestratorStatus\x12-.kvasir.admin.v1.GetOrchestratorStatusRequest\x1a..kvasir.admin.v1.GetOrchestratorStatusResponse\x12U\n" +
@@ -4870,192 +5257,204 @@ func file_kvasir_admin_v1_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_kvasir_admin_v1_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_kvasir_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 63)
+var file_kvasir_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 68)
 var file_kvasir_admin_v1_admin_proto_goTypes = []any{
 	(NodeStatus_State)(0),                 // 0: kvasir.admin.v1.NodeStatus.State
 	(VnodeRepair_State)(0),                // 1: kvasir.admin.v1.VnodeRepair.State
-	(*RegisterNodeRequest)(nil),           // 2: kvasir.admin.v1.RegisterNodeRequest
-	(*RegisterNodeResponse)(nil),          // 3: kvasir.admin.v1.RegisterNodeResponse
-	(*NamespaceSettings)(nil),             // 4: kvasir.admin.v1.NamespaceSettings
-	(*CreateNamespaceRequest)(nil),        // 5: kvasir.admin.v1.CreateNamespaceRequest
-	(*CreateNamespaceResponse)(nil),       // 6: kvasir.admin.v1.CreateNamespaceResponse
-	(*UpdateNamespaceRequest)(nil),        // 7: kvasir.admin.v1.UpdateNamespaceRequest
-	(*UpdateNamespaceResponse)(nil),       // 8: kvasir.admin.v1.UpdateNamespaceResponse
-	(*DropNamespaceRequest)(nil),          // 9: kvasir.admin.v1.DropNamespaceRequest
-	(*DropNamespaceResponse)(nil),         // 10: kvasir.admin.v1.DropNamespaceResponse
-	(*UpdateSettingsRequest)(nil),         // 11: kvasir.admin.v1.UpdateSettingsRequest
-	(*UpdateSettingsResponse)(nil),        // 12: kvasir.admin.v1.UpdateSettingsResponse
-	(*ListSettingsRequest)(nil),           // 13: kvasir.admin.v1.ListSettingsRequest
-	(*ListSettingsResponse)(nil),          // 14: kvasir.admin.v1.ListSettingsResponse
-	(*GetCapacityRequest)(nil),            // 15: kvasir.admin.v1.GetCapacityRequest
-	(*GetCapacityResponse)(nil),           // 16: kvasir.admin.v1.GetCapacityResponse
-	(*CapacityNode)(nil),                  // 17: kvasir.admin.v1.CapacityNode
-	(*CapacitySignal)(nil),                // 18: kvasir.admin.v1.CapacitySignal
-	(*ListProvisionsRequest)(nil),         // 19: kvasir.admin.v1.ListProvisionsRequest
-	(*ListProvisionsResponse)(nil),        // 20: kvasir.admin.v1.ListProvisionsResponse
-	(*AcceptLossRequest)(nil),             // 21: kvasir.admin.v1.AcceptLossRequest
-	(*AcceptLossResponse)(nil),            // 22: kvasir.admin.v1.AcceptLossResponse
-	(*ListChangesRequest)(nil),            // 23: kvasir.admin.v1.ListChangesRequest
-	(*ListChangesResponse)(nil),           // 24: kvasir.admin.v1.ListChangesResponse
-	(*StartOperationRequest)(nil),         // 25: kvasir.admin.v1.StartOperationRequest
-	(*StartOperationResponse)(nil),        // 26: kvasir.admin.v1.StartOperationResponse
-	(*SteerOperationRequest)(nil),         // 27: kvasir.admin.v1.SteerOperationRequest
-	(*SteerOperationResponse)(nil),        // 28: kvasir.admin.v1.SteerOperationResponse
-	(*ListOperationsRequest)(nil),         // 29: kvasir.admin.v1.ListOperationsRequest
-	(*ListOperationsResponse)(nil),        // 30: kvasir.admin.v1.ListOperationsResponse
-	(*ObservedOperation)(nil),             // 31: kvasir.admin.v1.ObservedOperation
-	(*MoveProgress)(nil),                  // 32: kvasir.admin.v1.MoveProgress
-	(*GetNodeUseRequest)(nil),             // 33: kvasir.admin.v1.GetNodeUseRequest
-	(*GetNodeUseResponse)(nil),            // 34: kvasir.admin.v1.GetNodeUseResponse
-	(*VnodeUse)(nil),                      // 35: kvasir.admin.v1.VnodeUse
-	(*GetNodeStatusRequest)(nil),          // 36: kvasir.admin.v1.GetNodeStatusRequest
-	(*OperationStats)(nil),                // 37: kvasir.admin.v1.OperationStats
-	(*HintBacklog)(nil),                   // 38: kvasir.admin.v1.HintBacklog
-	(*NodeStatus)(nil),                    // 39: kvasir.admin.v1.NodeStatus
-	(*Filling)(nil),                       // 40: kvasir.admin.v1.Filling
-	(*QueueDepth)(nil),                    // 41: kvasir.admin.v1.QueueDepth
-	(*GetNodeStatusResponse)(nil),         // 42: kvasir.admin.v1.GetNodeStatusResponse
-	(*GetOrchestratorStatusRequest)(nil),  // 43: kvasir.admin.v1.GetOrchestratorStatusRequest
-	(*OrchestratorStatus)(nil),            // 44: kvasir.admin.v1.OrchestratorStatus
-	(*GetOrchestratorStatusResponse)(nil), // 45: kvasir.admin.v1.GetOrchestratorStatusResponse
-	(*GetClusterStatusRequest)(nil),       // 46: kvasir.admin.v1.GetClusterStatusRequest
-	(*ObservedNode)(nil),                  // 47: kvasir.admin.v1.ObservedNode
-	(*HealthCheck)(nil),                   // 48: kvasir.admin.v1.HealthCheck
-	(*ObservedOrchestrator)(nil),          // 49: kvasir.admin.v1.ObservedOrchestrator
-	(*GetClusterStatusResponse)(nil),      // 50: kvasir.admin.v1.GetClusterStatusResponse
-	(*GetRepairStatusRequest)(nil),        // 51: kvasir.admin.v1.GetRepairStatusRequest
-	(*GetRepairStatusResponse)(nil),       // 52: kvasir.admin.v1.GetRepairStatusResponse
-	(*VnodeRepair)(nil),                   // 53: kvasir.admin.v1.VnodeRepair
-	(*StartRepairRequest)(nil),            // 54: kvasir.admin.v1.StartRepairRequest
-	(*StartRepairResponse)(nil),           // 55: kvasir.admin.v1.StartRepairResponse
-	(*PauseRepairRequest)(nil),            // 56: kvasir.admin.v1.PauseRepairRequest
-	(*PauseRepairResponse)(nil),           // 57: kvasir.admin.v1.PauseRepairResponse
-	(*ExplainCollectionRequest)(nil),      // 58: kvasir.admin.v1.ExplainCollectionRequest
-	(*ExplainCollectionResponse)(nil),     // 59: kvasir.admin.v1.ExplainCollectionResponse
-	(*CollectionReplica)(nil),             // 60: kvasir.admin.v1.CollectionReplica
-	(*ListHintsRequest)(nil),              // 61: kvasir.admin.v1.ListHintsRequest
-	(*ListHintsResponse)(nil),             // 62: kvasir.admin.v1.ListHintsResponse
-	(*HintGroup)(nil),                     // 63: kvasir.admin.v1.HintGroup
-	nil,                                   // 64: kvasir.admin.v1.UpdateSettingsRequest.ValuesEntry
-	(v1.Role)(0),                          // 65: kvasir.topology.v1.Role
-	(*v1.Topology)(nil),                   // 66: kvasir.topology.v1.Topology
-	(v1.ReadRepairMode)(0),                // 67: kvasir.topology.v1.ReadRepairMode
-	(*v1.Namespace)(nil),                  // 68: kvasir.topology.v1.Namespace
-	(*v1.Operation)(nil),                  // 69: kvasir.topology.v1.Operation
-	(*v1.SettingsVersion)(nil),            // 70: kvasir.topology.v1.SettingsVersion
-	(*v1.Settings)(nil),                   // 71: kvasir.topology.v1.Settings
-	(*v1.Provision)(nil),                  // 72: kvasir.topology.v1.Provision
-	(*v1.Loss)(nil),                       // 73: kvasir.topology.v1.Loss
-	(*v1.Change)(nil),                     // 74: kvasir.topology.v1.Change
-	(v1.Operation_State)(0),               // 75: kvasir.topology.v1.Operation.State
-	(*v1.Move)(nil),                       // 76: kvasir.topology.v1.Move
-	(v1.Phase)(0),                         // 77: kvasir.topology.v1.Phase
-	(*v1.NodeHealth)(nil),                 // 78: kvasir.topology.v1.NodeHealth
-	(*v1.Condition)(nil),                  // 79: kvasir.topology.v1.Condition
-	(*v1.FoundHealth)(nil),                // 80: kvasir.topology.v1.FoundHealth
+	(*GrantLeaseRequest)(nil),             // 2: kvasir.admin.v1.GrantLeaseRequest
+	(*GrantLeaseResponse)(nil),            // 3: kvasir.admin.v1.GrantLeaseResponse
+	(*EvictCopiesRequest)(nil),            // 4: kvasir.admin.v1.EvictCopiesRequest
+	(*EvictCopiesResponse)(nil),           // 5: kvasir.admin.v1.EvictCopiesResponse
+	(*RegisterNodeRequest)(nil),           // 6: kvasir.admin.v1.RegisterNodeRequest
+	(*RegisterNodeResponse)(nil),          // 7: kvasir.admin.v1.RegisterNodeResponse
+	(*NamespaceSettings)(nil),             // 8: kvasir.admin.v1.NamespaceSettings
+	(*CreateNamespaceRequest)(nil),        // 9: kvasir.admin.v1.CreateNamespaceRequest
+	(*CreateNamespaceResponse)(nil),       // 10: kvasir.admin.v1.CreateNamespaceResponse
+	(*UpdateNamespaceRequest)(nil),        // 11: kvasir.admin.v1.UpdateNamespaceRequest
+	(*UpdateNamespaceResponse)(nil),       // 12: kvasir.admin.v1.UpdateNamespaceResponse
+	(*DropNamespaceRequest)(nil),          // 13: kvasir.admin.v1.DropNamespaceRequest
+	(*DropNamespaceResponse)(nil),         // 14: kvasir.admin.v1.DropNamespaceResponse
+	(*UpdateSettingsRequest)(nil),         // 15: kvasir.admin.v1.UpdateSettingsRequest
+	(*UpdateSettingsResponse)(nil),        // 16: kvasir.admin.v1.UpdateSettingsResponse
+	(*ListSettingsRequest)(nil),           // 17: kvasir.admin.v1.ListSettingsRequest
+	(*ListSettingsResponse)(nil),          // 18: kvasir.admin.v1.ListSettingsResponse
+	(*GetCapacityRequest)(nil),            // 19: kvasir.admin.v1.GetCapacityRequest
+	(*GetCapacityResponse)(nil),           // 20: kvasir.admin.v1.GetCapacityResponse
+	(*CapacityNode)(nil),                  // 21: kvasir.admin.v1.CapacityNode
+	(*CapacitySignal)(nil),                // 22: kvasir.admin.v1.CapacitySignal
+	(*ListProvisionsRequest)(nil),         // 23: kvasir.admin.v1.ListProvisionsRequest
+	(*ListProvisionsResponse)(nil),        // 24: kvasir.admin.v1.ListProvisionsResponse
+	(*AcceptLossRequest)(nil),             // 25: kvasir.admin.v1.AcceptLossRequest
+	(*AcceptLossResponse)(nil),            // 26: kvasir.admin.v1.AcceptLossResponse
+	(*ListChangesRequest)(nil),            // 27: kvasir.admin.v1.ListChangesRequest
+	(*ListChangesResponse)(nil),           // 28: kvasir.admin.v1.ListChangesResponse
+	(*StartOperationRequest)(nil),         // 29: kvasir.admin.v1.StartOperationRequest
+	(*StartOperationResponse)(nil),        // 30: kvasir.admin.v1.StartOperationResponse
+	(*SteerOperationRequest)(nil),         // 31: kvasir.admin.v1.SteerOperationRequest
+	(*SteerOperationResponse)(nil),        // 32: kvasir.admin.v1.SteerOperationResponse
+	(*ListOperationsRequest)(nil),         // 33: kvasir.admin.v1.ListOperationsRequest
+	(*ListOperationsResponse)(nil),        // 34: kvasir.admin.v1.ListOperationsResponse
+	(*ObservedOperation)(nil),             // 35: kvasir.admin.v1.ObservedOperation
+	(*MoveProgress)(nil),                  // 36: kvasir.admin.v1.MoveProgress
+	(*GetNodeUseRequest)(nil),             // 37: kvasir.admin.v1.GetNodeUseRequest
+	(*GetNodeUseResponse)(nil),            // 38: kvasir.admin.v1.GetNodeUseResponse
+	(*VnodeUse)(nil),                      // 39: kvasir.admin.v1.VnodeUse
+	(*GetNodeStatusRequest)(nil),          // 40: kvasir.admin.v1.GetNodeStatusRequest
+	(*OperationStats)(nil),                // 41: kvasir.admin.v1.OperationStats
+	(*HintBacklog)(nil),                   // 42: kvasir.admin.v1.HintBacklog
+	(*NodeStatus)(nil),                    // 43: kvasir.admin.v1.NodeStatus
+	(*CopyProgress)(nil),                  // 44: kvasir.admin.v1.CopyProgress
+	(*Filling)(nil),                       // 45: kvasir.admin.v1.Filling
+	(*QueueDepth)(nil),                    // 46: kvasir.admin.v1.QueueDepth
+	(*GetNodeStatusResponse)(nil),         // 47: kvasir.admin.v1.GetNodeStatusResponse
+	(*GetOrchestratorStatusRequest)(nil),  // 48: kvasir.admin.v1.GetOrchestratorStatusRequest
+	(*OrchestratorStatus)(nil),            // 49: kvasir.admin.v1.OrchestratorStatus
+	(*GetOrchestratorStatusResponse)(nil), // 50: kvasir.admin.v1.GetOrchestratorStatusResponse
+	(*GetClusterStatusRequest)(nil),       // 51: kvasir.admin.v1.GetClusterStatusRequest
+	(*ObservedNode)(nil),                  // 52: kvasir.admin.v1.ObservedNode
+	(*HealthCheck)(nil),                   // 53: kvasir.admin.v1.HealthCheck
+	(*ObservedOrchestrator)(nil),          // 54: kvasir.admin.v1.ObservedOrchestrator
+	(*GetClusterStatusResponse)(nil),      // 55: kvasir.admin.v1.GetClusterStatusResponse
+	(*GetRepairStatusRequest)(nil),        // 56: kvasir.admin.v1.GetRepairStatusRequest
+	(*GetRepairStatusResponse)(nil),       // 57: kvasir.admin.v1.GetRepairStatusResponse
+	(*VnodeRepair)(nil),                   // 58: kvasir.admin.v1.VnodeRepair
+	(*StartRepairRequest)(nil),            // 59: kvasir.admin.v1.StartRepairRequest
+	(*StartRepairResponse)(nil),           // 60: kvasir.admin.v1.StartRepairResponse
+	(*PauseRepairRequest)(nil),            // 61: kvasir.admin.v1.PauseRepairRequest
+	(*PauseRepairResponse)(nil),           // 62: kvasir.admin.v1.PauseRepairResponse
+	(*ExplainCollectionRequest)(nil),      // 63: kvasir.admin.v1.ExplainCollectionRequest
+	(*ExplainCollectionResponse)(nil),     // 64: kvasir.admin.v1.ExplainCollectionResponse
+	(*CollectionReplica)(nil),             // 65: kvasir.admin.v1.CollectionReplica
+	(*ListHintsRequest)(nil),              // 66: kvasir.admin.v1.ListHintsRequest
+	(*ListHintsResponse)(nil),             // 67: kvasir.admin.v1.ListHintsResponse
+	(*HintGroup)(nil),                     // 68: kvasir.admin.v1.HintGroup
+	nil,                                   // 69: kvasir.admin.v1.UpdateSettingsRequest.ValuesEntry
+	(v1.Role)(0),                          // 70: kvasir.topology.v1.Role
+	(*v1.Topology)(nil),                   // 71: kvasir.topology.v1.Topology
+	(v1.ReadRepairMode)(0),                // 72: kvasir.topology.v1.ReadRepairMode
+	(v1.ReportingPolicy)(0),               // 73: kvasir.topology.v1.ReportingPolicy
+	(*v1.Namespace)(nil),                  // 74: kvasir.topology.v1.Namespace
+	(*v1.Operation)(nil),                  // 75: kvasir.topology.v1.Operation
+	(*v1.SettingsVersion)(nil),            // 76: kvasir.topology.v1.SettingsVersion
+	(*v1.Settings)(nil),                   // 77: kvasir.topology.v1.Settings
+	(*v1.Provision)(nil),                  // 78: kvasir.topology.v1.Provision
+	(*v1.Loss)(nil),                       // 79: kvasir.topology.v1.Loss
+	(*v1.Change)(nil),                     // 80: kvasir.topology.v1.Change
+	(v1.Operation_State)(0),               // 81: kvasir.topology.v1.Operation.State
+	(*v1.Move)(nil),                       // 82: kvasir.topology.v1.Move
+	(v1.Phase)(0),                         // 83: kvasir.topology.v1.Phase
+	(*v1.NodeHealth)(nil),                 // 84: kvasir.topology.v1.NodeHealth
+	(*v1.Condition)(nil),                  // 85: kvasir.topology.v1.Condition
+	(*v1.FoundHealth)(nil),                // 86: kvasir.topology.v1.FoundHealth
 }
 var file_kvasir_admin_v1_admin_proto_depIdxs = []int32{
-	65, // 0: kvasir.admin.v1.RegisterNodeRequest.role:type_name -> kvasir.topology.v1.Role
-	66, // 1: kvasir.admin.v1.RegisterNodeResponse.topology:type_name -> kvasir.topology.v1.Topology
-	67, // 2: kvasir.admin.v1.NamespaceSettings.read_repair:type_name -> kvasir.topology.v1.ReadRepairMode
-	4,  // 3: kvasir.admin.v1.CreateNamespaceRequest.settings:type_name -> kvasir.admin.v1.NamespaceSettings
-	68, // 4: kvasir.admin.v1.CreateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
-	4,  // 5: kvasir.admin.v1.UpdateNamespaceRequest.settings:type_name -> kvasir.admin.v1.NamespaceSettings
-	68, // 6: kvasir.admin.v1.UpdateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
-	69, // 7: kvasir.admin.v1.UpdateNamespaceResponse.operation:type_name -> kvasir.topology.v1.Operation
-	64, // 8: kvasir.admin.v1.UpdateSettingsRequest.values:type_name -> kvasir.admin.v1.UpdateSettingsRequest.ValuesEntry
-	70, // 9: kvasir.admin.v1.UpdateSettingsResponse.before:type_name -> kvasir.topology.v1.SettingsVersion
-	70, // 10: kvasir.admin.v1.UpdateSettingsResponse.after:type_name -> kvasir.topology.v1.SettingsVersion
-	70, // 11: kvasir.admin.v1.ListSettingsResponse.versions:type_name -> kvasir.topology.v1.SettingsVersion
-	71, // 12: kvasir.admin.v1.GetCapacityResponse.settings:type_name -> kvasir.topology.v1.Settings
-	17, // 13: kvasir.admin.v1.GetCapacityResponse.nodes:type_name -> kvasir.admin.v1.CapacityNode
-	72, // 14: kvasir.admin.v1.GetCapacityResponse.launching:type_name -> kvasir.topology.v1.Provision
-	18, // 15: kvasir.admin.v1.GetCapacityResponse.signals:type_name -> kvasir.admin.v1.CapacitySignal
-	72, // 16: kvasir.admin.v1.ListProvisionsResponse.provisions:type_name -> kvasir.topology.v1.Provision
-	73, // 17: kvasir.admin.v1.AcceptLossResponse.loss:type_name -> kvasir.topology.v1.Loss
-	74, // 18: kvasir.admin.v1.ListChangesResponse.changes:type_name -> kvasir.topology.v1.Change
-	69, // 19: kvasir.admin.v1.StartOperationRequest.operation:type_name -> kvasir.topology.v1.Operation
-	69, // 20: kvasir.admin.v1.StartOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
-	75, // 21: kvasir.admin.v1.SteerOperationRequest.state:type_name -> kvasir.topology.v1.Operation.State
-	69, // 22: kvasir.admin.v1.SteerOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
-	31, // 23: kvasir.admin.v1.ListOperationsResponse.operations:type_name -> kvasir.admin.v1.ObservedOperation
-	69, // 24: kvasir.admin.v1.ObservedOperation.operation:type_name -> kvasir.topology.v1.Operation
-	32, // 25: kvasir.admin.v1.ObservedOperation.moving:type_name -> kvasir.admin.v1.MoveProgress
-	76, // 26: kvasir.admin.v1.MoveProgress.move:type_name -> kvasir.topology.v1.Move
-	77, // 27: kvasir.admin.v1.MoveProgress.phase:type_name -> kvasir.topology.v1.Phase
-	35, // 28: kvasir.admin.v1.GetNodeUseResponse.vnodes:type_name -> kvasir.admin.v1.VnodeUse
-	0,  // 29: kvasir.admin.v1.NodeStatus.state:type_name -> kvasir.admin.v1.NodeStatus.State
-	37, // 30: kvasir.admin.v1.NodeStatus.get:type_name -> kvasir.admin.v1.OperationStats
-	37, // 31: kvasir.admin.v1.NodeStatus.put:type_name -> kvasir.admin.v1.OperationStats
-	37, // 32: kvasir.admin.v1.NodeStatus.scan:type_name -> kvasir.admin.v1.OperationStats
-	38, // 33: kvasir.admin.v1.NodeStatus.hints:type_name -> kvasir.admin.v1.HintBacklog
-	41, // 34: kvasir.admin.v1.NodeStatus.queues:type_name -> kvasir.admin.v1.QueueDepth
-	40, // 35: kvasir.admin.v1.NodeStatus.fillings:type_name -> kvasir.admin.v1.Filling
-	39, // 36: kvasir.admin.v1.GetNodeStatusResponse.status:type_name -> kvasir.admin.v1.NodeStatus
-	44, // 37: kvasir.admin.v1.GetOrchestratorStatusResponse.status:type_name -> kvasir.admin.v1.OrchestratorStatus
-	78, // 38: kvasir.admin.v1.ObservedNode.health:type_name -> kvasir.topology.v1.NodeHealth
-	39, // 39: kvasir.admin.v1.ObservedNode.status:type_name -> kvasir.admin.v1.NodeStatus
-	48, // 40: kvasir.admin.v1.ObservedNode.checks:type_name -> kvasir.admin.v1.HealthCheck
-	44, // 41: kvasir.admin.v1.ObservedOrchestrator.status:type_name -> kvasir.admin.v1.OrchestratorStatus
-	66, // 42: kvasir.admin.v1.GetClusterStatusResponse.topology:type_name -> kvasir.topology.v1.Topology
-	47, // 43: kvasir.admin.v1.GetClusterStatusResponse.nodes:type_name -> kvasir.admin.v1.ObservedNode
-	49, // 44: kvasir.admin.v1.GetClusterStatusResponse.orchestrators:type_name -> kvasir.admin.v1.ObservedOrchestrator
-	79, // 45: kvasir.admin.v1.GetClusterStatusResponse.conditions:type_name -> kvasir.topology.v1.Condition
-	80, // 46: kvasir.admin.v1.GetClusterStatusResponse.found:type_name -> kvasir.topology.v1.FoundHealth
-	73, // 47: kvasir.admin.v1.GetClusterStatusResponse.losses:type_name -> kvasir.topology.v1.Loss
-	53, // 48: kvasir.admin.v1.GetRepairStatusResponse.vnodes:type_name -> kvasir.admin.v1.VnodeRepair
-	1,  // 49: kvasir.admin.v1.VnodeRepair.state:type_name -> kvasir.admin.v1.VnodeRepair.State
-	60, // 50: kvasir.admin.v1.ExplainCollectionResponse.replicas:type_name -> kvasir.admin.v1.CollectionReplica
-	63, // 51: kvasir.admin.v1.ListHintsResponse.groups:type_name -> kvasir.admin.v1.HintGroup
-	2,  // 52: kvasir.admin.v1.ControlService.RegisterNode:input_type -> kvasir.admin.v1.RegisterNodeRequest
-	5,  // 53: kvasir.admin.v1.ControlService.CreateNamespace:input_type -> kvasir.admin.v1.CreateNamespaceRequest
-	7,  // 54: kvasir.admin.v1.ControlService.UpdateNamespace:input_type -> kvasir.admin.v1.UpdateNamespaceRequest
-	9,  // 55: kvasir.admin.v1.ControlService.DropNamespace:input_type -> kvasir.admin.v1.DropNamespaceRequest
-	23, // 56: kvasir.admin.v1.ControlService.ListChanges:input_type -> kvasir.admin.v1.ListChangesRequest
-	46, // 57: kvasir.admin.v1.ControlService.GetClusterStatus:input_type -> kvasir.admin.v1.GetClusterStatusRequest
-	25, // 58: kvasir.admin.v1.ControlService.StartOperation:input_type -> kvasir.admin.v1.StartOperationRequest
-	27, // 59: kvasir.admin.v1.ControlService.SteerOperation:input_type -> kvasir.admin.v1.SteerOperationRequest
-	29, // 60: kvasir.admin.v1.ControlService.ListOperations:input_type -> kvasir.admin.v1.ListOperationsRequest
-	11, // 61: kvasir.admin.v1.ControlService.UpdateSettings:input_type -> kvasir.admin.v1.UpdateSettingsRequest
-	13, // 62: kvasir.admin.v1.ControlService.ListSettings:input_type -> kvasir.admin.v1.ListSettingsRequest
-	15, // 63: kvasir.admin.v1.ControlService.GetCapacity:input_type -> kvasir.admin.v1.GetCapacityRequest
-	19, // 64: kvasir.admin.v1.ControlService.ListProvisions:input_type -> kvasir.admin.v1.ListProvisionsRequest
-	21, // 65: kvasir.admin.v1.ControlService.AcceptLoss:input_type -> kvasir.admin.v1.AcceptLossRequest
-	36, // 66: kvasir.admin.v1.StatusService.GetNodeStatus:input_type -> kvasir.admin.v1.GetNodeStatusRequest
-	43, // 67: kvasir.admin.v1.StatusService.GetOrchestratorStatus:input_type -> kvasir.admin.v1.GetOrchestratorStatusRequest
-	33, // 68: kvasir.admin.v1.StatusService.GetNodeUse:input_type -> kvasir.admin.v1.GetNodeUseRequest
-	51, // 69: kvasir.admin.v1.RepairService.GetRepairStatus:input_type -> kvasir.admin.v1.GetRepairStatusRequest
-	54, // 70: kvasir.admin.v1.RepairService.StartRepair:input_type -> kvasir.admin.v1.StartRepairRequest
-	56, // 71: kvasir.admin.v1.RepairService.PauseRepair:input_type -> kvasir.admin.v1.PauseRepairRequest
-	58, // 72: kvasir.admin.v1.RepairService.ExplainCollection:input_type -> kvasir.admin.v1.ExplainCollectionRequest
-	61, // 73: kvasir.admin.v1.RepairService.ListHints:input_type -> kvasir.admin.v1.ListHintsRequest
-	3,  // 74: kvasir.admin.v1.ControlService.RegisterNode:output_type -> kvasir.admin.v1.RegisterNodeResponse
-	6,  // 75: kvasir.admin.v1.ControlService.CreateNamespace:output_type -> kvasir.admin.v1.CreateNamespaceResponse
-	8,  // 76: kvasir.admin.v1.ControlService.UpdateNamespace:output_type -> kvasir.admin.v1.UpdateNamespaceResponse
-	10, // 77: kvasir.admin.v1.ControlService.DropNamespace:output_type -> kvasir.admin.v1.DropNamespaceResponse
-	24, // 78: kvasir.admin.v1.ControlService.ListChanges:output_type -> kvasir.admin.v1.ListChangesResponse
-	50, // 79: kvasir.admin.v1.ControlService.GetClusterStatus:output_type -> kvasir.admin.v1.GetClusterStatusResponse
-	26, // 80: kvasir.admin.v1.ControlService.StartOperation:output_type -> kvasir.admin.v1.StartOperationResponse
-	28, // 81: kvasir.admin.v1.ControlService.SteerOperation:output_type -> kvasir.admin.v1.SteerOperationResponse
-	30, // 82: kvasir.admin.v1.ControlService.ListOperations:output_type -> kvasir.admin.v1.ListOperationsResponse
-	12, // 83: kvasir.admin.v1.ControlService.UpdateSettings:output_type -> kvasir.admin.v1.UpdateSettingsResponse
-	14, // 84: kvasir.admin.v1.ControlService.ListSettings:output_type -> kvasir.admin.v1.ListSettingsResponse
-	16, // 85: kvasir.admin.v1.ControlService.GetCapacity:output_type -> kvasir.admin.v1.GetCapacityResponse
-	20, // 86: kvasir.admin.v1.ControlService.ListProvisions:output_type -> kvasir.admin.v1.ListProvisionsResponse
-	22, // 87: kvasir.admin.v1.ControlService.AcceptLoss:output_type -> kvasir.admin.v1.AcceptLossResponse
-	42, // 88: kvasir.admin.v1.StatusService.GetNodeStatus:output_type -> kvasir.admin.v1.GetNodeStatusResponse
-	45, // 89: kvasir.admin.v1.StatusService.GetOrchestratorStatus:output_type -> kvasir.admin.v1.GetOrchestratorStatusResponse
-	34, // 90: kvasir.admin.v1.StatusService.GetNodeUse:output_type -> kvasir.admin.v1.GetNodeUseResponse
-	52, // 91: kvasir.admin.v1.RepairService.GetRepairStatus:output_type -> kvasir.admin.v1.GetRepairStatusResponse
-	55, // 92: kvasir.admin.v1.RepairService.StartRepair:output_type -> kvasir.admin.v1.StartRepairResponse
-	57, // 93: kvasir.admin.v1.RepairService.PauseRepair:output_type -> kvasir.admin.v1.PauseRepairResponse
-	59, // 94: kvasir.admin.v1.RepairService.ExplainCollection:output_type -> kvasir.admin.v1.ExplainCollectionResponse
-	62, // 95: kvasir.admin.v1.RepairService.ListHints:output_type -> kvasir.admin.v1.ListHintsResponse
-	74, // [74:96] is the sub-list for method output_type
-	52, // [52:74] is the sub-list for method input_type
-	52, // [52:52] is the sub-list for extension type_name
-	52, // [52:52] is the sub-list for extension extendee
-	0,  // [0:52] is the sub-list for field type_name
+	70, // 0: kvasir.admin.v1.RegisterNodeRequest.role:type_name -> kvasir.topology.v1.Role
+	71, // 1: kvasir.admin.v1.RegisterNodeResponse.topology:type_name -> kvasir.topology.v1.Topology
+	72, // 2: kvasir.admin.v1.NamespaceSettings.read_repair:type_name -> kvasir.topology.v1.ReadRepairMode
+	73, // 3: kvasir.admin.v1.NamespaceSettings.reporting_policy:type_name -> kvasir.topology.v1.ReportingPolicy
+	8,  // 4: kvasir.admin.v1.CreateNamespaceRequest.settings:type_name -> kvasir.admin.v1.NamespaceSettings
+	74, // 5: kvasir.admin.v1.CreateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
+	8,  // 6: kvasir.admin.v1.UpdateNamespaceRequest.settings:type_name -> kvasir.admin.v1.NamespaceSettings
+	74, // 7: kvasir.admin.v1.UpdateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
+	75, // 8: kvasir.admin.v1.UpdateNamespaceResponse.operation:type_name -> kvasir.topology.v1.Operation
+	69, // 9: kvasir.admin.v1.UpdateSettingsRequest.values:type_name -> kvasir.admin.v1.UpdateSettingsRequest.ValuesEntry
+	76, // 10: kvasir.admin.v1.UpdateSettingsResponse.before:type_name -> kvasir.topology.v1.SettingsVersion
+	76, // 11: kvasir.admin.v1.UpdateSettingsResponse.after:type_name -> kvasir.topology.v1.SettingsVersion
+	76, // 12: kvasir.admin.v1.ListSettingsResponse.versions:type_name -> kvasir.topology.v1.SettingsVersion
+	77, // 13: kvasir.admin.v1.GetCapacityResponse.settings:type_name -> kvasir.topology.v1.Settings
+	21, // 14: kvasir.admin.v1.GetCapacityResponse.nodes:type_name -> kvasir.admin.v1.CapacityNode
+	78, // 15: kvasir.admin.v1.GetCapacityResponse.launching:type_name -> kvasir.topology.v1.Provision
+	22, // 16: kvasir.admin.v1.GetCapacityResponse.signals:type_name -> kvasir.admin.v1.CapacitySignal
+	78, // 17: kvasir.admin.v1.ListProvisionsResponse.provisions:type_name -> kvasir.topology.v1.Provision
+	79, // 18: kvasir.admin.v1.AcceptLossResponse.loss:type_name -> kvasir.topology.v1.Loss
+	80, // 19: kvasir.admin.v1.ListChangesResponse.changes:type_name -> kvasir.topology.v1.Change
+	75, // 20: kvasir.admin.v1.StartOperationRequest.operation:type_name -> kvasir.topology.v1.Operation
+	75, // 21: kvasir.admin.v1.StartOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
+	81, // 22: kvasir.admin.v1.SteerOperationRequest.state:type_name -> kvasir.topology.v1.Operation.State
+	75, // 23: kvasir.admin.v1.SteerOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
+	35, // 24: kvasir.admin.v1.ListOperationsResponse.operations:type_name -> kvasir.admin.v1.ObservedOperation
+	75, // 25: kvasir.admin.v1.ObservedOperation.operation:type_name -> kvasir.topology.v1.Operation
+	36, // 26: kvasir.admin.v1.ObservedOperation.moving:type_name -> kvasir.admin.v1.MoveProgress
+	82, // 27: kvasir.admin.v1.MoveProgress.move:type_name -> kvasir.topology.v1.Move
+	83, // 28: kvasir.admin.v1.MoveProgress.phase:type_name -> kvasir.topology.v1.Phase
+	39, // 29: kvasir.admin.v1.GetNodeUseResponse.vnodes:type_name -> kvasir.admin.v1.VnodeUse
+	0,  // 30: kvasir.admin.v1.NodeStatus.state:type_name -> kvasir.admin.v1.NodeStatus.State
+	41, // 31: kvasir.admin.v1.NodeStatus.get:type_name -> kvasir.admin.v1.OperationStats
+	41, // 32: kvasir.admin.v1.NodeStatus.put:type_name -> kvasir.admin.v1.OperationStats
+	41, // 33: kvasir.admin.v1.NodeStatus.scan:type_name -> kvasir.admin.v1.OperationStats
+	42, // 34: kvasir.admin.v1.NodeStatus.hints:type_name -> kvasir.admin.v1.HintBacklog
+	46, // 35: kvasir.admin.v1.NodeStatus.queues:type_name -> kvasir.admin.v1.QueueDepth
+	45, // 36: kvasir.admin.v1.NodeStatus.fillings:type_name -> kvasir.admin.v1.Filling
+	44, // 37: kvasir.admin.v1.NodeStatus.copies:type_name -> kvasir.admin.v1.CopyProgress
+	43, // 38: kvasir.admin.v1.GetNodeStatusResponse.status:type_name -> kvasir.admin.v1.NodeStatus
+	49, // 39: kvasir.admin.v1.GetOrchestratorStatusResponse.status:type_name -> kvasir.admin.v1.OrchestratorStatus
+	84, // 40: kvasir.admin.v1.ObservedNode.health:type_name -> kvasir.topology.v1.NodeHealth
+	43, // 41: kvasir.admin.v1.ObservedNode.status:type_name -> kvasir.admin.v1.NodeStatus
+	53, // 42: kvasir.admin.v1.ObservedNode.checks:type_name -> kvasir.admin.v1.HealthCheck
+	49, // 43: kvasir.admin.v1.ObservedOrchestrator.status:type_name -> kvasir.admin.v1.OrchestratorStatus
+	71, // 44: kvasir.admin.v1.GetClusterStatusResponse.topology:type_name -> kvasir.topology.v1.Topology
+	52, // 45: kvasir.admin.v1.GetClusterStatusResponse.nodes:type_name -> kvasir.admin.v1.ObservedNode
+	54, // 46: kvasir.admin.v1.GetClusterStatusResponse.orchestrators:type_name -> kvasir.admin.v1.ObservedOrchestrator
+	85, // 47: kvasir.admin.v1.GetClusterStatusResponse.conditions:type_name -> kvasir.topology.v1.Condition
+	86, // 48: kvasir.admin.v1.GetClusterStatusResponse.found:type_name -> kvasir.topology.v1.FoundHealth
+	79, // 49: kvasir.admin.v1.GetClusterStatusResponse.losses:type_name -> kvasir.topology.v1.Loss
+	58, // 50: kvasir.admin.v1.GetRepairStatusResponse.vnodes:type_name -> kvasir.admin.v1.VnodeRepair
+	1,  // 51: kvasir.admin.v1.VnodeRepair.state:type_name -> kvasir.admin.v1.VnodeRepair.State
+	65, // 52: kvasir.admin.v1.ExplainCollectionResponse.replicas:type_name -> kvasir.admin.v1.CollectionReplica
+	68, // 53: kvasir.admin.v1.ListHintsResponse.groups:type_name -> kvasir.admin.v1.HintGroup
+	6,  // 54: kvasir.admin.v1.ControlService.RegisterNode:input_type -> kvasir.admin.v1.RegisterNodeRequest
+	9,  // 55: kvasir.admin.v1.ControlService.CreateNamespace:input_type -> kvasir.admin.v1.CreateNamespaceRequest
+	11, // 56: kvasir.admin.v1.ControlService.UpdateNamespace:input_type -> kvasir.admin.v1.UpdateNamespaceRequest
+	13, // 57: kvasir.admin.v1.ControlService.DropNamespace:input_type -> kvasir.admin.v1.DropNamespaceRequest
+	27, // 58: kvasir.admin.v1.ControlService.ListChanges:input_type -> kvasir.admin.v1.ListChangesRequest
+	51, // 59: kvasir.admin.v1.ControlService.GetClusterStatus:input_type -> kvasir.admin.v1.GetClusterStatusRequest
+	29, // 60: kvasir.admin.v1.ControlService.StartOperation:input_type -> kvasir.admin.v1.StartOperationRequest
+	31, // 61: kvasir.admin.v1.ControlService.SteerOperation:input_type -> kvasir.admin.v1.SteerOperationRequest
+	33, // 62: kvasir.admin.v1.ControlService.ListOperations:input_type -> kvasir.admin.v1.ListOperationsRequest
+	15, // 63: kvasir.admin.v1.ControlService.UpdateSettings:input_type -> kvasir.admin.v1.UpdateSettingsRequest
+	17, // 64: kvasir.admin.v1.ControlService.ListSettings:input_type -> kvasir.admin.v1.ListSettingsRequest
+	19, // 65: kvasir.admin.v1.ControlService.GetCapacity:input_type -> kvasir.admin.v1.GetCapacityRequest
+	23, // 66: kvasir.admin.v1.ControlService.ListProvisions:input_type -> kvasir.admin.v1.ListProvisionsRequest
+	25, // 67: kvasir.admin.v1.ControlService.AcceptLoss:input_type -> kvasir.admin.v1.AcceptLossRequest
+	2,  // 68: kvasir.admin.v1.ControlService.GrantLease:input_type -> kvasir.admin.v1.GrantLeaseRequest
+	4,  // 69: kvasir.admin.v1.ControlService.EvictCopies:input_type -> kvasir.admin.v1.EvictCopiesRequest
+	40, // 70: kvasir.admin.v1.StatusService.GetNodeStatus:input_type -> kvasir.admin.v1.GetNodeStatusRequest
+	48, // 71: kvasir.admin.v1.StatusService.GetOrchestratorStatus:input_type -> kvasir.admin.v1.GetOrchestratorStatusRequest
+	37, // 72: kvasir.admin.v1.StatusService.GetNodeUse:input_type -> kvasir.admin.v1.GetNodeUseRequest
+	56, // 73: kvasir.admin.v1.RepairService.GetRepairStatus:input_type -> kvasir.admin.v1.GetRepairStatusRequest
+	59, // 74: kvasir.admin.v1.RepairService.StartRepair:input_type -> kvasir.admin.v1.StartRepairRequest
+	61, // 75: kvasir.admin.v1.RepairService.PauseRepair:input_type -> kvasir.admin.v1.PauseRepairRequest
+	63, // 76: kvasir.admin.v1.RepairService.ExplainCollection:input_type -> kvasir.admin.v1.ExplainCollectionRequest
+	66, // 77: kvasir.admin.v1.RepairService.ListHints:input_type -> kvasir.admin.v1.ListHintsRequest
+	7,  // 78: kvasir.admin.v1.ControlService.RegisterNode:output_type -> kvasir.admin.v1.RegisterNodeResponse
+	10, // 79: kvasir.admin.v1.ControlService.CreateNamespace:output_type -> kvasir.admin.v1.CreateNamespaceResponse
+	12, // 80: kvasir.admin.v1.ControlService.UpdateNamespace:output_type -> kvasir.admin.v1.UpdateNamespaceResponse
+	14, // 81: kvasir.admin.v1.ControlService.DropNamespace:output_type -> kvasir.admin.v1.DropNamespaceResponse
+	28, // 82: kvasir.admin.v1.ControlService.ListChanges:output_type -> kvasir.admin.v1.ListChangesResponse
+	55, // 83: kvasir.admin.v1.ControlService.GetClusterStatus:output_type -> kvasir.admin.v1.GetClusterStatusResponse
+	30, // 84: kvasir.admin.v1.ControlService.StartOperation:output_type -> kvasir.admin.v1.StartOperationResponse
+	32, // 85: kvasir.admin.v1.ControlService.SteerOperation:output_type -> kvasir.admin.v1.SteerOperationResponse
+	34, // 86: kvasir.admin.v1.ControlService.ListOperations:output_type -> kvasir.admin.v1.ListOperationsResponse
+	16, // 87: kvasir.admin.v1.ControlService.UpdateSettings:output_type -> kvasir.admin.v1.UpdateSettingsResponse
+	18, // 88: kvasir.admin.v1.ControlService.ListSettings:output_type -> kvasir.admin.v1.ListSettingsResponse
+	20, // 89: kvasir.admin.v1.ControlService.GetCapacity:output_type -> kvasir.admin.v1.GetCapacityResponse
+	24, // 90: kvasir.admin.v1.ControlService.ListProvisions:output_type -> kvasir.admin.v1.ListProvisionsResponse
+	26, // 91: kvasir.admin.v1.ControlService.AcceptLoss:output_type -> kvasir.admin.v1.AcceptLossResponse
+	3,  // 92: kvasir.admin.v1.ControlService.GrantLease:output_type -> kvasir.admin.v1.GrantLeaseResponse
+	5,  // 93: kvasir.admin.v1.ControlService.EvictCopies:output_type -> kvasir.admin.v1.EvictCopiesResponse
+	47, // 94: kvasir.admin.v1.StatusService.GetNodeStatus:output_type -> kvasir.admin.v1.GetNodeStatusResponse
+	50, // 95: kvasir.admin.v1.StatusService.GetOrchestratorStatus:output_type -> kvasir.admin.v1.GetOrchestratorStatusResponse
+	38, // 96: kvasir.admin.v1.StatusService.GetNodeUse:output_type -> kvasir.admin.v1.GetNodeUseResponse
+	57, // 97: kvasir.admin.v1.RepairService.GetRepairStatus:output_type -> kvasir.admin.v1.GetRepairStatusResponse
+	60, // 98: kvasir.admin.v1.RepairService.StartRepair:output_type -> kvasir.admin.v1.StartRepairResponse
+	62, // 99: kvasir.admin.v1.RepairService.PauseRepair:output_type -> kvasir.admin.v1.PauseRepairResponse
+	64, // 100: kvasir.admin.v1.RepairService.ExplainCollection:output_type -> kvasir.admin.v1.ExplainCollectionResponse
+	67, // 101: kvasir.admin.v1.RepairService.ListHints:output_type -> kvasir.admin.v1.ListHintsResponse
+	78, // [78:102] is the sub-list for method output_type
+	54, // [54:78] is the sub-list for method input_type
+	54, // [54:54] is the sub-list for extension type_name
+	54, // [54:54] is the sub-list for extension extendee
+	0,  // [0:54] is the sub-list for field type_name
 }
 
 func init() { file_kvasir_admin_v1_admin_proto_init() }
@@ -5063,8 +5462,8 @@ func file_kvasir_admin_v1_admin_proto_init() {
 	if File_kvasir_admin_v1_admin_proto != nil {
 		return
 	}
-	file_kvasir_admin_v1_admin_proto_msgTypes[2].OneofWrappers = []any{}
-	file_kvasir_admin_v1_admin_proto_msgTypes[56].OneofWrappers = []any{
+	file_kvasir_admin_v1_admin_proto_msgTypes[6].OneofWrappers = []any{}
+	file_kvasir_admin_v1_admin_proto_msgTypes[61].OneofWrappers = []any{
 		(*ExplainCollectionRequest_Key)(nil),
 		(*ExplainCollectionRequest_Vnode)(nil),
 	}
@@ -5074,7 +5473,7 @@ func file_kvasir_admin_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kvasir_admin_v1_admin_proto_rawDesc), len(file_kvasir_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   63,
+			NumMessages:   68,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

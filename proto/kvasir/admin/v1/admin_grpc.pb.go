@@ -33,6 +33,8 @@ const (
 	ControlService_GetCapacity_FullMethodName      = "/kvasir.admin.v1.ControlService/GetCapacity"
 	ControlService_ListProvisions_FullMethodName   = "/kvasir.admin.v1.ControlService/ListProvisions"
 	ControlService_AcceptLoss_FullMethodName       = "/kvasir.admin.v1.ControlService/AcceptLoss"
+	ControlService_GrantLease_FullMethodName       = "/kvasir.admin.v1.ControlService/GrantLease"
+	ControlService_EvictCopies_FullMethodName      = "/kvasir.admin.v1.ControlService/EvictCopies"
 )
 
 // ControlServiceClient is the client API for ControlService service.
@@ -58,6 +60,11 @@ type ControlServiceClient interface {
 	ListProvisions(ctx context.Context, in *ListProvisionsRequest, opts ...grpc.CallOption) (*ListProvisionsResponse, error)
 	// AcceptLoss gives nodes up for lost that too few replicas of a vnode are left without.
 	AcceptLoss(ctx context.Context, in *AcceptLossRequest, opts ...grpc.CallOption) (*AcceptLossResponse, error)
+	// GrantLease lets a reporting node answer for the copies that are in sync.
+	GrantLease(ctx context.Context, in *GrantLeaseRequest, opts ...grpc.CallOption) (*GrantLeaseResponse, error)
+	// EvictCopies has writes go on without the copies of a namespace that hold them up,
+	// where its policy is to.
+	EvictCopies(ctx context.Context, in *EvictCopiesRequest, opts ...grpc.CallOption) (*EvictCopiesResponse, error)
 }
 
 type controlServiceClient struct {
@@ -208,6 +215,26 @@ func (c *controlServiceClient) AcceptLoss(ctx context.Context, in *AcceptLossReq
 	return out, nil
 }
 
+func (c *controlServiceClient) GrantLease(ctx context.Context, in *GrantLeaseRequest, opts ...grpc.CallOption) (*GrantLeaseResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GrantLeaseResponse)
+	err := c.cc.Invoke(ctx, ControlService_GrantLease_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *controlServiceClient) EvictCopies(ctx context.Context, in *EvictCopiesRequest, opts ...grpc.CallOption) (*EvictCopiesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(EvictCopiesResponse)
+	err := c.cc.Invoke(ctx, ControlService_EvictCopies_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ControlServiceServer is the server API for ControlService service.
 // All implementations must embed UnimplementedControlServiceServer
 // for forward compatibility.
@@ -231,6 +258,11 @@ type ControlServiceServer interface {
 	ListProvisions(context.Context, *ListProvisionsRequest) (*ListProvisionsResponse, error)
 	// AcceptLoss gives nodes up for lost that too few replicas of a vnode are left without.
 	AcceptLoss(context.Context, *AcceptLossRequest) (*AcceptLossResponse, error)
+	// GrantLease lets a reporting node answer for the copies that are in sync.
+	GrantLease(context.Context, *GrantLeaseRequest) (*GrantLeaseResponse, error)
+	// EvictCopies has writes go on without the copies of a namespace that hold them up,
+	// where its policy is to.
+	EvictCopies(context.Context, *EvictCopiesRequest) (*EvictCopiesResponse, error)
 	mustEmbedUnimplementedControlServiceServer()
 }
 
@@ -282,6 +314,12 @@ func (UnimplementedControlServiceServer) ListProvisions(context.Context, *ListPr
 }
 func (UnimplementedControlServiceServer) AcceptLoss(context.Context, *AcceptLossRequest) (*AcceptLossResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method AcceptLoss not implemented")
+}
+func (UnimplementedControlServiceServer) GrantLease(context.Context, *GrantLeaseRequest) (*GrantLeaseResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GrantLease not implemented")
+}
+func (UnimplementedControlServiceServer) EvictCopies(context.Context, *EvictCopiesRequest) (*EvictCopiesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method EvictCopies not implemented")
 }
 func (UnimplementedControlServiceServer) mustEmbedUnimplementedControlServiceServer() {}
 func (UnimplementedControlServiceServer) testEmbeddedByValue()                        {}
@@ -556,6 +594,42 @@ func _ControlService_AcceptLoss_Handler(srv interface{}, ctx context.Context, de
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ControlService_GrantLease_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GrantLeaseRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServiceServer).GrantLease(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ControlService_GrantLease_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServiceServer).GrantLease(ctx, req.(*GrantLeaseRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _ControlService_EvictCopies_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(EvictCopiesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServiceServer).EvictCopies(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ControlService_EvictCopies_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServiceServer).EvictCopies(ctx, req.(*EvictCopiesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // ControlService_ServiceDesc is the grpc.ServiceDesc for ControlService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -618,6 +692,14 @@ var ControlService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "AcceptLoss",
 			Handler:    _ControlService_AcceptLoss_Handler,
+		},
+		{
+			MethodName: "GrantLease",
+			Handler:    _ControlService_GrantLease_Handler,
+		},
+		{
+			MethodName: "EvictCopies",
+			Handler:    _ControlService_EvictCopies_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

@@ -154,7 +154,7 @@ func (x ReportMeasure_Function) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ReportMeasure_Function.Descriptor instead.
 func (ReportMeasure_Function) EnumDescriptor() ([]byte, []int) {
-	return file_kvasir_kv_v1_report_proto_rawDescGZIP(), []int{4, 0}
+	return file_kvasir_kv_v1_report_proto_rawDescGZIP(), []int{7, 0}
 }
 
 // The types in their order when values are sorted.
@@ -217,7 +217,258 @@ func (x ReportValue_Type) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use ReportValue_Type.Descriptor instead.
 func (ReportValue_Type) EnumDescriptor() ([]byte, []int) {
-	return file_kvasir_kv_v1_report_proto_rawDescGZIP(), []int{8, 0}
+	return file_kvasir_kv_v1_report_proto_rawDescGZIP(), []int{11, 0}
+}
+
+type ReportRequest struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Namespace string                 `protobuf:"bytes,1,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Query     *ReportQuery           `protobuf:"bytes,2,opt,name=query,proto3" json:"query,omitempty"`
+	// Those wanted of this node; none means all of which it has copies.
+	Vnodes []uint32 `protobuf:"varint,3,rep,packed,name=vnodes,proto3" json:"vnodes,omitempty"`
+	// The topology by which they were chosen.
+	Epoch uint64 `protobuf:"fixed64,4,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// Copies that are not in sync answer too if they lack nothing that was acknowledged so
+	// long before.
+	MaxStalenessMs uint64 `protobuf:"varint,5,opt,name=max_staleness_ms,json=maxStalenessMs,proto3" json:"max_staleness_ms,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
+}
+
+func (x *ReportRequest) Reset() {
+	*x = ReportRequest{}
+	mi := &file_kvasir_kv_v1_report_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportRequest) ProtoMessage() {}
+
+func (x *ReportRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_kv_v1_report_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
+func (*ReportRequest) Descriptor() ([]byte, []int) {
+	return file_kvasir_kv_v1_report_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *ReportRequest) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *ReportRequest) GetQuery() *ReportQuery {
+	if x != nil {
+		return x.Query
+	}
+	return nil
+}
+
+func (x *ReportRequest) GetVnodes() []uint32 {
+	if x != nil {
+		return x.Vnodes
+	}
+	return nil
+}
+
+func (x *ReportRequest) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *ReportRequest) GetMaxStalenessMs() uint64 {
+	if x != nil {
+		return x.MaxStalenessMs
+	}
+	return 0
+}
+
+type ReportResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Part:
+	//
+	//	*ReportResponse_Snapshot
+	//	*ReportResponse_Page
+	Part          isReportResponse_Part `protobuf_oneof:"part"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportResponse) Reset() {
+	*x = ReportResponse{}
+	mi := &file_kvasir_kv_v1_report_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportResponse) ProtoMessage() {}
+
+func (x *ReportResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_kv_v1_report_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
+func (*ReportResponse) Descriptor() ([]byte, []int) {
+	return file_kvasir_kv_v1_report_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *ReportResponse) GetPart() isReportResponse_Part {
+	if x != nil {
+		return x.Part
+	}
+	return nil
+}
+
+func (x *ReportResponse) GetSnapshot() *ReportSnapshot {
+	if x != nil {
+		if x, ok := x.Part.(*ReportResponse_Snapshot); ok {
+			return x.Snapshot
+		}
+	}
+	return nil
+}
+
+func (x *ReportResponse) GetPage() *ReportPage {
+	if x != nil {
+		if x, ok := x.Part.(*ReportResponse_Page); ok {
+			return x.Page
+		}
+	}
+	return nil
+}
+
+type isReportResponse_Part interface {
+	isReportResponse_Part()
+}
+
+type ReportResponse_Snapshot struct {
+	// The first part.
+	Snapshot *ReportSnapshot `protobuf:"bytes,1,opt,name=snapshot,proto3,oneof"`
+}
+
+type ReportResponse_Page struct {
+	Page *ReportPage `protobuf:"bytes,2,opt,name=page,proto3,oneof"`
+}
+
+func (*ReportResponse_Snapshot) isReportResponse_Part() {}
+
+func (*ReportResponse_Page) isReportResponse_Part() {}
+
+// ReportSnapshot says what is in the snapshot that a node answers from.
+type ReportSnapshot struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Node  string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
+	Epoch uint64                 `protobuf:"fixed64,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// When it was taken, in milliseconds since 1970 by the node's clock.
+	TakenAtMs uint64 `protobuf:"varint,3,opt,name=taken_at_ms,json=takenAtMs,proto3" json:"taken_at_ms,omitempty"`
+	// All copies were in sync: every write acknowledged before the request is in it.
+	InSync bool `protobuf:"varint,4,opt,name=in_sync,json=inSync,proto3" json:"in_sync,omitempty"`
+	// Else every write is that was acknowledged so long before it was taken.
+	StalenessMs   uint64 `protobuf:"varint,5,opt,name=staleness_ms,json=stalenessMs,proto3" json:"staleness_ms,omitempty"`
+	Vnodes        uint32 `protobuf:"varint,6,opt,name=vnodes,proto3" json:"vnodes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportSnapshot) Reset() {
+	*x = ReportSnapshot{}
+	mi := &file_kvasir_kv_v1_report_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportSnapshot) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportSnapshot) ProtoMessage() {}
+
+func (x *ReportSnapshot) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_kv_v1_report_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportSnapshot.ProtoReflect.Descriptor instead.
+func (*ReportSnapshot) Descriptor() ([]byte, []int) {
+	return file_kvasir_kv_v1_report_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *ReportSnapshot) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *ReportSnapshot) GetEpoch() uint64 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
+}
+
+func (x *ReportSnapshot) GetTakenAtMs() uint64 {
+	if x != nil {
+		return x.TakenAtMs
+	}
+	return 0
+}
+
+func (x *ReportSnapshot) GetInSync() bool {
+	if x != nil {
+		return x.InSync
+	}
+	return false
+}
+
+func (x *ReportSnapshot) GetStalenessMs() uint64 {
+	if x != nil {
+		return x.StalenessMs
+	}
+	return 0
+}
+
+func (x *ReportSnapshot) GetVnodes() uint32 {
+	if x != nil {
+		return x.Vnodes
+	}
+	return 0
 }
 
 // ReportQuery asks for the records of a namespace, or for figures drawn from them.
@@ -252,7 +503,7 @@ type ReportQuery struct {
 
 func (x *ReportQuery) Reset() {
 	*x = ReportQuery{}
-	mi := &file_kvasir_kv_v1_report_proto_msgTypes[0]
+	mi := &file_kvasir_kv_v1_report_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -264,7 +515,7 @@ func (x *ReportQuery) String() string {
 func (*ReportQuery) ProtoMessage() {}
 
 func (x *ReportQuery) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_kv_v1_report_proto_msgTypes[0]
+	mi := &file_kvasir_kv_v1_report_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -277,7 +528,7 @@ func (x *ReportQuery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportQuery.ProtoReflect.Descriptor instead.
 func (*ReportQuery) Descriptor() ([]byte, []int) {
-	return file_kvasir_kv_v1_report_proto_rawDescGZIP(), []int{0}
+	return file_kvasir_kv_v1_report_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *ReportQuery) GetPrefix() []byte {
@@ -368,7 +619,7 @@ type ReportCondition struct {
 
 func (x *ReportCondition) Reset() {
 	*x = ReportCondition{}
-	mi := &file_kvasir_kv_v1_report_proto_msgTypes[1]
+	mi := &file_kvasir_kv_v1_report_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -380,7 +631,7 @@ func (x *ReportCondition) String() string {
 func (*ReportCondition) ProtoMessage() {}
 
 func (x *ReportCondition) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_kv_v1_report_proto_msgTypes[1]
+	mi := &file_kvasir_kv_v1_report_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -393,7 +644,7 @@ func (x *ReportCondition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportCondition.ProtoReflect.Descriptor instead.
 func (*ReportCondition) Descriptor() ([]byte, []int) {
-	return file_kvasir_kv_v1_report_proto_rawDescGZIP(), []int{1}
+	return file_kvasir_kv_v1_report_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *ReportCondition) GetField() string {
@@ -436,7 +687,7 @@ type ReportRows struct {
 
 func (x *ReportRows) Reset() {
 	*x = ReportRows{}
-	mi := &file_kvasir_kv_v1_report_proto_msgTypes[2]
+	mi := &file_kvasir_kv_v1_report_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -448,7 +699,7 @@ func (x *ReportRows) String() string {
 func (*ReportRows) ProtoMessage() {}
 
 func (x *ReportRows) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_kv_v1_report_proto_msgTypes[2]
+	mi := &file_kvasir_kv_v1_report_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -461,7 +712,7 @@ func (x *ReportRows) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRows.ProtoReflect.Descriptor instead.
 func (*ReportRows) Descriptor() ([]byte, []int) {
-	return file_kvasir_kv_v1_report_proto_rawDescGZIP(), []int{2}
+	return file_kvasir_kv_v1_report_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *ReportRows) GetKeysOnly() bool {
@@ -490,7 +741,7 @@ type ReportAggregate struct {
 
 func (x *ReportAggregate) Reset() {
 	*x = ReportAggregate{}
-	mi := &file_kvasir_kv_v1_report_proto_msgTypes[3]
+	mi := &file_kvasir_kv_v1_report_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -502,7 +753,7 @@ func (x *ReportAggregate) String() string {
 func (*ReportAggregate) ProtoMessage() {}
 
 func (x *ReportAggregate) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_kv_v1_report_proto_msgTypes[3]
+	mi := &file_kvasir_kv_v1_report_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -515,7 +766,7 @@ func (x *ReportAggregate) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportAggregate.ProtoReflect.Descriptor instead.
 func (*ReportAggregate) Descriptor() ([]byte, []int) {
-	return file_kvasir_kv_v1_report_proto_rawDescGZIP(), []int{3}
+	return file_kvasir_kv_v1_report_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *ReportAggregate) GetGroupBy() []string {
@@ -543,7 +794,7 @@ type ReportMeasure struct {
 
 func (x *ReportMeasure) Reset() {
 	*x = ReportMeasure{}
-	mi := &file_kvasir_kv_v1_report_proto_msgTypes[4]
+	mi := &file_kvasir_kv_v1_report_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -555,7 +806,7 @@ func (x *ReportMeasure) String() string {
 func (*ReportMeasure) ProtoMessage() {}
 
 func (x *ReportMeasure) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_kv_v1_report_proto_msgTypes[4]
+	mi := &file_kvasir_kv_v1_report_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -568,7 +819,7 @@ func (x *ReportMeasure) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportMeasure.ProtoReflect.Descriptor instead.
 func (*ReportMeasure) Descriptor() ([]byte, []int) {
-	return file_kvasir_kv_v1_report_proto_rawDescGZIP(), []int{4}
+	return file_kvasir_kv_v1_report_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *ReportMeasure) GetFunction() ReportMeasure_Function {
@@ -603,7 +854,7 @@ type ReportPage struct {
 
 func (x *ReportPage) Reset() {
 	*x = ReportPage{}
-	mi := &file_kvasir_kv_v1_report_proto_msgTypes[5]
+	mi := &file_kvasir_kv_v1_report_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -615,7 +866,7 @@ func (x *ReportPage) String() string {
 func (*ReportPage) ProtoMessage() {}
 
 func (x *ReportPage) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_kv_v1_report_proto_msgTypes[5]
+	mi := &file_kvasir_kv_v1_report_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -628,7 +879,7 @@ func (x *ReportPage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportPage.ProtoReflect.Descriptor instead.
 func (*ReportPage) Descriptor() ([]byte, []int) {
-	return file_kvasir_kv_v1_report_proto_rawDescGZIP(), []int{5}
+	return file_kvasir_kv_v1_report_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ReportPage) GetRows() []*ReportRow {
@@ -686,7 +937,7 @@ type ReportRow struct {
 
 func (x *ReportRow) Reset() {
 	*x = ReportRow{}
-	mi := &file_kvasir_kv_v1_report_proto_msgTypes[6]
+	mi := &file_kvasir_kv_v1_report_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -698,7 +949,7 @@ func (x *ReportRow) String() string {
 func (*ReportRow) ProtoMessage() {}
 
 func (x *ReportRow) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_kv_v1_report_proto_msgTypes[6]
+	mi := &file_kvasir_kv_v1_report_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -711,7 +962,7 @@ func (x *ReportRow) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRow.ProtoReflect.Descriptor instead.
 func (*ReportRow) Descriptor() ([]byte, []int) {
-	return file_kvasir_kv_v1_report_proto_rawDescGZIP(), []int{6}
+	return file_kvasir_kv_v1_report_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ReportRow) GetKey() []byte {
@@ -754,7 +1005,7 @@ type ReportGroup struct {
 
 func (x *ReportGroup) Reset() {
 	*x = ReportGroup{}
-	mi := &file_kvasir_kv_v1_report_proto_msgTypes[7]
+	mi := &file_kvasir_kv_v1_report_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -766,7 +1017,7 @@ func (x *ReportGroup) String() string {
 func (*ReportGroup) ProtoMessage() {}
 
 func (x *ReportGroup) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_kv_v1_report_proto_msgTypes[7]
+	mi := &file_kvasir_kv_v1_report_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -779,7 +1030,7 @@ func (x *ReportGroup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportGroup.ProtoReflect.Descriptor instead.
 func (*ReportGroup) Descriptor() ([]byte, []int) {
-	return file_kvasir_kv_v1_report_proto_rawDescGZIP(), []int{7}
+	return file_kvasir_kv_v1_report_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ReportGroup) GetKeys() []*ReportValue {
@@ -809,7 +1060,7 @@ type ReportValue struct {
 
 func (x *ReportValue) Reset() {
 	*x = ReportValue{}
-	mi := &file_kvasir_kv_v1_report_proto_msgTypes[8]
+	mi := &file_kvasir_kv_v1_report_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -821,7 +1072,7 @@ func (x *ReportValue) String() string {
 func (*ReportValue) ProtoMessage() {}
 
 func (x *ReportValue) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_kv_v1_report_proto_msgTypes[8]
+	mi := &file_kvasir_kv_v1_report_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -834,7 +1085,7 @@ func (x *ReportValue) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportValue.ProtoReflect.Descriptor instead.
 func (*ReportValue) Descriptor() ([]byte, []int) {
-	return file_kvasir_kv_v1_report_proto_rawDescGZIP(), []int{8}
+	return file_kvasir_kv_v1_report_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ReportValue) GetType() ReportValue_Type {
@@ -870,7 +1121,7 @@ type ReportPartial struct {
 
 func (x *ReportPartial) Reset() {
 	*x = ReportPartial{}
-	mi := &file_kvasir_kv_v1_report_proto_msgTypes[9]
+	mi := &file_kvasir_kv_v1_report_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -882,7 +1133,7 @@ func (x *ReportPartial) String() string {
 func (*ReportPartial) ProtoMessage() {}
 
 func (x *ReportPartial) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_kv_v1_report_proto_msgTypes[9]
+	mi := &file_kvasir_kv_v1_report_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -895,7 +1146,7 @@ func (x *ReportPartial) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportPartial.ProtoReflect.Descriptor instead.
 func (*ReportPartial) Descriptor() ([]byte, []int) {
-	return file_kvasir_kv_v1_report_proto_rawDescGZIP(), []int{9}
+	return file_kvasir_kv_v1_report_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ReportPartial) GetCount() uint64 {
@@ -937,7 +1188,24 @@ var File_kvasir_kv_v1_report_proto protoreflect.FileDescriptor
 
 const file_kvasir_kv_v1_report_proto_rawDesc = "" +
 	"\n" +
-	"\x19kvasir/kv/v1/report.proto\x12\fkvasir.kv.v1\x1a\x15kvasir/kv/v1/kv.proto\"\xf9\x01\n" +
+	"\x19kvasir/kv/v1/report.proto\x12\fkvasir.kv.v1\x1a\x15kvasir/kv/v1/kv.proto\"\xb6\x01\n" +
+	"\rReportRequest\x12\x1c\n" +
+	"\tnamespace\x18\x01 \x01(\tR\tnamespace\x12/\n" +
+	"\x05query\x18\x02 \x01(\v2\x19.kvasir.kv.v1.ReportQueryR\x05query\x12\x16\n" +
+	"\x06vnodes\x18\x03 \x03(\rR\x06vnodes\x12\x14\n" +
+	"\x05epoch\x18\x04 \x01(\x06R\x05epoch\x12(\n" +
+	"\x10max_staleness_ms\x18\x05 \x01(\x04R\x0emaxStalenessMs\"\x84\x01\n" +
+	"\x0eReportResponse\x12:\n" +
+	"\bsnapshot\x18\x01 \x01(\v2\x1c.kvasir.kv.v1.ReportSnapshotH\x00R\bsnapshot\x12.\n" +
+	"\x04page\x18\x02 \x01(\v2\x18.kvasir.kv.v1.ReportPageH\x00R\x04pageB\x06\n" +
+	"\x04part\"\xae\x01\n" +
+	"\x0eReportSnapshot\x12\x12\n" +
+	"\x04node\x18\x01 \x01(\tR\x04node\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\x06R\x05epoch\x12\x1e\n" +
+	"\vtaken_at_ms\x18\x03 \x01(\x04R\ttakenAtMs\x12\x17\n" +
+	"\ain_sync\x18\x04 \x01(\bR\x06inSync\x12!\n" +
+	"\fstaleness_ms\x18\x05 \x01(\x04R\vstalenessMs\x12\x16\n" +
+	"\x06vnodes\x18\x06 \x01(\rR\x06vnodes\"\xf9\x01\n" +
 	"\vReportQuery\x12\x16\n" +
 	"\x06prefix\x18\x01 \x01(\fR\x06prefix\x12\x14\n" +
 	"\x05start\x18\x02 \x01(\fR\x05start\x12\x10\n" +
@@ -1015,7 +1283,9 @@ const file_kvasir_kv_v1_report_proto_rawDesc = "" +
 	"\x18REPORT_COMPARISON_PREFIX\x10\b\x12\x1c\n" +
 	"\x18REPORT_COMPARISON_EXISTS\x10\t\x12\x1d\n" +
 	"\x19REPORT_COMPARISON_MISSING\x10\n" +
-	"B4Z2github.com/kvasirdb/kvasir/proto/kvasir/kv/v1;kvv1b\x06proto3"
+	"2V\n" +
+	"\rReportService\x12E\n" +
+	"\x06Report\x12\x1b.kvasir.kv.v1.ReportRequest\x1a\x1c.kvasir.kv.v1.ReportResponse0\x01B4Z2github.com/kvasirdb/kvasir/proto/kvasir/kv/v1;kvv1b\x06proto3"
 
 var (
 	file_kvasir_kv_v1_report_proto_rawDescOnce sync.Once
@@ -1030,43 +1300,51 @@ func file_kvasir_kv_v1_report_proto_rawDescGZIP() []byte {
 }
 
 var file_kvasir_kv_v1_report_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_kvasir_kv_v1_report_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_kvasir_kv_v1_report_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
 var file_kvasir_kv_v1_report_proto_goTypes = []any{
 	(ReportComparison)(0),       // 0: kvasir.kv.v1.ReportComparison
 	(ReportMeasure_Function)(0), // 1: kvasir.kv.v1.ReportMeasure.Function
 	(ReportValue_Type)(0),       // 2: kvasir.kv.v1.ReportValue.Type
-	(*ReportQuery)(nil),         // 3: kvasir.kv.v1.ReportQuery
-	(*ReportCondition)(nil),     // 4: kvasir.kv.v1.ReportCondition
-	(*ReportRows)(nil),          // 5: kvasir.kv.v1.ReportRows
-	(*ReportAggregate)(nil),     // 6: kvasir.kv.v1.ReportAggregate
-	(*ReportMeasure)(nil),       // 7: kvasir.kv.v1.ReportMeasure
-	(*ReportPage)(nil),          // 8: kvasir.kv.v1.ReportPage
-	(*ReportRow)(nil),           // 9: kvasir.kv.v1.ReportRow
-	(*ReportGroup)(nil),         // 10: kvasir.kv.v1.ReportGroup
-	(*ReportValue)(nil),         // 11: kvasir.kv.v1.ReportValue
-	(*ReportPartial)(nil),       // 12: kvasir.kv.v1.ReportPartial
-	(*Version)(nil),             // 13: kvasir.kv.v1.Version
+	(*ReportRequest)(nil),       // 3: kvasir.kv.v1.ReportRequest
+	(*ReportResponse)(nil),      // 4: kvasir.kv.v1.ReportResponse
+	(*ReportSnapshot)(nil),      // 5: kvasir.kv.v1.ReportSnapshot
+	(*ReportQuery)(nil),         // 6: kvasir.kv.v1.ReportQuery
+	(*ReportCondition)(nil),     // 7: kvasir.kv.v1.ReportCondition
+	(*ReportRows)(nil),          // 8: kvasir.kv.v1.ReportRows
+	(*ReportAggregate)(nil),     // 9: kvasir.kv.v1.ReportAggregate
+	(*ReportMeasure)(nil),       // 10: kvasir.kv.v1.ReportMeasure
+	(*ReportPage)(nil),          // 11: kvasir.kv.v1.ReportPage
+	(*ReportRow)(nil),           // 12: kvasir.kv.v1.ReportRow
+	(*ReportGroup)(nil),         // 13: kvasir.kv.v1.ReportGroup
+	(*ReportValue)(nil),         // 14: kvasir.kv.v1.ReportValue
+	(*ReportPartial)(nil),       // 15: kvasir.kv.v1.ReportPartial
+	(*Version)(nil),             // 16: kvasir.kv.v1.Version
 }
 var file_kvasir_kv_v1_report_proto_depIdxs = []int32{
-	4,  // 0: kvasir.kv.v1.ReportQuery.where:type_name -> kvasir.kv.v1.ReportCondition
-	5,  // 1: kvasir.kv.v1.ReportQuery.rows:type_name -> kvasir.kv.v1.ReportRows
-	6,  // 2: kvasir.kv.v1.ReportQuery.aggregate:type_name -> kvasir.kv.v1.ReportAggregate
-	0,  // 3: kvasir.kv.v1.ReportCondition.comparison:type_name -> kvasir.kv.v1.ReportComparison
-	7,  // 4: kvasir.kv.v1.ReportAggregate.measures:type_name -> kvasir.kv.v1.ReportMeasure
-	1,  // 5: kvasir.kv.v1.ReportMeasure.function:type_name -> kvasir.kv.v1.ReportMeasure.Function
-	9,  // 6: kvasir.kv.v1.ReportPage.rows:type_name -> kvasir.kv.v1.ReportRow
-	10, // 7: kvasir.kv.v1.ReportPage.groups:type_name -> kvasir.kv.v1.ReportGroup
-	13, // 8: kvasir.kv.v1.ReportRow.version:type_name -> kvasir.kv.v1.Version
-	11, // 9: kvasir.kv.v1.ReportGroup.keys:type_name -> kvasir.kv.v1.ReportValue
-	12, // 10: kvasir.kv.v1.ReportGroup.measures:type_name -> kvasir.kv.v1.ReportPartial
-	2,  // 11: kvasir.kv.v1.ReportValue.type:type_name -> kvasir.kv.v1.ReportValue.Type
-	11, // 12: kvasir.kv.v1.ReportPartial.min:type_name -> kvasir.kv.v1.ReportValue
-	11, // 13: kvasir.kv.v1.ReportPartial.max:type_name -> kvasir.kv.v1.ReportValue
-	14, // [14:14] is the sub-list for method output_type
-	14, // [14:14] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	6,  // 0: kvasir.kv.v1.ReportRequest.query:type_name -> kvasir.kv.v1.ReportQuery
+	5,  // 1: kvasir.kv.v1.ReportResponse.snapshot:type_name -> kvasir.kv.v1.ReportSnapshot
+	11, // 2: kvasir.kv.v1.ReportResponse.page:type_name -> kvasir.kv.v1.ReportPage
+	7,  // 3: kvasir.kv.v1.ReportQuery.where:type_name -> kvasir.kv.v1.ReportCondition
+	8,  // 4: kvasir.kv.v1.ReportQuery.rows:type_name -> kvasir.kv.v1.ReportRows
+	9,  // 5: kvasir.kv.v1.ReportQuery.aggregate:type_name -> kvasir.kv.v1.ReportAggregate
+	0,  // 6: kvasir.kv.v1.ReportCondition.comparison:type_name -> kvasir.kv.v1.ReportComparison
+	10, // 7: kvasir.kv.v1.ReportAggregate.measures:type_name -> kvasir.kv.v1.ReportMeasure
+	1,  // 8: kvasir.kv.v1.ReportMeasure.function:type_name -> kvasir.kv.v1.ReportMeasure.Function
+	12, // 9: kvasir.kv.v1.ReportPage.rows:type_name -> kvasir.kv.v1.ReportRow
+	13, // 10: kvasir.kv.v1.ReportPage.groups:type_name -> kvasir.kv.v1.ReportGroup
+	16, // 11: kvasir.kv.v1.ReportRow.version:type_name -> kvasir.kv.v1.Version
+	14, // 12: kvasir.kv.v1.ReportGroup.keys:type_name -> kvasir.kv.v1.ReportValue
+	15, // 13: kvasir.kv.v1.ReportGroup.measures:type_name -> kvasir.kv.v1.ReportPartial
+	2,  // 14: kvasir.kv.v1.ReportValue.type:type_name -> kvasir.kv.v1.ReportValue.Type
+	14, // 15: kvasir.kv.v1.ReportPartial.min:type_name -> kvasir.kv.v1.ReportValue
+	14, // 16: kvasir.kv.v1.ReportPartial.max:type_name -> kvasir.kv.v1.ReportValue
+	3,  // 17: kvasir.kv.v1.ReportService.Report:input_type -> kvasir.kv.v1.ReportRequest
+	4,  // 18: kvasir.kv.v1.ReportService.Report:output_type -> kvasir.kv.v1.ReportResponse
+	18, // [18:19] is the sub-list for method output_type
+	17, // [17:18] is the sub-list for method input_type
+	17, // [17:17] is the sub-list for extension type_name
+	17, // [17:17] is the sub-list for extension extendee
+	0,  // [0:17] is the sub-list for field type_name
 }
 
 func init() { file_kvasir_kv_v1_report_proto_init() }
@@ -1075,7 +1353,11 @@ func file_kvasir_kv_v1_report_proto_init() {
 		return
 	}
 	file_kvasir_kv_v1_kv_proto_init()
-	file_kvasir_kv_v1_report_proto_msgTypes[0].OneofWrappers = []any{
+	file_kvasir_kv_v1_report_proto_msgTypes[1].OneofWrappers = []any{
+		(*ReportResponse_Snapshot)(nil),
+		(*ReportResponse_Page)(nil),
+	}
+	file_kvasir_kv_v1_report_proto_msgTypes[3].OneofWrappers = []any{
 		(*ReportQuery_Rows)(nil),
 		(*ReportQuery_Aggregate)(nil),
 	}
@@ -1085,9 +1367,9 @@ func file_kvasir_kv_v1_report_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kvasir_kv_v1_report_proto_rawDesc), len(file_kvasir_kv_v1_report_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   10,
+			NumMessages:   13,
 			NumExtensions: 0,
-			NumServices:   0,
+			NumServices:   1,
 		},
 		GoTypes:           file_kvasir_kv_v1_report_proto_goTypes,
 		DependencyIndexes: file_kvasir_kv_v1_report_proto_depIdxs,
