@@ -88,10 +88,17 @@ func (s *Store) onDiskFull() {
 }
 
 // pause keeps flushes and compactions that found no space or damage from trying
-// again at once.
+// again at once, unless the store is being closed: nobody waits for them then.
 func (s *Store) pause() {
-	if at := s.retryAt.Load(); at != nil {
-		time.Sleep(time.Until(at.Add(time.Second)))
+	at := s.retryAt.Load()
+	if at == nil {
+		return
+	}
+	rest := time.NewTimer(time.Until(at.Add(time.Second)))
+	defer rest.Stop()
+	select {
+	case <-s.stop:
+	case <-rest.C:
 	}
 }
 
