@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/kvasirdb/kvasir/internal/rpc"
+	"github.com/kvasirdb/kvasir/internal/topology"
 	kvv1 "github.com/kvasirdb/kvasir/proto/kvasir/kv/v1"
 )
 
@@ -206,11 +207,19 @@ func (c *Client) candidates(req request) []string {
 			}
 		}
 	}
+	reporting := map[string]bool{}
 	for i := range t.Nodes {
-		add(t.Nodes[i].Address, 2, v.unhealthy[t.Nodes[i].Incarnation])
+		n := &t.Nodes[i]
+		if n.Role == topology.Reporting {
+			reporting[n.Address] = true
+			continue
+		}
+		add(n.Address, 2, v.unhealthy[n.Incarnation])
 	}
 	for _, e := range c.endpoints {
-		add(e, 3, false)
+		if !reporting[e] {
+			add(e, 3, false)
+		}
 	}
 	slices.SortFunc(out, candidate.compare)
 	addresses := make([]string, len(out))

@@ -11,8 +11,9 @@ import (
 
 // Refill joins with enough other replicas the places of this node that a quarantine
 // covers: every write that was acknowledged by a majority, this replica perhaps among
-// it, is in one of N-q+1 other voting slots. Replicas that are in quarantine themselves
-// refuse and do not count. An error says which place is not complete yet.
+// it, is in one of N-q+1 other voting slots, and every acknowledged write in one of N-W+1.
+// Replicas that are in quarantine themselves refuse and do not count. An error says which
+// place is not complete yet.
 func (r *Repairer) Refill(ctx context.Context, covers func(storage.Place) bool) error {
 	t := r.cfg.Fence.Topology()
 	if !t.Formed() {
@@ -50,6 +51,9 @@ func (r *Repairer) refill(ctx context.Context, p storage.Place) error {
 		}
 	}
 	needed, joined := ns.N-quorum.Majority.Need(ns.N)+1, 0
+	if _, copied := t.Copy(p.Vnode, ns.ID, r.cfg.Self); copied {
+		needed = ns.N - ns.LeastWrites() + 1 // it is to have every acknowledged write
+	}
 	var errs []error
 	for peer, n := range slots {
 		out, err := r.Sync(ctx, t, p, peer)

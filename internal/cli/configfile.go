@@ -93,7 +93,7 @@ func flatten(n *yaml.Node, name string, values map[string]string) error {
 // consensus. What is under a name that ends in a dot belongs to it.
 var (
 	nodeSettings = []string{
-		"name", "zone", "data_dir", "orchestrators", "listen", "admin_listen", "gossip_listen", "advertise", "admin_advertise", "gossip_advertise",
+		"name", "zone", "role", "data_dir", "orchestrators", "listen", "admin_listen", "gossip_listen", "advertise", "admin_advertise", "gossip_advertise",
 		"cache_bytes", "memtable_bytes", "cpu_limit", "min_free_disk_bytes", "scrub_cycle", "scrub_bytes_per_second",
 		"move_bytes_per_second", "move_commit_delay", "drain_timeout", "disk_stall_after", "tls.", "gossip_key", "log.",
 	}

@@ -112,6 +112,11 @@ func repairFlag[T client.ReadRepair | topology.ReadRepair](target *T) pflag.Valu
 	}}
 }
 
+// reportingFlag is a policy for reporting replicas.
+func reportingFlag(target *topology.ReportingPolicy) pflag.Value {
+	return &value[topology.ReportingPolicy]{target, "policy", "", topology.ParseReportingPolicy}
+}
+
 // chanceFlag is a number from 0 to 1.
 func chanceFlag(target *float64) pflag.Value {
 	return &value[float64]{target, "chance", "", func(s string) (float64, error) {

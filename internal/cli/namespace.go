@@ -23,7 +23,8 @@ func (a *App) namespaceCommand() *cobra.Command {
 		Use:   "namespace",
 		Short: "Make, show, change and drop namespaces",
 		Long: `Makes, shows, changes and drops namespaces. A namespace is a set of keys with its own
-number of replicas N, default quorums W and R, read repair, hints and time to live.`,
+number of replicas N, default quorums W and R, read repair, hints, time to live, and copies
+for reports.`,
 		Example: `  kvctl namespace ls
   kvctl namespace create orders --n 3 --w quorum --r quorum
   kvctl namespace set orders --w all --read-repair async`,
@@ -40,6 +41,10 @@ type namespaceFlags struct {
 	chance float64
 	hints  bool
 	ttl    time.Duration
+
+	reporting        topology.ReportingPolicy
+	reportingCopies  int
+	reportingTimeout time.Duration
 }
 
 func (f *namespaceFlags) add(cmd *cobra.Command) {
@@ -51,6 +56,10 @@ func (f *namespaceFlags) add(cmd *cobra.Command) {
 	l.Var(chanceFlag(&f.chance), "repair-chance", "chance that a read compares the replicas beyond R too, 0 to 1")
 	l.Var(onOffFlag(&f.hints), "hints", "keep records for replicas that are down: on or off")
 	l.Var(durationFlag(&f.ttl, 0, 0), "ttl", "default time to live, 0 for ever: 500ms, 30m, 12h, 7d")
+	l.Var(reportingFlag(&f.reporting), "reporting", "copies for reports, and whether writes wait for them: block, degrade, best_effort or off")
+	l.Var(countFlag(&f.reportingCopies, 1, topology.MaxReportingCopies), "reporting-copies", fmt.Sprintf("copies for reports of each key, 1 to %d, on as many reporting nodes", topology.MaxReportingCopies))
+	l.Var(durationFlag(&f.reportingTimeout, 0, topology.MinReportingTimeout), "reporting-timeout",
+		fmt.Sprintf("how long a write waits for a copy, %s to %s, before the policy applies", topology.MinReportingTimeout, topology.MaxReportingTimeout))
 }
 
 // settings returns those that were given.
@@ -78,6 +87,15 @@ func (f *namespaceFlags) settings(cmd *cobra.Command) *adminv1.NamespaceSettings
 	if changed("ttl") {
 		s.TtlMs = ptr(uint64(f.ttl.Milliseconds()))
 	}
+	if changed("reporting") {
+		s.ReportingPolicy = ptr(topologyv1.ReportingPolicy(f.reporting))
+	}
+	if changed("reporting-copies") {
+		s.ReportingCopies = ptr(uint32(f.reportingCopies))
+	}
+	if changed("reporting-timeout") {
+		s.ReportingTimeoutMs = ptr(uint64(f.reportingTimeout.Milliseconds()))
+	}
 	return s
 }
 
@@ -101,7 +119,7 @@ func (a *App) namespaceList() *cobra.Command {
 }
 
 func writeNamespaces(w io.Writer, all []topology.Namespace) {
-	t := newTable("NAME", ">N", "W", "R", "READS", "READ REPAIR", ">CHANCE", "HINTS", "TTL")
+	t := newTable("NAME", ">N", "W", "R", "READS", "READ REPAIR", ">CHANCE", "HINTS", "TTL", "REPORTING")
 	starred := false
 	for i := range all {
 		ns := &all[i]
@@ -110,7 +128,7 @@ func writeNamespaces(w io.Writer, all []topology.Namespace) {
 			reads, starred = "strong*", true
 		}
 		t.add(ns.Name, ns.N, quorumText(ns.W, ns.N), quorumText(ns.R, ns.N), reads,
-			ns.ReadRepair, chanceText(ns.RepairChance), onOff(ns.Hints), ttlText(ns.TTL))
+			ns.ReadRepair, chanceText(ns.RepairChance), onOff(ns.Hints), ttlText(ns.TTL), ns.Reporting.Policy)
 	}
 	t.write(w)
 	if starred {
@@ -124,7 +142,7 @@ func (a *App) namespaceCreate() *cobra.Command {
 		Use:   "create NAME",
 		Short: "Make a namespace",
 		Long: `Makes a namespace. What is not given is: N 3, or the number of data nodes if that is
-less; W and R quorum; read repair blocking, chance 0; hints on; no TTL.`,
+less; W and R quorum; read repair blocking, chance 0; hints on; no TTL; reporting off.`,
 		Example: `  kvctl namespace create orders
   kvctl namespace create events --n 5 --w 40% --r one --read-repair async --ttl 7d`,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -161,16 +179,23 @@ need both the old and the new W, until no node reads by the old R any more. Wher
 to ask fewer replicas, these first take over from each other what they lack. What may serve
 by the old quorums is waited for, even if it is down, as with R=one each replica may.
 
+--reporting has reporting nodes (kvnode --role reporting) hold copies for reports. With block
+and degrade a write is acknowledged only when the copies in sync have it too. Where one does
+not answer within --reporting-timeout, block has the write fail, and degrade has the copy
+evicted first, after which reports of it are refused until it has caught up. With best_effort
+no write waits, and no report is exact. See kvctl reporting status.
+
 --if-changed-epoch makes a change safe against others: it is refused, with exit code 5,
 unless the namespace was last changed in that epoch (see kvctl namespace show).`,
 		Example: `  kvctl namespace set orders --w all --r one
   kvctl namespace set orders --hints off --read-repair off
   kvctl namespace set orders --ttl 30d --if-changed-epoch 12
-  kvctl namespace set orders --n 5 --wait`,
+  kvctl namespace set orders --n 5 --wait
+  kvctl namespace set orders --reporting degrade --reporting-timeout 200ms`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			settings := f.settings(cmd)
 			if proto.Size(settings) == 0 {
-				return usagef("nothing to set: give at least one of --n, --w, --r, --read-repair, --repair-chance, --hints, --ttl")
+				return usagef("nothing to set: give at least one of --n, --w, --r, --read-repair, --repair-chance, --hints, --ttl, --reporting, --reporting-copies, --reporting-timeout")
 			}
 			var resp *adminv1.UpdateNamespaceResponse
 			err := a.control(cmd.Context(), question{changes: true, ask: func(ctx context.Context, cc *grpc.ClientConn) (err error) {

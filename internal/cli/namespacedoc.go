@@ -29,6 +29,10 @@ type namespaceDoc struct {
 	AlsoN int    `json:"also_n,omitempty"`
 	AlsoW string `json:"also_w,omitempty"`
 	AlsoR string `json:"also_r,omitempty"`
+	// Reporting is off, block, degrade or best_effort; the others are 0 where it is off.
+	Reporting          string `json:"reporting"`
+	ReportingCopies    int    `json:"reporting_copies"`
+	ReportingTimeoutMs int64  `json:"reporting_timeout_ms"`
 }
 
 func namespaceDocOf(ns *topology.Namespace) namespaceDoc {
@@ -37,6 +41,7 @@ func namespaceDocOf(ns *topology.Namespace) namespaceDoc {
 		Strength: ns.Strength().String(), ReadRepair: ns.ReadRepair.String(), RepairChance: ns.RepairChance,
 		Hints: ns.Hints, TTLMs: ns.TTL.Milliseconds(), ChangedEpoch: ns.ChangedEpoch,
 		AlsoN: ns.AlsoN, AlsoW: ns.AlsoW.String(), AlsoR: ns.AlsoR.String(),
+		Reporting: ns.Reporting.Policy.String(), ReportingCopies: ns.Reporting.Copies, ReportingTimeoutMs: ns.Reporting.Timeout.Milliseconds(),
 	}
 }
 
@@ -56,6 +61,7 @@ func namespaceFields(ns *topology.Namespace) []string {
 		"read repair", fmt.Sprintf("%s, chance %s", ns.ReadRepair, chanceText(ns.RepairChance)),
 		"hints", onOff(ns.Hints),
 		"TTL", ttlText(ns.TTL),
+		"reporting", ns.Reporting.String(),
 		"changed in epoch", topology.EpochString(ns.ChangedEpoch),
 	}
 }

@@ -24,10 +24,11 @@ const (
 // assignment is a vnode that the node is to be filled with, as it is on disk.
 type assignment struct {
 	Vnode uint32 `json:"vnode"`
-	// Namespace is the only one that it is about, as its N or its quorums change, or 0.
+	// Namespace is the only one that it is about, as its N or its quorums change or the node
+	// is a reporting one, or 0.
 	Namespace uint32 `json:"namespace,omitempty"`
 	// Epoch is the one in which the node became incoming on the vnode, topology.Slot.Since,
-	// or in which the namespace's change began.
+	// or was given the copy, topology.Copy.Since, or in which the namespace's change began.
 	Epoch uint64 `json:"epoch"`
 	// Keep says that the node holds the vnode, and is to take over what other slots have.
 	Keep     bool `json:"keep,omitempty"`
@@ -264,6 +265,14 @@ func assigned(self uint64, t *topology.Topology) map[storage.Place]assignment {
 	for v, slot := range t.Incoming(self) {
 		as := assignment{Vnode: v, Epoch: t.Ring[v].Slots[slot].Since}
 		out[as.place()] = as
+	}
+	for i := range t.Ring {
+		for _, c := range t.Ring[i].Copies {
+			if c.Node == self && c.State == topology.Filling {
+				as := assignment{Vnode: uint32(i), Namespace: c.Namespace, Epoch: c.Since}
+				out[as.place()] = as
+			}
+		}
 	}
 	for i := range t.Namespaces {
 		ns := &t.Namespaces[i]

@@ -139,7 +139,7 @@ func (f *Filler) Run(ctx context.Context) error {
 	}
 }
 
-// job is an assignment with the slot it is for.
+// job is an assignment with the slot it is for, −1 for a reporting node's copy.
 type job struct {
 	assignment
 	slot int
@@ -219,6 +219,9 @@ func (f *Filler) isOpen(t *topology.Topology, j job) bool {
 // has all that the slot stands for. Where it was taken for dead and is back, it has
 // what was written before, and what was written since is here already.
 func (f *Filler) fromOld(t *topology.Topology, j job) bool {
+	if j.slot < 0 {
+		return false
+	}
 	s := t.Ring[j.Vnode].Slots[j.slot]
 	if s.Incoming != f.cfg.Self || j.Epoch != s.Since || s.Node == f.cfg.Self {
 		return false
@@ -252,6 +255,9 @@ func (f *Filler) sourcesNeeded(t *topology.Topology, j job, ns *topology.Namespa
 }
 
 func (f *Filler) sourcesWanted(j job, ns *topology.Namespace) int {
+	if j.slot < 0 {
+		return 1 // what it lacks then it is given when it joins
+	}
 	if j.Namespace != 0 {
 		n := ns.N
 		w := ns.W.Need(n)
@@ -403,28 +409,16 @@ func (f *Filler) fill(ctx context.Context, t *topology.Topology, j job) error {
 		if err := f.fillNamespace(ctx, t, ns, j); err != nil {
 			return err
 		}
-		if slot := t.Ring[j.Vnode].Slots[j.slot]; j.old && slot.Phase == topology.WriteBothReadOld {
+		if !j.old {
+			continue
+		}
+		if slot := t.Ring[j.Vnode].Slots[j.slot]; slot.Phase == topology.WriteBothReadOld {
 			if err := f.cfg.Verify(ctx, t, storage.Place{Namespace: ns.ID, Vnode: j.Vnode}, slot.Node); err != nil {
 				return fmt.Errorf("compare with %s: %w", t.NodeName(slot.Node), err)
 			}
 		}
 	}
 	return f.cfg.Assignments.complete(j.assignment)
-}
-
-// Fill joins what N−q+1 of the other voting replicas hold of a vnode's records of a
-// namespace, into a replica that need not be incoming.
-func (f *Filler) Fill(ctx context.Context, namespace, vnode uint32) error {
-	t := f.cfg.Fence.Topology()
-	ns := t.NamespaceByID(namespace)
-	if ns == nil || int(vnode) >= len(t.Ring) {
-		return fmt.Errorf("there is no vnode %d of a namespace %d", vnode, namespace)
-	}
-	slot := slices.IndexFunc(t.Ring[vnode].Slots[:ns.Wide()], func(s topology.Slot) bool { return s.Node == f.cfg.Self || s.Incoming == f.cfg.Self })
-	if slot < 0 {
-		return fmt.Errorf("this node is no replica of vnode %d of namespace %s", vnode, ns.Name)
-	}
-	return f.fillNamespace(ctx, t, ns, job{assignment{Vnode: vnode}, slot, false})
 }
 
 // localError is one that another source would not help against.
@@ -442,11 +436,11 @@ func (f *Filler) fillNamespace(ctx context.Context, t *topology.Topology, ns *to
 			return errors.Join(last, err)
 		}
 		next := sources[slices.IndexFunc(sources, func(n uint64) bool { return !done[n] })]
-		if len(done) == 0 && !j.Keep && j.Epoch != 0 {
+		if len(done) == 0 && !j.Keep {
 			s := stream{Filler: f, topology: t, job: j, namespace: ns, source: next}
 			err = s.run(ctx)
 		} else {
-			err = f.pull(ctx, t, j, ns, next, len(done) == 0 && !j.Keep)
+			err = f.pull(ctx, t, j, ns, next)
 		}
 		var local localError
 		switch {
@@ -463,36 +457,27 @@ func (f *Filler) fillNamespace(ctx context.Context, t *topology.Topology, ns *to
 	return nil
 }
 
-// pull joins what one source holds of a vnode, page by page: all of it from the first
-// source, from others what is not here yet.
-func (f *Filler) pull(ctx context.Context, t *topology.Topology, j job, ns *topology.Namespace, source uint64, whole bool) error {
-	scan := &replicav1.Scan{Namespace: ns.ID, Limit: pageRecords, LimitBytes: pageBytes}
-	if whole {
-		scan.FullVnodes = []uint32{j.Vnode}
-	} else {
-		scan.HeaderVnodes = []uint32{j.Vnode}
-	}
+// pull joins what one source holds of a vnode and is not here yet, page by page.
+func (f *Filler) pull(ctx context.Context, t *topology.Topology, j job, ns *topology.Namespace, source uint64) error {
+	var start []byte
 	for {
-		reply, err := f.call(ctx, source, &replicav1.Call{Epoch: t.Epoch, Operation: &replicav1.Call_Scan{Scan: scan}})
+		reply, err := f.call(ctx, source, &replicav1.Call{Epoch: t.Epoch, Operation: &replicav1.Call_Scan{Scan: &replicav1.Scan{
+			Namespace: ns.ID, HeaderVnodes: []uint32{j.Vnode}, Start: start, Limit: pageRecords, LimitBytes: pageBytes,
+		}}})
 		if err != nil {
 			return err
 		}
-		entries := reply.GetScan().GetEntries()
+		headers := reply.GetScan().GetEntries()
 		more := reply.GetScan().GetTruncated()
-		if more && len(entries) == 0 {
+		if more && len(headers) == 0 {
 			return errors.New("a page that ends early has no records")
 		}
 		if more {
-			last := entries[len(entries)-1].GetKey()
-			scan = &replicav1.Scan{
-				Namespace: ns.ID, Limit: pageRecords, LimitBytes: pageBytes, FullVnodes: scan.FullVnodes, HeaderVnodes: scan.HeaderVnodes,
-				Start: append(bytes.Clone(last), 0),
-			}
+			start = after(headers[len(headers)-1].GetKey())
 		}
-		if !whole {
-			if entries, err = f.missing(ctx, t, j.Vnode, ns, source, entries); err != nil {
-				return err
-			}
+		entries, err := f.missing(ctx, t, j.Vnode, ns, source, headers)
+		if err != nil {
+			return err
 		}
 		if err := f.join(ctx, t, j, ns, entries); err != nil {
 			return err

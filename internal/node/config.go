@@ -27,6 +27,9 @@ type Config struct {
 	// Zone is the failure domain replicas are spread over. It may be another one at the next
 	// start. Default "default".
 	Zone string `yaml:"zone" help:"failure domain replicas are spread over; may be another one at the next start"`
+	// Role is data or reporting: what the node holds records for. A data directory keeps its
+	// role. Default data.
+	Role string `yaml:"role" help:"data, or reporting: hold copies for reports only, and serve no reads and writes; a data directory keeps its role"`
 	// DataDir is the data directory. Required.
 	DataDir string `yaml:"data_dir" help:"data directory (required)"`
 	// Orchestrators lists the gRPC addresses of orchestrators. Required.
@@ -95,6 +98,8 @@ type Seams struct {
 	Gossip func(bind string) (memberlist.Transport, error)
 	// WallClock returns milliseconds since 1970.
 	WallClock func() int64
+	// BootClock is boottime.Now.
+	BootClock func() time.Duration
 	// LeastFileBytes is what moves as a sorted file at least; small stores have less.
 	LeastFileBytes int
 	// SyncDelay delays the sync of commits in simulations.
@@ -107,7 +112,7 @@ type Seams struct {
 // Defaults returns a configuration with every default filled in.
 func Defaults() Config {
 	return Config{
-		Zone:   "default",
+		Zone: "default", Role: topology.Data.String(),
 		Listen: "0.0.0.0:7400", AdminListen: "0.0.0.0:7401", GossipListen: "0.0.0.0:7402",
 		CacheBytes: 64 << 20, MemTableBytes: 32 << 20,
 		ScrubCycle: 7 * 24 * time.Hour, ScrubBytesPerSecond: 4 << 20,
@@ -139,6 +144,9 @@ func (c *Config) Validate() error {
 	}
 	bad("name", topology.CheckName("node", c.Name))
 	bad("zone", topology.CheckName("zone", c.Zone))
+	if c.role() == 0 {
+		bad("role", fmt.Errorf("%q: want data or reporting", c.Role))
+	}
 	if c.DataDir == "" {
 		bad("data_dir", errors.New("is required"))
 	}
@@ -188,6 +196,16 @@ func (c *Config) Validate() error {
 	_, err := rpc.DecodeKey(c.GossipKey)
 	bad("gossip_key", err)
 	return errors.Join(errs...)
+}
+
+// role returns what Role names, or 0.
+func (c *Config) role() topology.Role {
+	for _, r := range []topology.Role{topology.Data, topology.Reporting} {
+		if c.Role == r.String() {
+			return r
+		}
+	}
+	return 0
 }
 
 // hash identifies what is configured alike on nodes that are: without what tells one node

@@ -74,7 +74,7 @@ func (r *registrar) register(ctx context.Context, id identity) (identity, *topol
 		return id, nil, err
 	}
 	req := &adminv1.RegisterNodeRequest{
-		ClusterId: id.ClusterID, Name: r.cfg.Name, Zone: r.cfg.Zone, Role: topologyv1.Role_ROLE_DATA,
+		ClusterId: id.ClusterID, Name: r.cfg.Name, Zone: r.cfg.Zone, Role: topologyv1.Role(r.cfg.role()),
 		Address: r.cfg.Advertise, AdminAddress: r.cfg.AdminAdvertise, GossipAddress: r.cfg.GossipAdvertise,
 		DataId: id.DataID, Incarnation: id.Incarnation, Boot: boots, BootId: r.bootID,
 	}

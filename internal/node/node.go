@@ -24,6 +24,7 @@ import (
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 
 	"github.com/kvasirdb/kvasir/internal/antientropy"
+	"github.com/kvasirdb/kvasir/internal/boottime"
 	"github.com/kvasirdb/kvasir/internal/coordinator"
 	"github.com/kvasirdb/kvasir/internal/gossip"
 	"github.com/kvasirdb/kvasir/internal/handoff"
@@ -62,6 +63,8 @@ type Node struct {
 	collector   *antientropy.Collector
 	assignments *handoff.Assignments
 	filler      *handoff.Filler
+	joiner      *handoff.Joiner
+	reporting   *reporting
 	peers       *peers
 	loop        *rpc.Loop[*replicav1.Call, *replicav1.Reply]
 	topologies  *topologies
@@ -140,6 +143,9 @@ func (s *Seams) setDefaults() {
 	}
 	if s.WallClock == nil {
 		s.WallClock = func() int64 { return time.Now().UnixMilli() }
+	}
+	if s.BootClock == nil {
+		s.BootClock = boottime.Now
 	}
 }
 
@@ -327,6 +333,7 @@ func (n *Node) serve(run context.Context) error {
 		cfg: rpc.LinkConfig{Transport: n.transport, WallClock: cfg.Seams.WallClock},
 	}
 	n.peers.links.Store(&map[uint64]*replicaLink{})
+	n.reporting = newReporting(n)
 	n.coordinator = coordinator.New(coordinator.Config{
 		Self: n.id.Incarnation, Fence: n.fence, Clock: n.clock, Hints: n.hints, Peers: n.peers, Logger: cfg.Logger,
 		Refresh: func(ctx context.Context, epoch, peer uint64) error {
@@ -335,7 +342,7 @@ func (n *Node) serve(run context.Context) error {
 			}
 			return n.topologies.refresh(ctx, epoch)
 		},
-		Refuse: n.refuseClients, Metrics: n.registry,
+		Refuse: n.refuseClients, Metrics: n.registry, Evict: n.reporting.evict,
 	})
 	n.replayer = handoff.New(handoff.Config{Fence: n.fence, Hints: n.hints, Peers: n.peers, Logger: cfg.Logger})
 	n.repairer = antientropy.New(antientropy.Config{
@@ -354,6 +361,7 @@ func (n *Node) serve(run context.Context) error {
 			return err
 		},
 	})
+	n.joiner = handoff.NewJoiner(handoff.JoinerConfig{Filler: n.filler, Leased: n.reporting.leased, NowMillis: n.clock.Wall})
 	n.scrubber = newScrubber(n)
 	n.measureDisk()
 	n.describe(n.registry)
@@ -400,7 +408,7 @@ func (n *Node) settle(t *topology.Topology) error {
 
 // forgetAside deletes what was set aside once the node has all it needs again.
 func (n *Node) forgetAside(t *topology.Topology) {
-	if len(t.Incoming(n.id.Incarnation)) > 0 || t.SlotCounts(t.Width())[n.id.Incarnation] == 0 {
+	if len(t.Incoming(n.id.Incarnation)) > 0 || !t.Names(n.id.Incarnation) || t.Fills(n.id.Incarnation) {
 		return
 	}
 	if err := storage.ForgetAside(n.cfg.Seams.FS, n.cfg.DataDir); err != nil {
@@ -488,6 +496,9 @@ func (n *Node) startServer() {
 	healthv1.RegisterHealthServer(n.server, n.health)
 	kvv1.RegisterKVServiceServer(n.server, kvService{Coordinator: n.coordinator, node: n})
 	replicav1.RegisterReplicaServiceServer(n.server, replicaService{node: n})
+	if n.cfg.role() == topology.Reporting {
+		kvv1.RegisterReportServiceServer(n.server, newReportService(n))
+	}
 	topologyv1.RegisterTopologyServiceServer(n.server, topologyService{node: n})
 	adminv1.RegisterControlServiceServer(n.server, controlService{node: n})
 	adminv1.RegisterStatusServiceServer(n.server, statusService{node: n})
@@ -523,6 +534,9 @@ func (n *Node) startWorkers(run context.Context) {
 	n.workers.Go(func() { n.scrubber.mend(run) })
 	n.workers.Go(must(run, n.collector.Run))
 	n.workers.Go(must(run, n.filler.Run))
+	n.workers.Go(must(run, n.joiner.Run))
+	n.workers.Go(func() { n.reporting.keepLease(run) })
+	n.workers.Go(func() { n.reporting.evictLaggards(run) })
 	n.workers.Go(func() { n.sweep(run) })
 	n.workers.Go(func() { n.topologies.run(run) })
 	n.workers.Go(func() { n.topologies.follow(run) })

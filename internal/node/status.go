@@ -6,6 +6,8 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/grpc/codes"
+
 	"github.com/kvasirdb/kvasir/internal/coordinator"
 	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/topology"
@@ -73,6 +75,9 @@ func (n *Node) refuse() *rpc.Error {
 
 // refuseClients is refuse for those who can go elsewhere.
 func (n *Node) refuseClients() *rpc.Error {
+	if n.cfg.role() == topology.Reporting {
+		return rpc.Errorf(codes.FailedPrecondition, rpc.ReasonWrongPeer, "node %s is a reporting node: it answers reports, and no reads or writes; go to a data node", n.cfg.Name)
+	}
 	if s, reason := n.state(); s == adminv1.NodeStatus_STATE_STOPPING {
 		return notServing(rpc.ReasonStopping, n.cfg.Name, s, reason)
 	}
@@ -108,6 +113,12 @@ func (n *Node) status() *adminv1.NodeStatus {
 			Vnode: f.Vnode, NamespaceId: f.Namespace, AssignedEpoch: f.Epoch, Complete: f.Complete, Records: f.Records, Bytes: f.Bytes, WaitsFor: f.WaitsFor,
 		})
 	}
+	for _, p := range n.joiner.Progress() {
+		s.Copies = append(s.Copies, &adminv1.CopyProgress{
+			Vnode: p.Vnode, NamespaceId: p.Namespace, SinceEpoch: p.Since, Joined: p.Joined, CompleteAtMs: uint64(p.CompleteAtMillis), WaitsFor: p.WaitsFor,
+		})
+	}
+	s.LeaseMs = uint64(n.reporting.left(n.fence.Topology()).Milliseconds())
 	s.RequestsInFlight = uint32(n.coordinator.InFlight().Requests)
 	return s
 }

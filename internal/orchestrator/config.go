@@ -145,6 +145,8 @@ type Seams struct {
 	Raft   func(bind, advertise string) (raft.StreamLayer, error)
 	// WallClock returns milliseconds since 1970.
 	WallClock func() int64
+	// BootClock is boottime.Now.
+	BootClock func() time.Duration
 }
 
 // Defaults returns a configuration with every default filled in.

@@ -251,6 +251,18 @@ func settings(pb *adminv1.NamespaceSettings) topology.NamespaceSettings {
 		ttl := time.Duration(pb.GetTtlMs()) * time.Millisecond
 		out.TTL = &ttl
 	}
+	if pb.ReportingPolicy != nil {
+		policy := topology.ReportingPolicy(pb.GetReportingPolicy())
+		out.Reporting = &policy
+	}
+	if pb.ReportingCopies != nil {
+		copies := int(pb.GetReportingCopies())
+		out.ReportingCopies = &copies
+	}
+	if pb.ReportingTimeoutMs != nil {
+		timeout := time.Duration(pb.GetReportingTimeoutMs()) * time.Millisecond
+		out.ReportingTimeout = &timeout
+	}
 	return out
 }
 

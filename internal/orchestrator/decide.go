@@ -31,7 +31,7 @@ func decide(s *topology.State, cfg *Config, v view, newID string) (*topologyv1.C
 	}
 	v.grace = grace(s, v)
 	for _, loop := range []func(*topology.State, view) *topologyv1.Command{
-		noteHealth, noteConditions, noteProvisions, correctSettings, unblock, changeRing, recoverNodes, joinSpares, rebalance,
+		noteHealth, noteConditions, noteProvisions, correctSettings, changeCopies, unblock, changeRing, recoverNodes, joinSpares, rebalance,
 	} {
 		if cmd := loop(s, v); cmd != nil {
 			return cmd, nil

@@ -288,7 +288,7 @@ func endOperation(s *topology.State, v view) *topologyv1.Command {
 			end.State = topologyv1.Operation_STATE_ABORTED
 			what[0] = fmt.Sprintf("operation %d is aborted: %s", op.ID, op.Title)
 		}
-	case op.State == topology.Running && op.Left() == 0:
+	case op.State == topology.Running && op.Left() == 0 && !reports(s.Topology, op):
 		remove := &topologyv1.RemoveNodes{}
 		for _, inc := range op.Remove {
 			// A node that was given slots since, or is gone already, stays out of it.
@@ -316,6 +316,14 @@ func endOperation(s *topology.State, v view) *topologyv1.Command {
 		Change:      &topologyv1.Change{Subject: "operation", Name: fmt.Sprint(op.ID), What: strings.Join(what, "; ")},
 		Mutations:   mutations,
 	}
+}
+
+// reports reports whether a node that an operation removes still has copies for reports.
+func reports(t *topology.Topology, op *topology.Operation) bool {
+	return slices.ContainsFunc(op.Remove, func(inc uint64) bool {
+		n := t.Node(inc)
+		return n != nil && n.Role == topology.Reporting && t.Names(inc)
+	})
 }
 
 // observeOperation returns an operation with how far its moves have come.

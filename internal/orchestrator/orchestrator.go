@@ -23,6 +23,7 @@ import (
 	"google.golang.org/grpc/health"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 
+	"github.com/kvasirdb/kvasir/internal/boottime"
 	"github.com/kvasirdb/kvasir/internal/consensus"
 	"github.com/kvasirdb/kvasir/internal/gossip"
 	"github.com/kvasirdb/kvasir/internal/rpc"
@@ -41,6 +42,7 @@ type Orchestrator struct {
 	health    *probes
 	scaling   scaling
 	measuring measuring
+	copies    copyWatch
 	gossip    *gossip.Gossip
 
 	listener, adminListener net.Listener
@@ -80,6 +82,7 @@ func Start(cfg Config) (*Orchestrator, error) {
 	}
 	o.health = newProbes(o)
 	o.measuring.o = o
+	o.copies.clock = cfg.Seams.BootClock
 	run, cancel := context.WithCancel(context.Background())
 	o.cancel = cancel
 	if err := o.open(run); err != nil {
@@ -109,6 +112,9 @@ func (s *Seams) setDefaults(tlsConfig *tls.Config) {
 	}
 	if s.WallClock == nil {
 		s.WallClock = func() int64 { return time.Now().UnixMilli() }
+	}
+	if s.BootClock == nil {
+		s.BootClock = boottime.Now
 	}
 }
 
@@ -384,12 +390,16 @@ func (o *Orchestrator) step(run context.Context) {
 		}
 		return
 	}
-	if s := o.machine.state.Load(); (changing(s) || settling(s, o.health.view())) && time.Since(o.hurried) >= hurryInterval(len(s.Topology.Nodes)) {
+	if s := o.machine.state.Load(); (changing(s) || settling(s, o.health.view()) || copiesChange(s)) && time.Since(o.hurried) >= hurryInterval(len(s.Topology.Nodes)) {
 		o.hurried = time.Now()
 		o.health.hurryAll()
 	}
 	state, view := o.machine.state.Load(), o.health.view()
 	view.held = func() holdings { return o.measuring.held(run, state.Topology) }
+	if state != nil {
+		o.copies.look(o.leading.Load(), state.Topology)
+		view.copies = &o.copies
+	}
 	cmd, err := decide(state, &o.cfg, view, rand.Text())
 	if err != nil {
 		o.cfg.Logger.Error("cannot decide", "err", err)

@@ -28,6 +28,8 @@ type view struct {
 	fresh func(incarnation uint64) bool
 	// held returns what vnodes hold, or nil while that is not known.
 	held func() holdings
+	// copies is what this leader remembers of the copies on reporting nodes, nil if nothing.
+	copies *copyWatch
 	// nowMillis is milliseconds since 1970.
 	nowMillis int64
 	// provisions tells that there is a provisioner; what it launches has launchTimeout to

@@ -17,6 +17,10 @@ type NamespaceSettings struct {
 	RepairChance *float64
 	Hints        *bool
 	TTL          *time.Duration
+	// Reporting is the policy; the other two are kept without one.
+	Reporting        *ReportingPolicy
+	ReportingCopies  *int
+	ReportingTimeout *time.Duration
 }
 
 // defaultN is the N of a namespace that names none, where there are enough nodes.
@@ -65,7 +69,7 @@ func (ns *Namespace) Describe() string {
 	if ns.TTL > 0 {
 		ttl = ns.TTL.String()
 	}
-	return fmt.Sprintf("N=%d W=%s R=%s read repair %s (chance %g) hints %s TTL %s", ns.N, ns.W, ns.R, ns.ReadRepair, ns.RepairChance, hints, ttl)
+	return fmt.Sprintf("N=%d W=%s R=%s read repair %s (chance %g) hints %s TTL %s reporting %s", ns.N, ns.W, ns.R, ns.ReadRepair, ns.RepairChance, hints, ttl, ns.Reporting)
 }
 
 // ChangedNamespace decides what a namespace becomes at once under new settings, and what
@@ -255,7 +259,7 @@ func (set NamespaceSettings) applyTo(ns *Namespace) error {
 	if set.TTL != nil {
 		ns.TTL = *set.TTL
 	}
-	return nil
+	return set.applyToReporting(&ns.Reporting)
 }
 
 // checkNamespace refuses what the namespace or the number of nodes does not allow.
@@ -277,6 +281,9 @@ func (t *Topology) checkNamespace(ns *Namespace) error {
 	}
 	if ns.TTL < 0 {
 		return refuse(Invalid, "BAD_TTL", fmt.Sprintf("TTL is %s: want 0 (none) or more", ns.TTL), "field", "ttl_ms", "value", ns.TTL)
+	}
+	if err := ns.Reporting.validate(); err != nil {
+		return refuse(Invalid, "BAD_REPORTING", err.Error(), "field", "reporting")
 	}
 	return nil
 }

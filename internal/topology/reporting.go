@@ -62,6 +62,38 @@ const (
 	DefaultReportingTimeout = 500 * time.Millisecond
 )
 
+// String writes rules for people.
+func (r ReportingRules) String() string {
+	if r == (ReportingRules{}) {
+		return r.Policy.String()
+	}
+	return fmt.Sprintf("%s (copies %d, timeout %s)", r.Policy, r.Copies, r.Timeout)
+}
+
+// applyToReporting changes rules as is set.
+func (set NamespaceSettings) applyToReporting(r *ReportingRules) error {
+	if set.Reporting != nil {
+		if *set.Reporting == ReportingOff {
+			*r = ReportingRules{}
+		} else if r.Policy = *set.Reporting; r.Copies == 0 {
+			r.Copies, r.Timeout = 1, DefaultReportingTimeout
+		}
+	}
+	if set.ReportingCopies == nil && set.ReportingTimeout == nil {
+		return nil
+	}
+	if r.Policy == ReportingOff {
+		return refuse(Invalid, "REPORTING_OFF", "reporting is off, so there are neither copies nor a timeout: set a policy with them (block, degrade or best_effort)", "field", "reporting")
+	}
+	if set.ReportingCopies != nil {
+		r.Copies = *set.ReportingCopies
+	}
+	if set.ReportingTimeout != nil {
+		r.Timeout = *set.ReportingTimeout
+	}
+	return nil
+}
+
 func (r ReportingRules) validate() error {
 	switch {
 	case r == (ReportingRules{}):
@@ -180,6 +212,13 @@ func (t *Topology) Holds(incarnation uint64, vnode uint32, ns *Namespace) bool {
 	return ok
 }
 
+// Fills reports whether a node has a copy that is being filled.
+func (t *Topology) Fills(incarnation uint64) bool {
+	return slices.ContainsFunc(t.Ring, func(v Vnode) bool {
+		return slices.ContainsFunc(v.Copies, func(c Copy) bool { return c.Node == incarnation && c.State == Filling })
+	})
+}
+
 // copyStep is a change of a copy's state; 0 is that there is none.
 type copyStep struct{ from, to CopyState }
 
@@ -237,7 +276,7 @@ func (d *draft) stepCopy(vnode uint32, next Copy) error {
 		return refuse(Precondition, "BAD_STEP", fmt.Sprintf("vnode %d: the copy on node #%d cannot go from %q to %q", vnode, next.Node, from.orNone(), next.State.orNone()), "vnode", vnode)
 	}
 	if next.State == Joining {
-		if ns := d.namespace(next.Namespace); ns == nil || !ns.Reporting.waits() {
+		if ns := d.namespace(next.Namespace); ns == nil || !ns.Reporting.Waits() {
 			return refuse(Precondition, "REPORTING_NEVER_WAITS", fmt.Sprintf("namespace #%d has no writes wait for copies", next.Namespace), "vnode", vnode)
 		}
 	}
@@ -267,8 +306,8 @@ func (s CopyState) orNone() string {
 	return s.String()
 }
 
-// waits reports whether copies may be in sync.
-func (r ReportingRules) waits() bool {
+// Waits reports whether copies may be in sync.
+func (r ReportingRules) Waits() bool {
 	return r.Policy == ReportingBlock || r.Policy == ReportingDegrade
 }
 
