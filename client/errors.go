@@ -28,6 +28,9 @@ var (
 	ErrTimeout = errors.New("timed out")
 	// ErrOverloaded: a bound of the node or the client is reached. Nothing was done.
 	ErrOverloaded = errors.New("overloaded")
+	// ErrNotInSync: the copies for reports lack writes that were acknowledged, or may, and no
+	// staleness was allowed, or less.
+	ErrNotInSync = errors.New("not in sync")
 	// ErrNoCluster: no endpoint answers.
 	ErrNoCluster = errors.New("no cluster")
 	// ErrClosed: the client has been closed.
@@ -79,6 +82,10 @@ func publicError(e *rpc.Error, address string, sent bool, too ...error) error {
 	case codes.NotFound:
 		if e.Reason == "NAMESPACE_NOT_FOUND" {
 			out.is = append(out.is, ErrNamespaceNotFound)
+		}
+	case codes.FailedPrecondition:
+		if e.Reason == rpc.ReasonNotInSync {
+			out.is = append(out.is, ErrNotInSync)
 		}
 	case codes.InvalidArgument:
 		out.is = append(out.is, ErrInvalidArgument)
