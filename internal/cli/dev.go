@@ -44,6 +44,7 @@ The subcommands find the cluster by --data, else take the last one that was star
 		Example: `  kvctl dev                           three nodes, one orchestrator
   kvctl dev --nodes 5 --detach        five nodes in three zones, in the background
   kvctl dev --data /tmp/b --port 8400 a second cluster beside the first
+  kvctl dev --reporting 1 --detach    with a node that answers reports
   kvctl dev --autonomy --detach       a cluster that replaces what dies, and scales itself
   kvctl dev kill node2                what a crash looks like
   kvctl dev stop`,
@@ -61,6 +62,7 @@ The subcommands find the cluster by --data, else take the last one that was star
 	l := cmd.Flags()
 	l.IntVar(&f.Nodes, "nodes", 3, "number of data nodes")
 	l.IntVar(&f.Orchestrators, "orchestrators", 1, "number of orchestrators: 1, 3 or 5")
+	l.IntVar(&f.Reporting, "reporting", 0, fmt.Sprintf("number of reporting nodes, 0 to %d, report1 and on", devcluster.MaxReporting))
 	l.IntVar(&f.Zones, "zones", 0, "number of zones that the nodes are spread over, z1 and on (default: 3, or the number of nodes if that is less)")
 	l.IntVar(&f.Port, "port", 7400, "first port of node1; the others follow from it")
 	l.BoolVar(&f.Autonomy, "autonomy", false, "let the orchestrators replace dead nodes and scale the cluster: they launch and end kvnode processes by themselves")
@@ -125,7 +127,7 @@ func (a *App) openOrCreateDev(ctx context.Context, cmd *cobra.Command, f devFlag
 	cluster, err := devcluster.Open(dir, a.devOptions())
 	if err == nil {
 		asked := map[string]int{}
-		for name, value := range map[string]int{"nodes": f.Nodes, "orchestrators": f.Orchestrators, "zones": f.Zones, "port": f.Port} {
+		for name, value := range map[string]int{"nodes": f.Nodes, "orchestrators": f.Orchestrators, "reporting": f.Reporting, "zones": f.Zones, "port": f.Port} {
 			if cmd.Flags().Changed(name) {
 				asked[name] = value
 			}

@@ -107,6 +107,7 @@ func devContradictions(cluster *devcluster.Cluster, asked map[string]int) error 
 	// The number it was created with as well: the same command must go on working.
 	more := differs("nodes", have.Nodes, nodes) && asked["nodes"] > nodes
 	differs("orchestrators", have.Orchestrators)
+	differs("reporting", have.Reporting)
 	differs("zones", have.Zones)
 	differs("port", have.Port)
 	if len(wrong) == 0 {

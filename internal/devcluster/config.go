@@ -17,6 +17,7 @@ import (
 type nodeConfig struct {
 	Name          string   `yaml:"name"`
 	Zone          string   `yaml:"zone"`
+	Role          string   `yaml:"role,omitempty"`
 	DataDir       string   `yaml:"data_dir"`
 	Orchestrators []string `yaml:"orchestrators"`
 	Listen        string   `yaml:"listen"`
@@ -129,8 +130,12 @@ func (st *state) configFor(dir, binDir string, m member) any {
 		}
 		return c
 	}
+	role := m.Role
+	if role == RoleData {
+		role = "" // the default
+	}
 	return nodeConfig{
-		Name: m.Name, Zone: m.Zone, DataDir: dataDir(dir, m.Name), Orchestrators: orchestrators,
+		Name: m.Name, Zone: m.Zone, Role: role, DataDir: dataDir(dir, m.Name), Orchestrators: orchestrators,
 		Listen: m.clientAddr(), AdminListen: m.adminAddr(), GossipListen: m.gossipAddr(),
 		CPULimit: st.Settings.allowance(runtime.NumCPU()),
 	}

@@ -189,8 +189,11 @@ func (c *Cluster) Describe() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	s, nodes := st.Settings, len(st.Processes)-st.Settings.Orchestrators
+	s, nodes := st.Settings, len(st.Processes)-st.Settings.Orchestrators-st.Settings.Reporting
 	out := fmt.Sprintf("%s, %s, %s, port %d", count(nodes, "node"), count(s.Orchestrators, "orchestrator"), count(s.Zones, "zone"), s.Port)
+	if s.Reporting > 0 {
+		out += ", " + count(s.Reporting, "reporting node")
+	}
 	if nodes > s.Nodes {
 		out += fmt.Sprintf(" (created with %s)", count(s.Nodes, "node"))
 	}

@@ -22,9 +22,13 @@ const portStride = 10
 // MaxNodes bounds the data nodes of a development cluster.
 const MaxNodes = 100
 
+// MaxReporting bounds the reporting nodes of a development cluster.
+const MaxReporting = 9
+
 // Roles of processes.
 const (
 	RoleData         = "data"
+	RoleReporting    = "reporting"
 	RoleOrchestrator = "orchestrator"
 )
 
@@ -34,6 +38,8 @@ type Settings struct {
 	Nodes int `json:"nodes"`
 	// Orchestrators is 1, 3 or 5.
 	Orchestrators int `json:"orchestrators"`
+	// Reporting is how many reporting nodes there are, 0 to MaxReporting.
+	Reporting int `json:"reporting,omitempty"`
 	// Zones is over how many zones the nodes are spread, 1 to Nodes.
 	Zones int `json:"zones"`
 	// Port is the first port of node 1; the others follow from it.
@@ -59,13 +65,16 @@ func (s Settings) Validate() error {
 	if s.Orchestrators != 1 && s.Orchestrators != 3 && s.Orchestrators != 5 {
 		bad("--orchestrators %d: want 1, 3 or 5", s.Orchestrators)
 	}
+	if s.Reporting < 0 || s.Reporting > MaxReporting {
+		bad("--reporting %d: want 0 to %d", s.Reporting, MaxReporting)
+	}
 	if s.Zones < 1 || s.Zones > max(s.Nodes, 1) {
 		bad("--zones %d: want 1 to the number of nodes, %d", s.Zones, s.Nodes)
 	}
 	if !(s.CPULimit >= 0) || math.IsInf(s.CPULimit, 1) { // NaN is not at least 0
 		bad("--cpu-limit %v: want a number of cores, such as 0.5", s.CPULimit)
 	}
-	lowest, highest := s.Port-portStride*s.Orchestrators, s.Port+portStride*(s.Nodes-1)+portsPerNode-1
+	lowest, highest := s.Port-portStride*(s.Orchestrators+s.Reporting), s.Port+portStride*(s.Nodes-1)+portsPerNode-1
 	if len(errs) == 0 && (lowest < 1 || highest > 65535) {
 		bad("--port %d: the cluster needs the ports %d to %d, and ports go from 1 to 65535", s.Port, lowest, highest)
 	}
@@ -80,6 +89,9 @@ func (s Settings) members() []member {
 	}
 	for i := 1; i <= s.Nodes; i++ {
 		out = append(out, s.node(i, s.zone(i)))
+	}
+	for i := 1; i <= s.Reporting; i++ { // below the orchestrators: nodes that are added are above
+		out = append(out, member{Name: fmt.Sprintf("report%d", i), Role: RoleReporting, Zone: s.zone(i), Port: s.Port - portStride*(s.Orchestrators+i)})
 	}
 	return out
 }
@@ -154,23 +166,22 @@ func (m member) binary() string {
 	return "kvnode"
 }
 
-// startOrder sorts orchestrators before nodes, and each by number.
+// startOrder sorts orchestrators before data nodes before reporting nodes, and each by
+// number.
 func startOrder(a, b member) int {
-	if a.Role != b.Role {
-		if a.Role == RoleOrchestrator {
-			return -1
-		}
-		return 1
+	order := []string{RoleOrchestrator, RoleData, RoleReporting}
+	switch i, j := slices.Index(order, a.Role), slices.Index(order, b.Role); {
+	case i != j:
+		return i - j
+	case a.Role == RoleData:
+		return a.Port - b.Port
 	}
-	if a.Role == RoleOrchestrator {
-		return b.Port - a.Port
-	}
-	return a.Port - b.Port
+	return b.Port - a.Port
 }
 
-// showOrder sorts nodes before orchestrators, and each by number.
+// showOrder sorts nodes before orchestrators, and each as they are started.
 func showOrder(a, b member) int {
-	if a.Role != b.Role {
+	if (a.Role == RoleOrchestrator) != (b.Role == RoleOrchestrator) {
 		return -startOrder(a, b)
 	}
 	return startOrder(a, b)

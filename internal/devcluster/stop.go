@@ -56,7 +56,7 @@ func (c *Cluster) StopChildren(ctx context.Context) (stopped []string, err error
 
 func (c *Cluster) stopAll(ctx context.Context, processes []*process) (stopped []string, err error) {
 	var errs []error
-	for _, role := range []string{RoleData, RoleOrchestrator} {
+	for _, role := range []string{RoleData, RoleReporting, RoleOrchestrator} {
 		group := slices.DeleteFunc(slices.Clone(processes), func(p *process) bool { return p.Role != role || p.state() == Stopped })
 		errs = append(errs, c.stopGroup(ctx, group))
 		stopped = append(stopped, namesOf(group)...)
