@@ -115,7 +115,7 @@ func removeReplaced(s *topology.State, v view) *topologyv1.Command {
 	for i := range t.Nodes {
 		n := &t.Nodes[i]
 		newest := t.Resolve(n.Name)
-		if newest == n || n.Role != topology.Data || !v.healthy(newest.Incarnation) || t.Names(n.Incarnation) || awaited(s, n.Incarnation) {
+		if newest == n || !v.healthy(newest.Incarnation) || t.Names(n.Incarnation) || awaited(s, n.Incarnation) {
 			continue
 		}
 		m.Incarnations = append(m.Incarnations, n.Incarnation)
@@ -190,5 +190,7 @@ func replacing(t *topology.Topology) bool {
 			return true
 		}
 	}
-	return slices.ContainsFunc(t.Nodes, func(n topology.Node) bool { return t.Resolve(n.Name).Incarnation != n.Incarnation })
+	return slices.ContainsFunc(t.Nodes, func(n topology.Node) bool {
+		return n.Role == topology.Data && t.Resolve(n.Name).Incarnation != n.Incarnation
+	})
 }

@@ -2,6 +2,7 @@ package orchestrator
 
 import (
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -34,19 +35,18 @@ func newReportingRig(t *testing.T, nodes int, policy topology.ReportingPolicy, c
 	r := &reportingRig{t: t, taken: map[uint64]uint64{}, clock: time.Hour}
 	r.s, r.cfg = ringOfVnodes(t, 3, 16)
 	r.watch.clock = func() time.Duration { return r.clock }
-	for range nodes {
-		r.register()
+	for i := range nodes {
+		r.register(fmt.Sprint("r", i+4))
 	}
 	r.set(topology.NamespaceSettings{Reporting: &policy, ReportingCopies: &copies})
 	return r
 }
 
-// register registers one more reporting node.
-func (r *reportingRig) register() {
+// register registers a data directory of a reporting node.
+func (r *reportingRig) register(name string) {
 	r.t.Helper()
-	name := "r" + string(rune('0'+len(r.s.Topology.Nodes)+1))
 	r.apply(&topologyv1.Mutation{Kind: &topologyv1.Mutation_Register{Register: &topologyv1.Register{
-		Node: &topologyv1.Node{Name: name, Zone: "z", Role: topologyv1.Role_ROLE_REPORTING, Address: name + ":1", DataId: name}, Boot: 1,
+		Node: &topologyv1.Node{Name: name, Zone: "z", Role: topologyv1.Role_ROLE_REPORTING, Address: name + ":1", DataId: fmt.Sprint(name, len(r.s.Topology.Nodes))}, Boot: 1,
 	}}})
 }
 
@@ -234,7 +234,7 @@ func TestBlockNeverEvictsWhatHoldsWritesUp(t *testing.T) {
 	}
 	// Another node takes its place, and only then it is let go of: no write is ever
 	// acknowledged that no report would have.
-	r.register()
+	r.register("r5")
 	r.unjoined = true
 	r.run()
 	r.wants(4, topology.InSync, 16)
@@ -262,7 +262,7 @@ func TestAJoinIsCancelled(t *testing.T) {
 func TestCopiesMoveToNewNodesAndFromThoseThatLeave(t *testing.T) {
 	r := newReportingRig(t, 1, topology.ReportingBlock, 1)
 	r.run()
-	r.register()
+	r.register("r5")
 	r.run()
 	r.wants(4, topology.InSync, 8)
 	r.wants(5, topology.InSync, 8)
@@ -277,5 +277,37 @@ func TestCopiesMoveToNewNodesAndFromThoseThatLeave(t *testing.T) {
 	r.run()
 	if r.s.Topology.Node(5) != nil {
 		t.Errorf("node 5 has not left: %+v", r.s.Operations)
+	}
+}
+
+// A node that comes back with an empty disk is another one of the same name: its copies are
+// made anew, the old ones end with their lease, and nothing else waits for that.
+func TestAReportingNodeThatLostItsDisk(t *testing.T) {
+	for _, policy := range []topology.ReportingPolicy{topology.ReportingBlock, topology.ReportingDegrade} {
+		r := newReportingRig(t, 1, policy, 1)
+		r.run()
+		r.dead, r.asleep = []uint64{4}, []uint64{4}
+		r.register("r4") // #5
+		r.unfilled = true
+		r.run()
+		if replacing(r.s.Topology) {
+			t.Error("the ring waits for a reporting node")
+		}
+		r.clock += leaseEnds
+		r.run()
+		r.wants(5, topology.Filling, 16)
+		if policy == topology.ReportingBlock {
+			r.wants(4, topology.InSync, 16) // writes go on waiting
+		} else {
+			r.wants(4, topology.InSync, 0)
+		}
+		r.unfilled = false
+		r.run()
+		r.clock += leaseEnds
+		r.run()
+		r.wants(5, topology.InSync, 16)
+		if r.s.Topology.Node(4) != nil {
+			t.Errorf("%s: the old directory is still there", policy)
+		}
 	}
 }

@@ -41,6 +41,9 @@ type floors struct {
 	strong, read, copied floor
 	// met holds for reads that are not eventual while no replica is replaced.
 	met floor
+	// acked holds for reports: a majority had acknowledged it, and so as many as default
+	// writes need where reports are checked.
+	acked floor
 }
 
 // register is what the checker knows of one key. Because versions order all writes,
@@ -182,11 +185,11 @@ func (c *Checker) Invoke(op *Op) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch op.Kind {
-	case OpScan:
+	case OpScan, OpReport:
 		op.scan = map[Place]floors{}
 		for p, r := range c.mu.registers {
 			if p.Namespace == op.Namespace {
-				op.scan[p] = floors{strong: r.strong.raise(r.read), met: r.met}
+				op.scan[p] = floors{strong: r.strong.raise(r.read), met: r.met, acked: r.strong}
 			}
 		}
 	case OpPut, OpDelete:
@@ -500,7 +503,7 @@ func (c *Checker) found(op *Op, found bool, v client.Version, value string, expi
 	case w == nil:
 		c.h.violate(17, "%s: nobody wrote that", op)
 		return got
-	case op.Kind != OpScan && w.Place != op.Place, w.Namespace != op.Namespace:
+	case op.Kind != OpScan && op.Kind != OpReport && w.Place != op.Place, w.Namespace != op.Namespace:
 		c.h.violate(17, "%s: that was written to another key, by %s", op, w)
 	case w.Outcome == Failed:
 		c.h.violate(17, "%s: that write was said to have failed: %s", op, w)
@@ -543,34 +546,50 @@ func (c *Checker) Scanned(op *Op, records []client.Record, strength client.Stren
 		}
 		return floor{}, ""
 	}
-	op.Outcome, op.Returned = OK, time.Now()
-	there := map[Place]bool{}
-	for _, rec := range records {
-		p := Place{op.Namespace, string(rec.Key)}
-		if there[p] || !inRange(p.Key) {
-			c.h.violate(17, "%s gives key %s, which is twice there or not in its range", op, p)
-		}
-		there[p] = true
-		one := *op
-		one.Place, one.Outcome, one.Found, one.ExpiresAt = p, OK, string(rec.Value), rec.ExpiresAt
-		one.Receipt.Version = rec.Version
-		got := c.found(&one, true, rec.Version, one.Found, rec.ExpiresAt)
-		if w := c.mu.byValue[one.Found]; w != nil && w.Place != p {
-			c.h.violate(17, "%s gives key %s the value of %s", op, p, w)
-		}
-		f, why := least(op.scan[p])
-		c.atLeast(2, &one, f, why)
+	for p, got := range c.listed(2, op, records, least, inRange) {
 		if strong {
 			got.by = op
 			r := c.register(p)
 			r.read = r.read.raise(got)
 		}
 	}
+}
+
+// Reported judges a report by copies in sync, of all that has the prefix (invariant 13).
+func (c *Checker) Reported(op *Op, records []client.Record, inRange func(key string) bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.listed(13, op, records, func(f floors) (floor, string) { return f.acked, "acknowledged before the report began" }, inRange)
+}
+
+// listed judges the records that were read of a range, each of which must be no less than
+// least says, and none be missing by that. It returns what was found.
+// REQUIRES: c.mu is held.
+func (c *Checker) listed(invariant int, op *Op, records []client.Record, least func(floors) (_ floor, why string), inRange func(key string) bool) map[Place]floor {
+	op.Outcome, op.Returned = OK, time.Now()
+	found := map[Place]floor{}
+	for _, rec := range records {
+		p := Place{op.Namespace, string(rec.Key)}
+		if _, twice := found[p]; twice || !inRange(p.Key) {
+			c.h.violate(17, "%s gives key %s, which is twice there or not in its range", op, p)
+		}
+		one := *op
+		one.Place, one.Outcome, one.Found, one.ExpiresAt = p, OK, string(rec.Value), rec.ExpiresAt
+		one.Receipt.Version = rec.Version
+		found[p] = c.found(&one, true, rec.Version, one.Found, rec.ExpiresAt)
+		if w := c.mu.byValue[one.Found]; w != nil && w.Place != p {
+			c.h.violate(17, "%s gives key %s the value of %s", op, p, w)
+		}
+		f, why := least(op.scan[p])
+		c.atLeast(invariant, &one, f, why)
+	}
 	for p, fs := range op.scan {
-		if f, _ := least(fs); !there[p] && inRange(p.Key) && !f.version.IsZero() && !c.mayBeMissing(op, p, f) {
-			c.h.violate(2, "%s misses key %s, which had version %s: by %s", op, p, f.version, f.by)
+		_, there := found[p]
+		if f, _ := least(fs); !there && inRange(p.Key) && !f.version.IsZero() && !c.mayBeMissing(op, p, f) {
+			c.h.violate(invariant, "%s misses key %s, which had version %s: by %s", op, p, f.version, f.by)
 		}
 	}
+	return found
 }
 
 // mayBeMissing reports whether a scan may find no record of a key whose floor is f.

@@ -77,6 +77,11 @@ func (c *Checker) replicasEqual(t *topology.Topology, disks map[uint64]disk, now
 					}
 				}
 			}
+			for _, c := range t.Copies(at.vnode, ns.ID) {
+				if disks[c.Node] != nil {
+					nodes = append(nodes, c.Node)
+				}
+			}
 			for n, d := range disks {
 				if len(d[at]) > 0 && !slices.Contains(nodes, n) {
 					c.h.violate(7, "%s still holds %d records of vnode %d of namespace %s, which it has handed over", t.NodeName(n), len(d[at]), v, ns.Name)

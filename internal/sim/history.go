@@ -22,6 +22,8 @@ const (
 	// OpCopy reads one replica's own copy.
 	OpCopy Kind = "copy"
 	OpScan Kind = "scan"
+	// OpReport reads a namespace on the reporting nodes.
+	OpReport Kind = "report"
 )
 
 // Outcome is what a client was told.

@@ -17,6 +17,8 @@ type track struct {
 	fault func(*faults, *rand.Rand)
 	// loops: it runs where the control loops are at work, which it puts to work if it is asked for.
 	loops bool
+	// reports: it runs where there are reporting nodes.
+	reports bool
 }
 
 // tracks are all there are.
@@ -59,6 +61,9 @@ var tracks = []track{
 	{name: provisionerTrack, every: 30 * time.Second, fault: (*faults).killWrong, loops: true},
 	{name: "uneven-rings", every: 60 * time.Second, fault: (*faults).unbalance, loops: true},
 	{name: "no-majority", every: 50 * time.Second, fault: (*faults).noMajority, loops: true},
+	{name: "reporting-nodes", every: 8 * time.Second, fault: (*faults).reportingNode, reports: true},
+	{name: "lease-clocks", every: 15 * time.Second, fault: (*faults).leaseClock, reports: true},
+	{name: "reporting-rules", every: 30 * time.Second, fault: (*faults).reportingRules, reports: true},
 }
 
 // Tracks returns the names of the tracks of faults that run unless others are asked for: all
@@ -66,7 +71,7 @@ var tracks = []track{
 func Tracks() []string {
 	var out []string
 	for _, t := range tracks {
-		if !t.loops {
+		if !t.loops && !t.reports {
 			out = append(out, t.name)
 		}
 	}
@@ -78,15 +83,20 @@ func (c RunConfig) loops() bool {
 	return slices.ContainsFunc(c.tracks(), func(t track) bool { return t.loops })
 }
 
+// reports reports whether there are reporting nodes.
+func (c RunConfig) reports() bool {
+	return slices.ContainsFunc(c.tracks(), func(t track) bool { return t.reports })
+}
+
 // zones is over how many zones the nodes of a run are spread where the control loops are at work.
 func (c RunConfig) zones() int { return []int{1, 3}[c.Seed/2%2] }
 
 // size is how large the cluster of a run is.
 func (c RunConfig) size() (nodes, orchestrators int) {
 	switch {
-	case c.Seed%2 == 1, c.loops():
+	case c.Seed%2 == 1 && !c.reports(), c.loops():
 		return 5, 3
-	case c.Seed%4 == 2:
+	case c.Seed%4 == 2, c.reports():
 		return 3, 3
 	}
 	return 3, 1
@@ -145,8 +155,9 @@ func ParseRunConfig(s string) (RunConfig, error) {
 	return c, nil
 }
 
-// ParseFaults reads names of tracks of faults, separated by commas; "" stands for none, and
-// autonomy for those that run beside the control loops.
+// ParseFaults reads names of tracks of faults, separated by commas; "" stands for none,
+// autonomy for those that run beside the control loops, and reporting for those that run
+// beside reporting nodes.
 func ParseFaults(s string) ([]string, error) {
 	out := []string{}
 	for name := range strings.SplitSeq(s, ",") {
@@ -154,6 +165,8 @@ func ParseFaults(s string) ([]string, error) {
 		case name == "":
 		case name == autonomy:
 			out = append(out, autonomyTracks...)
+		case name == reporting:
+			out = append(out, reportingTracks...)
 		case slices.ContainsFunc(tracks, func(t track) bool { return t.name == name }):
 			out = append(out, name)
 		default:

@@ -112,6 +112,9 @@ func Run(t testing.TB, cfg RunConfig) (*Report, *History) {
 		Seed: cfg.Seed, Nodes: r.report.Nodes, Orchestrators: r.report.Orchestrators,
 		SyncDelay: f.syncDelay, Starting: r.starting, Logger: slog.New(errorLog{h: r.history}),
 	}
+	if cfg.reports() {
+		wc.Reporting = reportingNodes
+	}
 	if cfg.loops() {
 		r.fleet = newFleet(r)
 		r.topologies.moves = true
@@ -137,8 +140,10 @@ func Run(t testing.TB, cfg RunConfig) (*Report, *History) {
 		load.Clients, load.Think = 3, 400*time.Millisecond
 	}
 	load.Start()
+	reports := r.startReports()
 	f.run(time.Now().Add(time.Duration(cfg.Minutes * float64(time.Minute))))
 	load.Stop()
+	reports.stop()
 	if r.loops == nil {
 		cancel()
 		watching.Wait()
@@ -160,7 +165,7 @@ func Run(t testing.TB, cfg RunConfig) (*Report, *History) {
 func (r *run) starting(name string) {
 	t := r.topologies.latest()
 	p := r.w.processes[name]
-	if t == nil || r.controls[name] == nil || t.Resolve(name) == nil || len(r.history.Violations()) > 0 {
+	if t == nil || r.controls[name] == nil || isReporting(name) || t.Resolve(name) == nil || len(r.history.Violations()) > 0 {
 		return
 	}
 	if r.fleet != nil && hostOf(t.Resolve(name).Address) != p.host {
@@ -282,7 +287,7 @@ func (r *run) settle() {
 	}
 	c := r.w.Client(client.WithTimeout(opTimeout))
 	defer c.Close()
-	if r.loops != nil && !r.loops.rest() || !r.finishOperation() || !r.converge(c) {
+	if r.loops != nil && !r.loops.rest() || !r.finishOperation() || !r.converge(c) || !r.reportInTheEnd() {
 		return
 	}
 	for _, p := range r.checker.Places() {

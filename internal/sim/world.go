@@ -12,6 +12,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -35,6 +36,8 @@ type Config struct {
 	Seed          uint64
 	Nodes         int
 	Orchestrators int
+	// Reporting is how many reporting nodes there are, report1 and on.
+	Reporting int
 	// Zones is how many zones the nodes are spread over. Default 1.
 	Zones int
 	// Vnodes of the cluster. Default 16: small stores are fast.
@@ -72,8 +75,9 @@ type process struct {
 	disk *vfs.MemFS
 	// trouble is what is wrong with it.
 	trouble trouble
-	// offset is how many milliseconds its wall clock is ahead.
+	// offset is how many milliseconds its wall clock is ahead, boot its boot-time clock.
 	offset atomic.Int64
+	boot   bootClock
 	// run starts it; stop ends the instance that runs. Both are nil when it has none.
 	run  func(*instance) (stop func(), err error)
 	live *instance
@@ -81,8 +85,8 @@ type process struct {
 	rng *rand.Rand
 	// started is set once it has run.
 	started bool
-	// zone is what a node says at its next start, node what it is named.
-	zone, node string
+	// zone is what a node says at its next start, node what it is named, role what it is for.
+	zone, node, role string
 	// deafTo reports whether gossip with a host is lost; nil: with none.
 	deafTo atomic.Pointer[func(host string) bool]
 	// recovery is what an orchestrator is started with from its next start on, or nil.
@@ -143,6 +147,12 @@ func New(t testing.TB, cfg Config) *World {
 	for i := range cfg.Orchestrators {
 		w.await(w.processes[fmt.Sprintf("orch%d", i+1)])
 	}
+	for i := range cfg.Reporting {
+		name := fmt.Sprintf("report%d", i+1)
+		w.AddNode(name, fmt.Sprintf("z%d", i%cfg.Zones+1))
+		w.process(name).role = topology.Reporting.String()
+		w.Start(name)
+	}
 	return w
 }
 
@@ -163,7 +173,7 @@ func (w *World) addOrchestrator(name, host string, peers []orchestrator.Peer) {
 		}
 		cfg.Logger, cfg.Software, cfg.Fatal = w.logger(name), "sim", in.fatal
 		cfg.Seams = orchestrator.Seams{
-			FS: newFaultyDisk(p.disk, &p.trouble), Listen: in.listen, Dial: in.dial, WallClock: p.wall,
+			FS: newFaultyDisk(p.disk, &p.trouble), Listen: in.listen, Dial: in.dial, WallClock: p.wall, BootClock: p.boot.now,
 			Gossip: func(bind string) (memberlist.Transport, error) { return newGossipTransport(in, bind) },
 			Raft:   func(bind, _ string) (raft.StreamLayer, error) { return newRaftStreams(in, bind) },
 		}
@@ -195,6 +205,9 @@ func (w *World) AddNode(name, zone string) {
 	p.run = func(in *instance) (func(), error) {
 		cfg := node.Defaults()
 		cfg.Name, cfg.Zone, cfg.DataDir = p.node, p.zone, "data"
+		if p.role != "" {
+			cfg.Role = p.role
+		}
 		cfg.Listen, cfg.AdminListen, cfg.GossipListen = host+":7400", host+":7401", host+":7402"
 		cfg.CacheBytes, cfg.MemTableBytes = 1<<20, 1<<20
 		for i := range w.cfg.Orchestrators {
@@ -203,7 +216,7 @@ func (w *World) AddNode(name, zone string) {
 		cfg.Orchestrators = append(cfg.Orchestrators, w.orchestrators...)
 		cfg.Logger, cfg.Software, cfg.Fatal = w.logger(name), "sim", in.fatal
 		cfg.Seams = node.Seams{
-			FS: newFaultyDisk(p.disk, &p.trouble), Listen: in.listen, Dial: in.dial, WallClock: p.wall, SyncDelay: func() time.Duration { return w.syncDelay(name) },
+			FS: newFaultyDisk(p.disk, &p.trouble), Listen: in.listen, Dial: in.dial, WallClock: p.wall, BootClock: p.boot.now, SyncDelay: func() time.Duration { return w.syncDelay(name) },
 			LeastFileBytes: 100, CPU: w.cpu(p),
 			Gossip: func(bind string) (memberlist.Transport, error) { return newGossipTransport(in, bind) },
 		}
@@ -358,6 +371,44 @@ func (w *World) Disk(name string) vfs.FS { return w.process(name).disk }
 // SetClock sets how far ahead a process's wall clock is.
 func (w *World) SetClock(name string, ahead time.Duration) {
 	w.process(name).offset.Store(ahead.Milliseconds())
+}
+
+// SetRate sets how fast a process's boot-time clock goes, 1 being right.
+func (w *World) SetRate(name string, rate float64) { w.process(name).boot.setRate(rate) }
+
+// bootClock goes on at some rate whatever becomes of its process, and is never set.
+type bootClock struct {
+	mu   sync.Mutex
+	at   time.Time
+	sum  time.Duration
+	rate float64 // 0: right
+}
+
+func (c *bootClock) now() time.Duration {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.advance()
+}
+
+// REQUIRES: c.mu is held.
+func (c *bootClock) advance() time.Duration {
+	now := time.Now()
+	if !c.at.IsZero() {
+		rate := c.rate
+		if rate == 0 {
+			rate = 1
+		}
+		c.sum += time.Duration(float64(now.Sub(c.at)) * rate)
+	}
+	c.at = now
+	return c.sum
+}
+
+func (c *bootClock) setRate(rate float64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.advance()
+	c.rate = rate
 }
 
 // Host returns the host a process runs on, for cuts.
