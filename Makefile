@@ -78,7 +78,7 @@ check-proto: ## Check that the generated code is up to date
 image: ## Build the container image from static binaries
 	@deploy/docker/build.sh $(IMAGE)
 
-compose-up: image ## Run the compose cluster: 3 orchestrators, 5 nodes in 3 zones (AUTONOMY=1: it launches and ends nodes)
+compose-up: image ## Run the compose cluster: 3 orchestrators, 5 nodes in 3 zones, a reporting node (AUTONOMY=1: it launches and ends nodes)
 	@KVASIR_IMAGE=$(IMAGE) deploy/compose/compose.sh $(if $(AUTONOMY),autonomy,up)
 
 compose-down: ## Stop the compose cluster, with what it launched, and delete its volumes

@@ -8,6 +8,9 @@ compose() { deploy/compose/compose.sh "$@" </dev/null; }
 # kvctl through the published ports in $endpoints.
 kvctl() { bin/kvctl --endpoints "$endpoints" "$@"; }
 
+# in_network runs a command within the cluster's network, where nodes are known by their names.
+in_network() { docker run --rm --network "${COMPOSE_PROJECT_NAME}_default" -e KVCTL_ENDPOINTS=node1:7400 "$KVASIR_IMAGE" "/bin/$@"; }
+
 expect() { # expect WANT COMMAND...
 	want="$1"; shift
 	got="$("$@")" || fail "'$*' failed"
@@ -42,6 +45,8 @@ noted() { kvctl events --limit 0 2>/dev/null | grep -q "$1"; }
 container_healthy() { [ "$(docker inspect -f '{{.State.Health.Status}}' "$(container "$1")")" = healthy ]; }
 holds() { kvctl cluster status 2>/dev/null | grep -q "$1"; }
 gone() { [ -z "$(container "$1")" ] && ! docker volume inspect "${COMPOSE_PROJECT_NAME}_$1" >/dev/null 2>&1; }
+
+counts() { [ "$(in_network kvctl report count 2>/dev/null)" = "$1" ]; } # the records of default, by a report
 
 # whole: so many nodes, all of them healthy and with slots, and nothing under way.
 whole() {

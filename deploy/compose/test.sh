@@ -10,7 +10,7 @@ if ! docker info >/dev/null 2>&1; then
 fi
 export COMPOSE_PROJECT_NAME="kvasir-test-$$" KVASIR_IMAGE="kvasir:test-$$"
 # Ports of their own, so that a cluster that is running is left alone.
-for i in 1 2 3 4 5; do export "KVASIR_PORT_$i=$((7700 + 10 * (i - 1)))"; done
+for i in 1 2 3 4 5 6; do export "KVASIR_PORT_$i=$((7700 + 10 * (i - 1)))"; done
 all=127.0.0.1:7700,127.0.0.1:7710,127.0.0.1:7720,127.0.0.1:7730,127.0.0.1:7740
 endpoints=$all
 main="${COMPOSE_PROJECT_NAME}_default" cut="${COMPOSE_PROJECT_NAME}_cut"
@@ -36,13 +36,22 @@ cleanup() {
 }
 
 plain() {
-	step "starting 3 orchestrators and 5 nodes"
+	step "starting 3 orchestrators, 5 nodes and a reporting node"
 	compose up
 	within 120 healthy
 	step "put and get through node1's port"
 	bin/kvctl --endpoints 127.0.0.1:7700 put greeting hello
 	expect hello bin/kvctl --endpoints 127.0.0.1:7700 get greeting
 	expect hello kvctl get greeting -r all
+	step "a report, with the reporting node's container killed in between"
+	kvctl namespace set default --reporting degrade >/dev/null
+	within 60 counts 1
+	docker kill "$(container report1)" >/dev/null
+	kvctl --timeout 10s put meanwhile written >/dev/null
+	if in_network kvctl report count >/dev/null 2>&1; then fail "a report was answered without a reporting node"; fi
+	docker start "$(container report1)" >/dev/null
+	within 60 counts 2
+	kvctl namespace set default --reporting off >/dev/null
 	step "killing node2's container"
 	docker kill "$(container node2)" >/dev/null
 	expect hello bin/kvctl --endpoints 127.0.0.1:7700 get greeting

@@ -33,6 +33,10 @@ type rowFlags struct {
 
 func (f *rowFlags) add(cmd *cobra.Command) {
 	cmd.Flags().Var(&value[rows.Format]{&f.format, "format", "", rows.ParseFormat}, "format", "tsv, csv or jsonl (required)")
+	f.addKeyColumn(cmd)
+}
+
+func (f *rowFlags) addKeyColumn(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.keyColumn, "key-column", "1", "column of the key in tsv and csv, from 1; with --header, also a column's name")
 }
 

@@ -7,6 +7,7 @@ import (
 
 	"google.golang.org/grpc/codes"
 
+	"github.com/kvasirdb/kvasir/internal/mutant"
 	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/topology"
 	replicav1 "github.com/kvasirdb/kvasir/proto/kvasir/replica/v1"
@@ -61,7 +62,7 @@ func (w *write) awaited(c topology.Copy) bool {
 		return false
 	}
 	present, ok := now.Copy(w.vnode, w.namespace.ID, c.Node)
-	return ok && present.State.Awaited()
+	return ok && present.State.Awaited() && !(present.State == topology.Evicting && mutant.On("ack-before-eviction"))
 }
 
 // lacking returns the nodes whose copies the write has to wait for and that have not
@@ -93,6 +94,9 @@ func (w *write) judgeCopies() (done bool, stale, by uint64, _ *rpc.Error) {
 	return false, 0, 0, nil
 }
 
+// inTime is why a write fails whose deadline has passed.
+const inTime = "in time"
+
 // withoutCopies is the error of a write that enough slots have, but not all copies.
 // REQUIRES: w.mu is held.
 func (w *write) withoutCopies(lacking []uint64, why string) *rpc.Error {
@@ -100,20 +104,24 @@ func (w *write) withoutCopies(lacking []uint64, why string) *rpc.Error {
 	for i, n := range lacking {
 		names[i] = w.name(n)
 	}
+	if why == inTime && w.namespace.Reporting.Policy == topology.ReportingDegrade {
+		why += ", nor was its eviction agreed on (kvctl cluster status tells whether the orchestrators have a leader)"
+	}
 	e := rpc.Errorf(codes.Unavailable, rpc.ReasonOutcomeUnknown,
 		"%d of %d needed replicas acknowledged, but reporting replica %s did not %s: the outcome is unknown, the write may be seen by reads and survive, or not",
 		w.mu.counter.Acked(), w.need(), strings.Join(names, ", "), why)
 	return e.With("acknowledged", w.mu.counter.Acked()).With("needed", w.need()).With("n", w.goals[0].N).With("reporting", strings.Join(names, ","))
 }
 
-// laggards calls for the eviction of the copies that hold a write up, once it has waited
-// for as long as its namespace says. The channel is nil where nothing is to be called for.
+// laggards tells when the eviction of the copies that hold a write up is to be called for:
+// once it has waited for as long as its namespace says, and again after as long, for there
+// may have been no leader to hear it. The channel is nil where nothing is to be called for.
 func (w *write) laggards() (timeout <-chan time.Time, stop func()) {
 	if len(w.copies) == 0 || w.namespace.Reporting.Policy != topology.ReportingDegrade {
 		return nil, func() {}
 	}
-	timer := time.NewTimer(w.namespace.Reporting.Timeout)
-	return timer.C, func() { timer.Stop() }
+	ticker := time.NewTicker(w.namespace.Reporting.Timeout)
+	return ticker.C, ticker.Stop
 }
 
 // evict calls for the eviction of the copies that hold the write up.

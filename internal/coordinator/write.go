@@ -532,7 +532,7 @@ func (w *write) wait(ctx context.Context) (stale, by uint64, _ *rpc.Error) {
 			w.mu.Lock()
 			defer w.mu.Unlock()
 			if lacking := w.lacking(); w.mu.reached && len(lacking) > 0 {
-				return 0, 0, w.withoutCopies(lacking, "in time")
+				return 0, 0, w.withoutCopies(lacking, inTime)
 			}
 			return 0, 0, w.unknownOutcome("in time")
 		}

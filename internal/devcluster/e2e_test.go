@@ -98,7 +98,8 @@ func startWith(t *testing.T, settings devcluster.Settings, nodeArgs ...string) *
 		if settings.Autonomy {
 			nodes += 20 // that are launched
 		}
-		settings.Port = loopback.Base(t, 10*(nodes+settings.Orchestrators)) + 10*settings.Orchestrators
+		below := settings.Orchestrators + settings.Reporting
+		settings.Port = loopback.Base(t, 10*(nodes+below)) + 10*below
 		r.cluster, err = devcluster.Create(context.Background(), filepath.Join(dir, strconv.Itoa(tries)), settings, devcluster.Options{BinDir: bin, NodeArgs: nodeArgs})
 		var busy *devcluster.PortsBusyError
 		if errors.As(err, &busy) && tries < 5 {

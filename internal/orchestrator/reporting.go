@@ -243,6 +243,18 @@ func copiesChange(s *topology.State) bool {
 	})
 }
 
+// countCopies returns how many copies are in a state that counts.
+func countCopies(t *topology.Topology, counts func(topology.CopyState) bool) (n int) {
+	for i := range t.Ring {
+		for _, c := range t.Ring[i].Copies {
+			if counts(c.State) {
+				n++
+			}
+		}
+	}
+	return n
+}
+
 // ofNode is a namespace's copies on a node, or the one of a vnode.
 type ofNode struct {
 	namespace, vnode uint32

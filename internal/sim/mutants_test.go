@@ -55,6 +55,15 @@ var loopMutants = [][2]string{
 	{"followers-provision", "every orchestrator calls the provisioner, not the leader alone"},
 }
 
+// reportMutants are those of reporting nodes: they are looked for with their faults.
+var reportMutants = [][2]string{
+	{"ack-before-eviction", "a write leaves a copy out once its eviction has begun"},
+	{"lease-ignored", "a reporting node answers for its copies in sync without a lease"},
+	{"lease-not-awaited", "the leader does not wait for the end of a lease"},
+	{"stale-as-in-sync", "copies that are behind answer as if they were in sync"},
+	{"join-unchecked", "a copy joins without being compared with what was written before"},
+}
+
 // hintMutants take several hints of one key, after newer writes and a restart: they are looked
 // for with those alone, for among all faults that is rare.
 var hintMutants = [][2]string{
@@ -76,7 +85,7 @@ func TestMutants(t *testing.T) {
 		faults string
 		seed   uint64
 	}
-	all := slices.Concat(mutants, hintMutants, loopMutants)
+	all := slices.Concat(mutants, hintMutants, loopMutants, reportMutants)
 	rows := make([]row, len(all))
 	var mu sync.Mutex
 	needed := map[runOf]bool{}
@@ -85,6 +94,8 @@ func TestMutants(t *testing.T) {
 	forEach(len(all), func(i int) {
 		m, faults := all[i], ""
 		switch {
+		case i >= len(mutants)+len(hintMutants)+len(loopMutants):
+			faults = reporting
 		case i >= len(mutants)+len(hintMutants):
 			faults = autonomy
 		case i >= len(mutants):

@@ -12,6 +12,7 @@ import (
 	"github.com/kvasirdb/kvasir/client"
 	"github.com/kvasirdb/kvasir/internal/topology"
 	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
+	kvv1 "github.com/kvasirdb/kvasir/proto/kvasir/kv/v1"
 	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
 )
 
@@ -66,7 +67,12 @@ func (r *run) startReports() *reports {
 					return
 				case <-time.After(time.Duration(rng.ExpFloat64() * float64(150*time.Millisecond))):
 				}
-				r.readReport(c, name, reported[rng.IntN(len(reported))], []string{"", "hot/", "wide/1"}[rng.IntN(3)])
+				namespace := reported[rng.IntN(len(reported))]
+				if rng.IntN(2) == 0 {
+					r.readReport(c, name, namespace, []string{"", "hot/", "wide/1"}[rng.IntN(3)])
+				} else {
+					r.readVnode(fmt.Sprint("report", 1+rng.IntN(reportingNodes)), name, namespace, uint32(rng.IntN(int(r.topologies.latest().Vnodes))))
+				}
 			}
 		})
 	}
@@ -104,6 +110,38 @@ func (r *run) readReport(c *client.Client, name, namespace, prefix string) bool 
 	}
 	r.checker.Reported(op, records, func(key string) bool { return strings.HasPrefix(key, prefix) })
 	return true
+}
+
+// readVnode asks a reporting node for a vnode, whatever the topology says of it: what the
+// node answers has to be right.
+func (r *run) readVnode(node, name, namespace string, vnode uint32) {
+	op := &Op{Client: name, Kind: OpReport, Place: Place{namespace, ""}, Note: fmt.Sprintf("of vnode %d by %s", vnode, node)}
+	r.checker.Invoke(op)
+	ctx, cancel := context.WithTimeout(context.Background(), reportTimeout)
+	defer cancel()
+	var records []client.Record
+	stream, err := kvv1.NewReportServiceClient(r.conns[node]).Report(ctx, &kvv1.ReportRequest{
+		Namespace: namespace, Vnodes: []uint32{vnode}, Query: &kvv1.ReportQuery{What: &kvv1.ReportQuery_Rows{Rows: &kvv1.ReportRows{}}},
+	})
+	for last := false; err == nil && !last; {
+		var resp *kvv1.ReportResponse
+		if resp, err = stream.Recv(); err != nil {
+			break
+		}
+		last = resp.GetPage().GetLast()
+		for _, row := range resp.GetPage().GetRows() {
+			rec := client.Record{Key: row.GetKey(), Value: row.GetValue(), Version: client.Version{Timestamp: row.GetVersion().GetTimestamp(), Incarnation: row.GetVersion().GetIncarnation()}}
+			if ms := row.GetExpiresAtMs(); ms != 0 {
+				rec.ExpiresAt = time.UnixMilli(int64(ms))
+			}
+			records = append(records, rec)
+		}
+	}
+	if err != nil {
+		r.checker.Return(op, func() { op.Outcome, op.Error = Failed, err.Error() })
+		return
+	}
+	r.checker.Reported(op, records, func(key string) bool { return r.topologies.latest().VnodeOf([]byte(key)) == vnode })
 }
 
 // setReporting sets the rules of a namespace.

@@ -39,6 +39,10 @@ const (
 // run with every fourth seed, once more, unless others are asked for.
 const autonomy = "autonomy"
 
+// reporting stands for those that run beside reporting nodes. They too run with every fourth
+// seed, once more.
+const reporting = "reporting"
+
 // failures is where histories of failed seeds are left, from the module's root.
 const failures = "sim-failures"
 
@@ -60,6 +64,9 @@ func TestSim(t *testing.T) {
 		runs = append(runs, runOf{seed, os.Getenv(envFaults)})
 		if seed%4 == 0 && os.Getenv(envFaults) == "" {
 			runs = append(runs, runOf{seed, autonomy})
+		}
+		if seed%4 == 2 && os.Getenv(envFaults) == "" {
+			runs = append(runs, runOf{seed, reporting})
 		}
 	}
 	forEach(len(runs), func(i int) {
