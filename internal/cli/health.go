@@ -50,6 +50,8 @@ type namespaceHealthDoc struct {
 	Vnodes      int    `json:"vnodes"`
 	NotWritable int    `json:"vnodes_not_writable"`
 	NotReadable int    `json:"vnodes_not_readable"`
+	// HeldUp counts those whose writes fail for a copy for reports that is down.
+	HeldUp int `json:"vnodes_held_up"`
 	// SharingZones counts those with two replicas in one zone though there are enough.
 	SharingZones  int `json:"vnodes_sharing_zones"`
 	n, w, r       int
@@ -63,9 +65,9 @@ func (a *App) healthCommand() *cobra.Command {
 		Long: `Says whether every vnode of every namespace meets the namespace's default quorums with
 the nodes that are up: exit code 0 if so, else 4. Prints ok; or degraded, when a node is
 down or has stopped coordinating because its clock is off, and the quorums are met all
-the same; or unavailable. It names the namespaces that have two replicas in one zone though
-there are enough zones, as after a node has changed its own. It works when every
-orchestrator is dead.`,
+the same; or unavailable, also where writes wait for a reporting node that is down. It names
+the namespaces that have two replicas in one zone though there are enough zones, as after a
+node has changed its own. It works when every orchestrator is dead.`,
 		Example: `  kvctl health
   kvctl health && kvctl put greeting hello
   kvctl health -o json`,
@@ -121,7 +123,7 @@ func (s *clusterStatus) assess() healthDoc {
 	}
 	for i := range s.topology.Namespaces {
 		ns := namespaceHealth(s.topology, &s.topology.Namespaces[i], func(node uint64) bool { return up[node] })
-		if ns.NotReadable+ns.NotWritable > 0 {
+		if ns.NotReadable+ns.NotWritable+ns.HeldUp > 0 {
 			d.Status = healthUnavailable
 		}
 		d.Namespaces = append(d.Namespaces, ns)
@@ -133,7 +135,7 @@ func (s *clusterStatus) assess() healthDoc {
 func namespaceHealth(t *topology.Topology, ns *topology.Namespace, up func(node uint64) bool) namespaceHealthDoc {
 	s := t.Service(ns, up)
 	return namespaceHealthDoc{
-		Name: ns.Name, Vnodes: len(t.Ring), NotWritable: s.NotWritable, NotReadable: s.NotReadable, SharingZones: needlesslySharing(t, ns.N),
+		Name: ns.Name, Vnodes: len(t.Ring), NotWritable: s.NotWritable, NotReadable: s.NotReadable, HeldUp: s.HeldUp, SharingZones: needlesslySharing(t, ns.N),
 		n: ns.N, w: ns.Writes(quorum.Spec{})[0].Need, r: ns.R.Need(ns.N), fewestWriting: s.FewestWriting,
 	}
 }
@@ -151,6 +153,10 @@ func (d healthDoc) failures() []string {
 					ns.Name, f.vnodes, plural(ns.Vnodes, "vnode"), f.what, f.quorum, f.need, ns.n))
 			}
 		}
+		if ns.HeldUp > 0 {
+			out = append(out, fmt.Sprintf("namespace %s: writes to %d of %s wait for a reporting node that is down: start it, or kvctl namespace set %s --reporting degrade",
+				ns.Name, ns.HeldUp, plural(ns.Vnodes, "vnode"), ns.Name))
+		}
 	}
 	return out
 }
@@ -164,7 +170,7 @@ func (d healthDoc) write(w io.Writer) {
 		fmt.Fprintf(w, "node %s %s\n", n.Node, n.text)
 	}
 	for _, ns := range d.Namespaces {
-		if ns.NotReadable+ns.NotWritable == 0 {
+		if ns.NotReadable+ns.NotWritable+ns.HeldUp == 0 {
 			fmt.Fprintf(w, "namespace %s: all %s meet W=%d and R=%d of N=%d, with %d live slots at least\n", ns.Name, plural(ns.Vnodes, "vnode"), ns.w, ns.r, ns.n, ns.fewestWriting)
 		}
 	}

@@ -163,7 +163,7 @@ func (v *rollView) withoutOne(all []*rolled) []string {
 				continue
 			}
 			d := namespaceHealth(v.topology, &v.topology.Namespaces[i], func(node uint64) bool { return node != r.Incarnation })
-			if d.NotWritable+d.NotReadable > 0 {
+			if d.NotWritable+d.NotReadable+d.HeldUp > 0 {
 				out = append(out, fmt.Sprintf("namespace %s needs %s: with W=%d and R=%d of N=%d some requests fail while it restarts", d.Name, r.Name, d.w, d.r, d.n))
 				break
 			}

@@ -534,9 +534,11 @@ func (n *Node) startWorkers(run context.Context) {
 	n.workers.Go(func() { n.scrubber.mend(run) })
 	n.workers.Go(must(run, n.collector.Run))
 	n.workers.Go(must(run, n.filler.Run))
-	n.workers.Go(must(run, n.joiner.Run))
-	n.workers.Go(func() { n.reporting.keepLease(run) })
 	n.workers.Go(func() { n.reporting.evictLaggards(run) })
+	if n.cfg.role() == topology.Reporting {
+		n.workers.Go(must(run, n.joiner.Run))
+		n.workers.Go(func() { n.reporting.keepLease(run) })
+	}
 	n.workers.Go(func() { n.sweep(run) })
 	n.workers.Go(func() { n.topologies.run(run) })
 	n.workers.Go(func() { n.topologies.follow(run) })

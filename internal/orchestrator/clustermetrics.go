@@ -49,7 +49,7 @@ func (c clusterCollector) Collect(out chan<- prometheus.Metric) {
 	gauge(shortDesc, len(short))
 	for i := range t.Namespaces {
 		s := t.Service(&t.Namespaces[i], up)
-		gauge(unwritableDesc, s.NotWritable, t.Namespaces[i].Name)
+		gauge(unwritableDesc, max(s.NotWritable, s.HeldUp), t.Namespaces[i].Name)
 		gauge(unreadableDesc, s.NotReadable, t.Namespaces[i].Name)
 	}
 }

@@ -45,15 +45,40 @@ func changeCopies(s *topology.State, v view) *topologyv1.Command {
 		if ns.Reporting.Copies == 0 && !hasCopies(t, ns) {
 			continue
 		}
-		want, err := placement.Copies(t, ns, nodes)
-		if err != nil {
-			continue // there are as many nodes as are asked for
+		want := v.placed(t, ns, nodes)
+		if want == nil {
+			continue
 		}
 		for vnode := range t.Ring {
 			steps.vnode(s, ns, uint32(vnode), want[vnode], v)
 		}
 	}
 	return steps.command()
+}
+
+// placed returns who is to have the copies of a namespace, as found out before for the same
+// topology and nodes, for it takes a while where there are many vnodes; nil if nobody can.
+func (v view) placed(t *topology.Topology, ns *topology.Namespace, nodes []placement.Node) placement.Assignment {
+	find := func() placement.Assignment {
+		want, err := placement.Copies(t, ns, nodes)
+		if err != nil {
+			return nil
+		}
+		return want
+	}
+	if v.copies == nil {
+		return find()
+	}
+	w := v.copies
+	if w.topology != t || !slices.Equal(w.nodes, nodes) {
+		w.topology, w.nodes, w.placed = t, nodes, map[uint32]placement.Assignment{}
+	}
+	want, known := w.placed[ns.ID]
+	if !known {
+		want = find()
+		w.placed[ns.ID] = want
+	}
+	return want
 }
 
 func hasCopies(t *topology.Topology, ns *topology.Namespace) bool {
@@ -278,7 +303,11 @@ type strike struct {
 // over later, never sooner.
 type copyWatch struct {
 	clock func() time.Duration
-	mu    struct {
+	// placed is by namespace, for a topology and nodes. Only the control loop uses the three.
+	placed   map[uint32]placement.Assignment
+	topology *topology.Topology
+	nodes    []placement.Node
+	mu       struct {
 		sync.Mutex
 		term    uint64
 		seen    map[ofNode]seenCopy

@@ -1,11 +1,18 @@
 package topology
 
-import "github.com/kvasirdb/kvasir/internal/quorum"
+import (
+	"slices"
+
+	"github.com/kvasirdb/kvasir/internal/quorum"
+)
 
 // Service is how a namespace can be served with the nodes that are up.
 type Service struct {
 	// NotWritable and NotReadable count the vnodes that miss the default quorums.
 	NotWritable, NotReadable int
+	// HeldUp counts those whose writes fail because a copy for reports is down that they wait
+	// for.
+	HeldUp int
 	// FewestWriting is the least number of the first N slots that could acknowledge a
 	// write, over all vnodes.
 	FewestWriting int
@@ -23,6 +30,9 @@ func (t *Topology) Service(ns *Namespace, up func(node uint64) bool) Service {
 		}
 		if reading(slots[:ns.N], up) < reads {
 			s.NotReadable++
+		}
+		if ns.Reporting.Policy == ReportingBlock && slices.ContainsFunc(t.Copies(uint32(v), ns.ID), func(c Copy) bool { return c.State.Awaited() && !up(c.Node) }) {
+			s.HeldUp++
 		}
 	}
 	return s
