@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"time"
 
@@ -234,6 +235,7 @@ func (a *answer) failed(err error) error {
 // visit takes in a record, and reports whether more are wanted.
 func (a *answer) visit(_ uint32, key, raw []byte) bool {
 	if a.seen++; a.seen%lookEvery == 0 {
+		runtime.Gosched() // writes come first, also where there is one core
 		if a.err = a.ctx.Err(); a.err != nil {
 			return false
 		}
