@@ -270,7 +270,8 @@ coordinates requests and holds no data, and can be given slots again.`,
 		change("decommission NODE", "Move a node's slots to the others, and let it leave",
 			`Moves all slots of a node to the others, evenly, and then removes it from the cluster. It
 may be dead: then its replicas are rebuilt from the others. Its data directory can join
-again only when it is emptied.`,
+again only when it is emptied. A reporting node leaves once others have its copies in sync; the
+last one takes them with it.`,
 			"  kvctl node decommission node3 --wait",
 			func(args []string) (planRequest, error) {
 				return planRequest{kind: "decommission", remove: args, leave: true}, nil

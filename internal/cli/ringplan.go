@@ -341,8 +341,8 @@ func (r planRequest) nodes(t *topology.Topology) ([]*planned, error) {
 	for i := range t.Nodes {
 		n := &t.Nodes[i]
 		next = max(next, n.Incarnation)
-		if n.Role != topology.Data {
-			continue
+		if n.Role != topology.Data && r.kind != "decommission" {
+			continue // it has no slots, and copies come and go by themselves
 		}
 		p := &planned{Node: placement.Node{ID: n.Incarnation, Zone: n.Zone}, name: n.Name, exists: true, used: slots[n.Incarnation] > 0}
 		out = append(out, p)
@@ -462,7 +462,7 @@ func (planRequest) find(t *topology.Topology, nodes []*planned, name string) (*p
 	}
 	i := slices.IndexFunc(nodes, func(p *planned) bool { return p.ID == n.Incarnation })
 	if i < 0 {
-		return nil, usagef("%s is no data node", name)
+		return nil, usagef("%s is a reporting node, which has no slots: its copies go to others by themselves with kvctl node decommission %s", name, name)
 	}
 	return nodes[i], nil
 }

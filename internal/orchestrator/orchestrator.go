@@ -501,15 +501,14 @@ func (o *Orchestrator) describeRing(reg prometheus.Registerer) {
 		}
 		return 0
 	})
-	for _, c := range []struct {
-		name, help string
-		counts     func(topology.CopyState) bool
-	}{
-		{"copies_in_sync", "Copies of vnodes on reporting nodes that are in sync.", func(s topology.CopyState) bool { return s == topology.InSync }},
-		{"copies_out_of_sync", "Copies of vnodes on reporting nodes that are not in sync; best_effort ones never are.", func(s topology.CopyState) bool { return s != topology.InSync }},
-	} {
-		gauge(c.name, c.help, func(s *topology.State) float64 { return float64(countCopies(s.Topology, c.counts)) })
-	}
+	gauge("copies_in_sync", "Copies of vnodes on reporting nodes that are in sync.", func(s *topology.State) float64 {
+		inSync, _ := countCopies(s.Topology)
+		return float64(inSync)
+	})
+	gauge("copies_out_of_sync", "Copies of vnodes on reporting nodes that are not in sync, of namespaces whose writes wait for them.", func(s *topology.State) float64 {
+		_, out := countCopies(s.Topology)
+		return float64(out)
+	})
 	gauge("moves_left", "Moves of the operation under way that are not done.", func(s *topology.State) float64 {
 		if op := s.Active(); op != nil {
 			return float64(op.Left())

@@ -268,16 +268,19 @@ func copiesChange(s *topology.State) bool {
 	})
 }
 
-// countCopies returns how many copies are in a state that counts.
-func countCopies(t *topology.Topology, counts func(topology.CopyState) bool) (n int) {
+// countCopies returns how many copies are in sync, and how many are not that are to be.
+func countCopies(t *topology.Topology) (inSync, out int) {
 	for i := range t.Ring {
 		for _, c := range t.Ring[i].Copies {
-			if counts(c.State) {
-				n++
+			switch {
+			case c.State == topology.InSync:
+				inSync++
+			case t.NamespaceByID(c.Namespace).Reporting.Waits():
+				out++
 			}
 		}
 	}
-	return n
+	return inSync, out
 }
 
 // ofNode is a namespace's copies on a node, or the one of a vnode.
