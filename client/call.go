@@ -121,8 +121,8 @@ func telling(e *rpc.Error) int {
 	switch {
 	case e == nil:
 		return 0
-	case e.Reason == rpc.ReasonNotSent, e.Reason == rpc.ReasonLinkBroken:
-		return 1
+	case e.Reason == rpc.ReasonNotSent, e.Reason == rpc.ReasonLinkBroken, e.Reason == rpc.ReasonWrongPeer:
+		return 1 // also of an endpoint that is no data node of the cluster
 	case e.Reason == rpc.ReasonNotReady, e.Reason == rpc.ReasonStopping:
 		return 2
 	}

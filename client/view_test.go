@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 
 	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/topology"
@@ -149,5 +150,17 @@ func TestClientAsksForTheWholeTopology(t *testing.T) {
 				t.Errorf("a refresh asked for %v", r)
 			}
 		})
+	}
+}
+
+// What an endpoint says that is none of the cluster's data nodes hides nothing that these say.
+func TestWhatTellsMore(t *testing.T) {
+	last := 0
+	for _, reason := range []string{rpc.ReasonWrongPeer, rpc.ReasonNotReady, rpc.ReasonNotEnoughReplicas} {
+		if now := telling(rpc.Errorf(codes.Unavailable, reason, "no")); now <= last {
+			t.Errorf("%s tells no more than what comes before", reason)
+		} else {
+			last = now
+		}
 	}
 }
