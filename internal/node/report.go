@@ -32,8 +32,10 @@ const (
 	maxGroups = 100_000
 	// pageInterval is how often at least a reader hears how far a report has come.
 	pageInterval = 250 * time.Millisecond
-	// lookEvery is the number of records between two looks at the clock.
+	// lookEvery is the number of records between two looks at the clock, and at the writes
+	// that are under way; givenWay is the pause in favour of these.
 	lookEvery = 256
+	givenWay  = 500 * time.Microsecond
 )
 
 // reportService answers reports from this node's copies.
@@ -235,7 +237,7 @@ func (a *answer) failed(err error) error {
 // visit takes in a record, and reports whether more are wanted.
 func (a *answer) visit(_ uint32, key, raw []byte) bool {
 	if a.seen++; a.seen%lookEvery == 0 {
-		runtime.Gosched() // writes come first, also where there is one core
+		a.giveWay()
 		if a.err = a.ctx.Err(); a.err != nil {
 			return false
 		}
@@ -268,6 +270,16 @@ func (a *answer) visit(_ uint32, key, raw []byte) bool {
 		a.err = a.send(false)
 	}
 	return a.err == nil && (a.query.Limit() == 0 || a.rows < a.query.Limit())
+}
+
+// giveWay lets writes go first, which wait for this node where their copies are in sync: a
+// report that never pauses has them wait for a core, if there are few.
+func (a *answer) giveWay() {
+	if a.service.node.store.Committing() {
+		time.Sleep(givenWay)
+		return
+	}
+	runtime.Gosched()
 }
 
 // send sends the page. A reader that is slow holds the report up, not the node.

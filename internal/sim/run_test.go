@@ -39,7 +39,7 @@ const (
 // run with every fourth seed, once more, unless others are asked for.
 const autonomy = "autonomy"
 
-// reporting stands for those that run beside reporting nodes. They too run with every fourth
+// reporting stands for those that run beside reporting nodes. They run with every eighth
 // seed, once more.
 const reporting = "reporting"
 
@@ -65,7 +65,7 @@ func TestSim(t *testing.T) {
 		if seed%4 == 0 && os.Getenv(envFaults) == "" {
 			runs = append(runs, runOf{seed, autonomy})
 		}
-		if seed%4 == 2 && os.Getenv(envFaults) == "" {
+		if seed%8 == 2 && os.Getenv(envFaults) == "" {
 			runs = append(runs, runOf{seed, reporting})
 		}
 	}
