@@ -32,7 +32,8 @@ Conditions, each with a --where, all hold:
 A field is @key, @value, @size (bytes), @written, @expires (times), or a path into values that
 are JSON: balance, address.city, tags.0. Literals with spaces are quoted.
 
---timeout is for how long a node may say nothing, not for the report as a whole.`,
+--timeout is for how long a node may say nothing, and for how long copies are waited for that
+are not in sync yet, not for the report as a whole.`,
 		Example: `  kvctl report count -n orders
   kvctl report scan -n orders --prefix 2026/ --where 'total > 1000' --limit 20
   kvctl report aggregate -n orders --by country --measure count --measure 'sum(total)'`,
@@ -72,7 +73,7 @@ func (f *reportFlags) report() client.Report {
 
 // groups runs a report that asks for measures, and shows how far it is.
 func (a *App) groups(ctx context.Context, f *reportFlags, by, measures []string) ([]client.Group, client.ReportStats, error) {
-	c, err := a.openClient(ctx, a.flags.timeout)
+	c, err := a.openClient(ctx, a.flags.timeout, client.WithPatience(a.flags.timeout)) // copies may be about to be in sync
 	if err != nil {
 		return nil, client.ReportStats{}, err
 	}
@@ -141,7 +142,7 @@ kvctl export --from reporting.`,
 		Example: `  kvctl report scan -n orders --prefix 2026/
   kvctl report scan -n orders --where 'total > 1000' --limit 20 -o json`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := a.openClient(cmd.Context(), a.flags.timeout)
+			c, err := a.openClient(cmd.Context(), a.flags.timeout, client.WithPatience(a.flags.timeout))
 			if err != nil {
 				return err
 			}
