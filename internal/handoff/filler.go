@@ -171,14 +171,21 @@ func (f *Filler) jobs(t *topology.Topology) []job {
 // each does something for every job, a few at a time, and notes what keeps one from
 // going on.
 func (f *Filler) each(jobs []job, do func(job) error) {
+	each(jobs, func(j job) {
+		if err := do(j); err != nil {
+			f.cfg.Assignments.note(j.assignment, func(p *progress) { p.waitsFor = err.Error() })
+		}
+	})
+}
+
+// each does something for every job, a few at a time.
+func each(jobs []job, do func(job)) {
 	todo := make(chan job)
 	var workers sync.WaitGroup
 	for range fillWorkers {
 		workers.Go(func() {
 			for j := range todo {
-				if err := do(j); err != nil {
-					f.cfg.Assignments.note(j.assignment, func(p *progress) { p.waitsFor = err.Error() })
-				}
+				do(j)
 			}
 		})
 	}

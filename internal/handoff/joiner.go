@@ -72,7 +72,7 @@ func (j *Joiner) Run(ctx context.Context) error {
 		t := f.cfg.Fence.Topology()
 		if jobs := j.jobs(t); len(jobs) > 0 {
 			f.askDrained(ctx, t, jobs)
-			j.each(jobs, func(jb job) { j.compare(ctx, t, jb) })
+			each(jobs, func(jb job) { j.compare(ctx, t, jb) })
 		}
 		select {
 		case <-ctx.Done():
@@ -121,24 +121,6 @@ func (j *Joiner) jobs(t *topology.Topology) (jobs []job) {
 	}
 	maps.DeleteFunc(j.mu.copies, func(p storage.Place, _ *copyProgress) bool { return !has[p] })
 	return append(jobs, later...)
-}
-
-// each does something for every job, a few at a time.
-func (j *Joiner) each(jobs []job, do func(job)) {
-	todo := make(chan job)
-	var workers sync.WaitGroup
-	for range fillWorkers {
-		workers.Go(func() {
-			for jb := range todo {
-				do(jb)
-			}
-		})
-	}
-	for _, jb := range jobs {
-		todo <- jb
-	}
-	close(todo)
-	workers.Wait()
 }
 
 // compare makes a copy complete, and notes when it was.
