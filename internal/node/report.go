@@ -96,30 +96,58 @@ func (s *reportService) report(r *kvv1.ReportRequest, stream grpc.ServerStreamin
 	if err := n.clock.MayJudge(); err != nil {
 		return err
 	}
-	snapshot, ns, vnodes, err := s.choose(r)
+	c, err := s.choose(r)
 	if err != nil {
 		return err
 	}
-	if err := stream.Send(&kvv1.ReportResponse{Part: &kvv1.ReportResponse_Snapshot{Snapshot: snapshot}}); err != nil {
+	reading := n.store.Reading()
+	moment, err := n.store.Snapshot()
+	if err != nil {
+		return storeError(n.cfg.Name, err)
+	}
+	defer moment.Close()
+	if !c.kept(n.fence.Topology(), n.id.Incarnation) {
+		return rpc.Errorf(codes.FailedPrecondition, rpc.ReasonNotInSync, "the copies of namespace %s on %s changed when the report began: try again", r.GetNamespace(), n.cfg.Name)
+	}
+	if err := stream.Send(&kvv1.ReportResponse{Part: &kvv1.ReportResponse_Snapshot{Snapshot: c.header}}); err != nil {
 		return err
 	}
 	a := &answer{service: s, ctx: ctx, stream: stream, query: q, nowMillis: n.clock.Now(), page: &kvv1.ReportPage{}, sent: time.Now()}
 	if q.IsAggregate() {
 		a.groups = q.NewAccumulator(maxGroups)
 	}
-	return a.run(ns, vnodes)
+	return a.run(moment, reading, c)
 }
 
-// choose returns the vnodes to report of, if this node's copies of them may answer.
-func (s *reportService) choose(r *kvv1.ReportRequest) (*kvv1.ReportSnapshot, uint32, []uint32, error) {
+// chosen are the copies that a report is answered from.
+type chosen struct {
+	header    *kvv1.ReportSnapshot
+	namespace uint32
+	vnodes    []uint32
+	since     []uint64 // topology.Copy.Since of each
+}
+
+// kept reports whether a node has the copies in a topology as they were chosen. What it has
+// taken in before its snapshot can have had it remove one, or begin anew with it.
+func (c *chosen) kept(t *topology.Topology, node uint64) bool {
+	for i, v := range c.vnodes {
+		if now, ok := t.Copy(v, c.namespace, node); !ok || now.Since != c.since[i] {
+			return false
+		}
+	}
+	return true
+}
+
+// choose returns the copies to report from, if they may answer.
+func (s *reportService) choose(r *kvv1.ReportRequest) (*chosen, error) {
 	n := s.node
 	t := n.fence.Topology()
 	if !t.Formed() {
-		return nil, 0, nil, rpc.Errorf(codes.Unavailable, rpc.ReasonNotReady, "the ring has not formed yet")
+		return nil, rpc.Errorf(codes.Unavailable, rpc.ReasonNotReady, "the ring has not formed yet")
 	}
 	ns := t.Namespace(r.GetNamespace())
 	if ns == nil {
-		return nil, 0, nil, rpc.AsError(topology.ErrNamespaceNotFound(r.GetNamespace()))
+		return nil, rpc.AsError(topology.ErrNamespaceNotFound(r.GetNamespace()))
 	}
 	vnodes := slices.Clone(r.GetVnodes())
 	slices.Sort(vnodes)
@@ -130,7 +158,8 @@ func (s *reportService) choose(r *kvv1.ReportRequest) (*kvv1.ReportSnapshot, uin
 			}
 		}
 	}
-	out := &kvv1.ReportSnapshot{Node: n.cfg.Name, Epoch: t.Epoch, TakenAtMs: uint64(n.clock.Wall()), InSync: true, Vnodes: uint32(len(vnodes))}
+	header := &kvv1.ReportSnapshot{Node: n.cfg.Name, Epoch: t.Epoch, TakenAtMs: uint64(n.clock.Wall()), InSync: true, Vnodes: uint32(len(vnodes))}
+	out := &chosen{header, ns.ID, vnodes, nil}
 	complete := map[uint32]int64{}
 	for _, p := range n.joiner.Progress() {
 		if p.Namespace == ns.ID {
@@ -139,23 +168,24 @@ func (s *reportService) choose(r *kvv1.ReportRequest) (*kvv1.ReportSnapshot, uin
 	}
 	for _, v := range vnodes {
 		if v >= t.Vnodes {
-			return nil, 0, nil, rpc.Errorf(codes.InvalidArgument, rpc.ReasonBadRequest, "there is no vnode %d: the ring has %d", v, t.Vnodes).With("field", "vnodes")
+			return nil, rpc.Errorf(codes.InvalidArgument, rpc.ReasonBadRequest, "there is no vnode %d: the ring has %d", v, t.Vnodes).With("field", "vnodes")
 		}
 		c, ok := t.Copy(v, ns.ID, n.id.Incarnation)
+		out.since = append(out.since, c.Since)
 		switch {
 		case !ok:
-			return nil, 0, nil, rpc.Errorf(codes.FailedPrecondition, rpc.ReasonNotOwner, "node %s has no copy of vnode %d of namespace %s", n.cfg.Name, v, ns.Name).With("epoch", t.Epoch)
+			return nil, rpc.Errorf(codes.FailedPrecondition, rpc.ReasonNotOwner, "node %s has no copy of vnode %d of namespace %s", n.cfg.Name, v, ns.Name).With("epoch", t.Epoch)
 		case n.reporting.leased(t, c):
 			continue
 		}
-		out.InSync = false
+		header.InSync = false
 		behind := max(0, n.clock.Wall()-complete[v])
 		if c.State == topology.Filling || complete[v] == 0 || uint64(behind) > r.GetMaxStalenessMs() {
-			return nil, 0, nil, s.notInSync(t, ns, v, c, complete[v], r.GetMaxStalenessMs())
+			return nil, s.notInSync(t, ns, v, c, complete[v], r.GetMaxStalenessMs())
 		}
-		out.StalenessMs = max(out.StalenessMs, uint64(behind))
+		header.StalenessMs = max(header.StalenessMs, uint64(behind))
 	}
-	return out, ns.ID, vnodes, nil
+	return out, nil
 }
 
 // notInSync says why a copy does not answer.
@@ -192,22 +222,24 @@ type answer struct {
 	err       error
 }
 
-// run reads the records of one moment, and sends what is asked for of them.
-func (a *answer) run(namespace uint32, vnodes []uint32) error {
-	lower, upper, possible := a.query.Bounds()
-	if possible && len(vnodes) > 0 {
-		store := a.service.node.store
-		reading := store.Reading()
-		scan := store.Scan // rows come in the order of their keys
+// run reads the records of a snapshot, and sends what is asked for of them. reading is from
+// before it was taken.
+func (a *answer) run(moment *storage.Snapshot, reading uint64, c *chosen) error {
+	if lower, upper, possible := a.query.Bounds(); possible {
+		scan := moment.Scan // rows come in the order of their keys
 		if a.groups != nil {
-			scan = store.ScanVnodes
+			scan = moment.ScanVnodes
 		}
-		err := scan(namespace, vnodes, lower, upper, a.visit)
-		if err = errors.Join(a.err, err); err == nil {
-			err = store.Read(reading, namespace, vnodes...)
+		n := a.service.node
+		err := errors.Join(scan(c.namespace, c.vnodes, lower, upper, a.visit), a.err)
+		if err == nil {
+			err = n.store.Read(reading, c.namespace, c.vnodes...)
 		}
-		if err != nil {
-			return a.failed(err)
+		switch {
+		case err != nil && a.ctx.Err() != nil:
+			return a.ctx.Err()
+		case err != nil:
+			return storeError(n.cfg.Name, err)
 		}
 	}
 	if a.groups != nil {
@@ -221,15 +253,13 @@ func (a *answer) run(namespace uint32, vnodes []uint32) error {
 	return a.send(true)
 }
 
-// failed converts the error of a report.
-func (a *answer) failed(err error) error {
+// storeError converts the error of a report that was read from a node's store.
+func storeError(node string, err error) error {
 	switch {
-	case a.ctx.Err() != nil:
-		return a.ctx.Err()
 	case errors.Is(err, report.ErrTooLarge):
 		return rpc.Errorf(codes.ResourceExhausted, rpc.ReasonReportTooLarge, "%s", err)
 	case errors.Is(err, storage.ErrCorrupt):
-		return rpc.Errorf(codes.DataLoss, rpc.ReasonCorrupt, "node %s: %s", a.service.node.cfg.Name, err)
+		return rpc.Errorf(codes.DataLoss, rpc.ReasonCorrupt, "node %s: %s", node, err)
 	}
 	return err
 }

@@ -40,3 +40,25 @@ func TestLease(t *testing.T) {
 		t.Error("a lease that is over holds")
 	}
 }
+
+// What was checked must be what the snapshot holds: in between a copy may have been given up
+// and its records removed, or begun anew.
+func TestAReportKeepsTheCopiesThatWereChecked(t *testing.T) {
+	with := func(copies ...topology.Copy) *topology.Topology {
+		return &topology.Topology{Ring: []topology.Vnode{{Copies: copies}}}
+	}
+	c := &chosen{namespace: 1, vnodes: []uint32{0}, since: []uint64{7}}
+	if !c.kept(with(topology.Copy{Namespace: 1, Node: 4, State: topology.InSync, Since: 7}), 4) {
+		t.Error("the copy is as it was")
+	}
+	for what, now := range map[string]*topology.Topology{
+		"given up":                               with(),
+		"elsewhere":                              with(topology.Copy{Namespace: 1, Node: 5, State: topology.InSync, Since: 7}),
+		"begun anew":                             with(topology.Copy{Namespace: 1, Node: 4, State: topology.Filling, Since: 9}),
+		"in sync again, after it was begun anew": with(topology.Copy{Namespace: 1, Node: 4, State: topology.InSync, Since: 12}),
+	} {
+		if c.kept(now, 4) {
+			t.Errorf("a copy that was %s is taken for what was checked", what)
+		}
+	}
+}

@@ -88,16 +88,38 @@ func (s *Store) Scan(namespace uint32, vnodes []uint32, start, end []byte, visit
 	if len(vnodes) == 0 {
 		return nil
 	}
-	base, err := s.db.NewIter(&pebble.IterOptions{})
+	moment, err := s.Snapshot()
 	if err != nil {
-		return readError(err)
-	}
-	defer base.Close()
-	m := &merge{base: base}
-	defer m.close()
-	if err := s.waitInflight(); err != nil {
 		return err
 	}
+	defer moment.Close()
+	return moment.Scan(namespace, vnodes, start, end, visit)
+}
+
+// Snapshot is the store as it was at one moment. It holds what was removed since on disk, and
+// is not safe for concurrent use.
+type Snapshot struct{ base *pebble.Iterator }
+
+// Snapshot returns the store as it is, once all of that is on disk. Close must be called.
+func (s *Store) Snapshot() (*Snapshot, error) {
+	base, err := s.db.NewIter(&pebble.IterOptions{})
+	if err != nil {
+		return nil, readError(err)
+	}
+	if err := s.waitInflight(); err != nil {
+		base.Close()
+		return nil, err
+	}
+	return &Snapshot{base}, nil
+}
+
+// Close ends the use of a snapshot.
+func (s *Snapshot) Close() { s.base.Close() } // errors were seen when it was used
+
+// Scan is Store.Scan at the moment of the snapshot.
+func (s *Snapshot) Scan(namespace uint32, vnodes []uint32, start, end []byte, visit func(vnode uint32, key, rec []byte) bool) error {
+	m := &merge{base: s.base}
+	defer m.close()
 	for _, v := range vnodes {
 		if err := m.add(namespace, v, start, end); err != nil {
 			return readError(err)
@@ -108,24 +130,14 @@ func (s *Store) Scan(namespace uint32, vnodes []uint32, start, end []byte, visit
 
 // ScanVnodes is Scan in the order of vnodes, and of keys within each, which is cheaper
 // where many are visited.
-func (s *Store) ScanVnodes(namespace uint32, vnodes []uint32, start, end []byte, visit func(vnode uint32, key, rec []byte) bool) error {
-	base, err := s.db.NewIter(&pebble.IterOptions{})
-	if err != nil {
-		return readError(err)
-	}
-	defer base.Close()
-	if err := s.waitInflight(); err != nil {
-		return err
-	}
+func (s *Snapshot) ScanVnodes(namespace uint32, vnodes []uint32, start, end []byte, visit func(vnode uint32, key, rec []byte) bool) error {
 	more := true
-	for _, v := range vnodes {
-		m := &merge{base: base}
-		err := m.add(namespace, v, start, end)
-		if err == nil {
-			err = m.visit(func(vnode uint32, key, rec []byte) bool { more = visit(vnode, key, rec); return more })
-		}
-		m.close()
-		if err != nil || !more {
+	for i := 0; i < len(vnodes) && more; i++ {
+		err := s.Scan(namespace, vnodes[i:i+1], start, end, func(vnode uint32, key, rec []byte) bool {
+			more = visit(vnode, key, rec)
+			return more
+		})
+		if err != nil {
 			return err
 		}
 	}
