@@ -281,7 +281,13 @@ func (c *Client) tryReport(ctx context.Context, r Report, q *kvv1.ReportQuery, n
 		return nil, "", err
 	}
 	run := &reportRun{silence: c.cfg.timeout, report: r, parts: parts, stats: ReportStats{Nodes: len(parts), InSync: true}}
-	run.ctx, run.cancel = context.WithCancel(ctx)
+	var cancel context.CancelFunc
+	run.ctx, cancel = context.WithCancel(ctx)
+	forget := context.AfterFunc(c.run, cancel) // a client that is closed ends what it has begun
+	run.cancel = func() {
+		forget()
+		cancel()
+	}
 	for _, p := range parts {
 		if p.conn, err = c.transport.NewConn(p.node.Address); err != nil {
 			run.close()

@@ -2,6 +2,7 @@ package orchestrator
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -313,6 +314,7 @@ type copyWatch struct {
 	mu       struct {
 		sync.Mutex
 		term    uint64
+		looked  *topology.Topology
 		seen    map[ofNode]seenCopy
 		strikes map[ofNode]strike // of all vnodes
 	}
@@ -323,9 +325,13 @@ func (w *copyWatch) look(term uint64, t *topology.Topology) {
 	now := w.clock()
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.mu.term != term {
+	switch {
+	case w.mu.term != term:
 		w.mu.term, w.mu.seen, w.mu.strikes = term, nil, map[ofNode]strike{}
+	case w.mu.looked == t:
+		return
 	}
+	w.mu.looked = t
 	seen := make(map[ofNode]seenCopy, len(w.mu.seen))
 	struck := map[ofNode]bool{}
 	for i := range t.Ring {
@@ -449,7 +455,7 @@ func (s controlService) evictCopies(ctx context.Context, r *adminv1.EvictCopiesR
 }
 
 // errNothingToEvict says that no write waits for the copies any more.
-var errNothingToEvict = fmt.Errorf("no write waits for them")
+var errNothingToEvict = errors.New("no write waits for them")
 
 // evict returns the command that lets go of a namespace's copies on a node: of all, for
 // what holds up the writes of one vnode holds up those of the others.
