@@ -24,7 +24,7 @@ func TestE2ECapacityFollowsTheLoad(t *testing.T) {
 		t.Skip("in make e2e; the simulation scales clusters in every run")
 	}
 	const fewest, most = 3, 5
-	r := startWith(t, devcluster.Settings{Nodes: fewest, Orchestrators: 1, Zones: 1, Autonomy: true, CPULimit: 0.15})
+	r := startWith(t, devcluster.Settings{Nodes: fewest, Orchestrators: 1, Zones: 1, Autonomy: true, CPULimit: 0.2})
 	r.kvctl("config", "set", "auto_scaling_group.max_capacity", fmt.Sprint(most))
 	data := large{r: r, c: r.client(), keys: 20_000, size: 1 << 10}
 	data.each(data.keys, data.put)

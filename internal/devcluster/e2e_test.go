@@ -63,6 +63,11 @@ type rig struct {
 	t       *testing.T
 	cluster *devcluster.Cluster
 	rng     *rand.Rand
+	// conns are by address: tests ask again and again.
+	conns struct {
+		sync.Mutex
+		to map[string]*grpc.ClientConn
+	}
 }
 
 func start(t *testing.T, nodes, orchestrators int) *rig {
@@ -213,15 +218,25 @@ func (r *rig) control(name string) adminv1.ControlServiceClient {
 	return adminv1.NewControlServiceClient(r.conn(name))
 }
 
-// conn returns a connection to one process.
+// conn returns the connection to one process.
 func (r *rig) conn(name string) *grpc.ClientConn {
 	r.t.Helper()
 	i := slices.IndexFunc(r.status(), func(p devcluster.Status) bool { return p.Name == name })
-	cc, err := rpc.Transport{Dial: rpc.NetDialer}.NewConn(r.status()[i].ClientAddr)
+	address := r.status()[i].ClientAddr
+	r.conns.Lock()
+	defer r.conns.Unlock()
+	if cc := r.conns.to[address]; cc != nil {
+		return cc
+	}
+	cc, err := rpc.Transport{Dial: rpc.NetDialer}.NewConn(address)
 	if err != nil {
 		r.t.Fatal(err)
 	}
 	r.t.Cleanup(func() { cc.Close() })
+	if r.conns.to == nil {
+		r.conns.to = map[string]*grpc.ClientConn{}
+	}
+	r.conns.to[address] = cc
 	return cc
 }
 

@@ -21,8 +21,8 @@ type JoinerConfig struct {
 	Filler *Filler
 	// Leased reports whether a copy that is in sync may say so at present.
 	Leased func(t *topology.Topology, c topology.Copy) bool
-	// NowMillis returns milliseconds since 1970.
-	NowMillis func() int64
+	// Clock returns the time since some moment, by a clock that is never set.
+	Clock func() time.Duration
 }
 
 // behindInterval is the pause between two comparisons of a copy that no write waits for.
@@ -49,9 +49,10 @@ type copyProgress struct {
 	since    uint64 // topology.Copy.Since
 	joined   bool
 	waitsFor string
-	// completeAt is when all that was acknowledged by then was in it, in milliseconds since
-	// 1970; 0: it is not known that it ever was.
-	completeAt int64
+	// completeAt is when all that was acknowledged by then was in it; complete: there is such
+	// a time.
+	completeAt time.Duration
+	complete   bool
 	compared   time.Time
 }
 
@@ -86,7 +87,7 @@ func (j *Joiner) Run(ctx context.Context) error {
 // jobs returns the copies that are to be compared, those that writes wait for first, and
 // notes of those that are in sync until when they were.
 func (j *Joiner) jobs(t *topology.Topology) (jobs []job) {
-	self, now := j.cfg.Filler.cfg.Self, j.cfg.NowMillis()
+	self, now := j.cfg.Filler.cfg.Self, j.cfg.Clock()
 	var later []job
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -109,9 +110,9 @@ func (j *Joiner) jobs(t *topology.Topology) (jobs []job) {
 			jb := job{assignment{Vnode: uint32(v), Namespace: c.Namespace, Epoch: c.Since}, -1, false}
 			switch {
 			case c.State == topology.Filling:
-				p.completeAt = 0
+				p.complete = false
 			case c.State == topology.InSync && j.cfg.Leased(t, c):
-				p.completeAt = now
+				p.completeAt, p.complete = now, true
 			case c.State == topology.Joining && !p.joined:
 				jobs = append(jobs, jb)
 			case c.State == topology.Behind && time.Since(p.compared) >= behindInterval:
@@ -128,7 +129,7 @@ func (j *Joiner) compare(ctx context.Context, t *topology.Topology, jb job) {
 	if j.cfg.Filler.cfg.Fence.Topology() != t {
 		return // it may be another job now
 	}
-	began := j.cfg.NowMillis()
+	began := j.cfg.Clock()
 	err := j.converge(ctx, t, jb)
 	j.mu.Lock()
 	defer j.mu.Unlock()
@@ -141,7 +142,7 @@ func (j *Joiner) compare(ctx context.Context, t *topology.Topology, jb job) {
 		p.waitsFor = err.Error()
 		return
 	}
-	p.joined, p.completeAt = true, max(p.completeAt, began)
+	p.joined, p.completeAt, p.complete = true, max(p.completeAt, began), true
 }
 
 // converge compares a copy with all slots that can be, and at least as many as meet every
@@ -194,19 +195,21 @@ type CopyProgress struct {
 	// Since is topology.Copy.Since.
 	Since  uint64
 	Joined bool
-	// CompleteAtMillis is when all that was acknowledged by then was in it, in milliseconds
-	// since 1970; 0: it is not known that it ever was.
-	CompleteAtMillis int64
-	WaitsFor         string
+	// Behind is how long ago all that was acknowledged by then was in it. Known: there is such
+	// a time.
+	Behind   time.Duration
+	Known    bool
+	WaitsFor string
 }
 
 // Progress returns how far all copies are, in order of namespace and vnode.
 func (j *Joiner) Progress() []CopyProgress {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	now := j.cfg.Clock()
 	out := make([]CopyProgress, 0, len(j.mu.copies))
 	for place, p := range j.mu.copies {
-		out = append(out, CopyProgress{place, p.since, p.joined, p.completeAt, p.waitsFor})
+		out = append(out, CopyProgress{place, p.since, p.joined, now - p.completeAt, p.complete, p.waitsFor})
 	}
 	slices.SortFunc(out, func(a, b CopyProgress) int {
 		return cmp.Or(cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Vnode, b.Vnode))

@@ -361,7 +361,7 @@ func (n *Node) serve(run context.Context) error {
 			return err
 		},
 	})
-	n.joiner = handoff.NewJoiner(handoff.JoinerConfig{Filler: n.filler, Leased: n.reporting.leased, NowMillis: n.clock.Wall})
+	n.joiner = handoff.NewJoiner(handoff.JoinerConfig{Filler: n.filler, Leased: n.reporting.leased, Clock: cfg.Seams.BootClock})
 	n.scrubber = newScrubber(n)
 	n.measureDisk()
 	n.describe(n.registry)

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 
+	"github.com/kvasirdb/kvasir/internal/handoff"
 	"github.com/kvasirdb/kvasir/internal/record"
 	"github.com/kvasirdb/kvasir/internal/report"
 	"github.com/kvasirdb/kvasir/internal/rpc"
@@ -160,12 +161,13 @@ func (s *reportService) choose(r *kvv1.ReportRequest) (*chosen, error) {
 	}
 	header := &kvv1.ReportSnapshot{Node: n.cfg.Name, Epoch: t.Epoch, TakenAtMs: uint64(n.clock.Wall()), InSync: true, Vnodes: uint32(len(vnodes))}
 	out := &chosen{header, ns.ID, vnodes, nil}
-	complete := map[uint32]int64{}
+	progress := map[uint32]handoff.CopyProgress{}
 	for _, p := range n.joiner.Progress() {
 		if p.Namespace == ns.ID {
-			complete[p.Vnode] = p.CompleteAtMillis
+			progress[p.Vnode] = p
 		}
 	}
+	most := time.Duration(r.GetMaxStalenessMs()) * time.Millisecond
 	for _, v := range vnodes {
 		if v >= t.Vnodes {
 			return nil, rpc.Errorf(codes.InvalidArgument, rpc.ReasonBadRequest, "there is no vnode %d: the ring has %d", v, t.Vnodes).With("field", "vnodes")
@@ -179,30 +181,31 @@ func (s *reportService) choose(r *kvv1.ReportRequest) (*chosen, error) {
 			continue
 		}
 		header.InSync = false
-		behind := max(0, n.clock.Wall()-complete[v])
-		if c.State == topology.Filling || complete[v] == 0 || uint64(behind) > r.GetMaxStalenessMs() {
-			return nil, s.notInSync(t, ns, v, c, complete[v], r.GetMaxStalenessMs())
+		p := progress[v]
+		p.Vnode = v
+		if c.State == topology.Filling || !p.Known || p.Behind > most {
+			return nil, s.notInSync(t, ns, c, p, most)
 		}
-		header.StalenessMs = max(header.StalenessMs, uint64(behind))
+		// Rounded up: it must not seem less.
+		header.StalenessMs = max(header.StalenessMs, uint64(p.Behind.Milliseconds()+1))
 	}
 	return out, nil
 }
 
 // notInSync says why a copy does not answer.
-func (s *reportService) notInSync(t *topology.Topology, ns *topology.Namespace, vnode uint32, c topology.Copy, complete int64, most uint64) error {
+func (s *reportService) notInSync(t *topology.Topology, ns *topology.Namespace, c topology.Copy, p handoff.CopyProgress, most time.Duration) error {
 	n := s.node
 	why := fmt.Sprintf("is %s since epoch %s", c.State, topology.EpochString(c.Since))
 	if c.State == topology.InSync {
 		why = "has no lease: " + n.reporting.problem()
 	}
 	behind, remedy := "it is not known of any moment that all acknowledged by then is in it", "wait until it is in sync (kvctl reporting status)"
-	if complete > 0 {
-		ago := time.Duration(max(0, n.clock.Wall()-complete)) * time.Millisecond
-		behind = fmt.Sprintf("all is in it that was acknowledged %s ago", ago.Round(time.Millisecond))
-		remedy += fmt.Sprintf(", or allow --max-staleness (%s were allowed)", time.Duration(most)*time.Millisecond)
+	if p.Known {
+		behind = fmt.Sprintf("all is in it that was acknowledged %s ago", p.Behind.Round(time.Millisecond))
+		remedy += fmt.Sprintf(", or allow --max-staleness (%s were allowed)", most)
 	}
-	return rpc.Errorf(codes.FailedPrecondition, rpc.ReasonNotInSync, "the copy of vnode %d of namespace %s on %s %s, and %s: %s", vnode, ns.Name, n.cfg.Name, why, behind, remedy).
-		With("vnode", vnode).With("node", n.cfg.Name).With("state", c.State).With("epoch", t.Epoch).With("complete_at_ms", complete)
+	return rpc.Errorf(codes.FailedPrecondition, rpc.ReasonNotInSync, "the copy of vnode %d of namespace %s on %s %s, and %s: %s", p.Vnode, ns.Name, n.cfg.Name, why, behind, remedy).
+		With("vnode", p.Vnode).With("node", n.cfg.Name).With("state", c.State).With("epoch", t.Epoch)
 }
 
 // answer is a report that is being answered.

@@ -114,9 +114,11 @@ func (n *Node) status() *adminv1.NodeStatus {
 		})
 	}
 	for _, p := range n.joiner.Progress() {
-		s.Copies = append(s.Copies, &adminv1.CopyProgress{
-			Vnode: p.Vnode, NamespaceId: p.Namespace, SinceEpoch: p.Since, Joined: p.Joined, CompleteAtMs: uint64(p.CompleteAtMillis), WaitsFor: p.WaitsFor,
-		})
+		out := &adminv1.CopyProgress{Vnode: p.Vnode, NamespaceId: p.Namespace, SinceEpoch: p.Since, Joined: p.Joined, WaitsFor: p.WaitsFor}
+		if p.Known {
+			out.CompleteAtMs = uint64(n.clock.Wall() - p.Behind.Milliseconds())
+		}
+		s.Copies = append(s.Copies, out)
 	}
 	s.LeaseMs = uint64(n.reporting.left(n.fence.Topology()).Milliseconds())
 	s.RequestsInFlight = uint32(n.coordinator.InFlight().Requests)

@@ -131,7 +131,7 @@ func (b *copySteps) vnode(s *topology.State, ns *topology.Namespace, vnode uint3
 	for _, c := range copies {
 		in := slices.Contains(wanted, c.Node)
 		goes := !in && mayGo(s, ns, c, len(wanted) > 0, covered, v)
-		if next, _ := nextCopy(b.t, ns, vnode, c, in, goes, v); next != c.State {
+		if next := nextCopy(ns, vnode, c, in, goes, v); next != c.State {
 			b.add(ns, vnode, c, next)
 		}
 	}
@@ -154,57 +154,43 @@ func mayGo(s *topology.State, ns *topology.Namespace, c topology.Copy, others, c
 	return v.lacksFor(s.Topology, c.Node) && ns.Reporting.Policy != topology.ReportingBlock
 }
 
-// nextCopy returns the state that a copy can go to, 0 if it is given up, and what it waits
-// for where it stays.
+// nextCopy returns the state that a copy can go to, 0 if it is given up.
 //
 // Invariant 13: a copy is let go of by way of Evicting only, once its node has taken that
 // in or any lease it may have is over.
-func nextCopy(t *topology.Topology, ns *topology.Namespace, vnode uint32, c topology.Copy, in, goes bool, v view) (_ topology.CopyState, waitsFor string) {
-	name, healthy := t.NodeName(c.Node), v.healthy(c.Node)
+func nextCopy(ns *topology.Namespace, vnode uint32, c topology.Copy, in, goes bool, v view) topology.CopyState {
 	switch c.State {
 	case topology.Filling:
-		f := copyFilling(vnode, c, v)
 		switch {
 		case goes:
-			return 0, ""
-		case f.GetComplete():
-			return topology.Behind, ""
+			return 0
+		case copyFilling(vnode, c, v).GetComplete():
+			return topology.Behind
 		}
-		return c.State, f.GetWaitsFor()
 	case topology.Behind:
 		switch {
 		case goes:
-			return 0, ""
-		case !in:
-			return c.State, "others are to take its place"
-		case !ns.Reporting.Waits():
-			return c.State, "no write waits for it: reporting is " + ns.Reporting.Policy.String()
-		case !healthy:
-			return c.State, name + " is not healthy"
-		case v.pause(c) > 0:
-			return c.State, fmt.Sprintf("it held writes up, and is tried again in %s", v.pause(c).Round(100*time.Millisecond))
+			return 0
+		case in && ns.Reporting.Waits() && v.healthy(c.Node) && v.pause(c) == 0:
+			return topology.Joining
 		}
-		return topology.Joining, ""
 	case topology.Joining:
-		p := copyProgress(vnode, c, v)
 		switch {
-		case !in, !ns.Reporting.Waits(), !healthy:
-			return topology.Behind, ""
-		case p.GetJoined():
-			return topology.InSync, ""
+		case !in, !ns.Reporting.Waits(), !v.healthy(c.Node):
+			return topology.Behind
+		case copyProgress(vnode, c, v).GetJoined():
+			return topology.InSync
 		}
-		return c.State, p.GetWaitsFor()
 	case topology.InSync:
 		if goes || !ns.Reporting.Waits() || ns.Reporting.Policy == topology.ReportingDegrade && v.unhealthy(c.Node) {
-			return topology.Evicting, ""
+			return topology.Evicting
 		}
 	case topology.Evicting:
 		if v.epoch(c.Node) >= c.Since || v.copyAge(vnode, c) >= leaseEnds || mutant.On("lease-not-awaited") {
-			return topology.Behind, ""
+			return topology.Behind
 		}
-		return c.State, "the end of its lease"
 	}
-	return c.State, ""
+	return c.State
 }
 
 // copyFilling returns what a reporting node says of the filling of a copy, or nil.

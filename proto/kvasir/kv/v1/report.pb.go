@@ -392,7 +392,7 @@ type ReportSnapshot struct {
 	TakenAtMs uint64 `protobuf:"varint,3,opt,name=taken_at_ms,json=takenAtMs,proto3" json:"taken_at_ms,omitempty"`
 	// All copies were in sync: every write acknowledged before the request is in it.
 	InSync bool `protobuf:"varint,4,opt,name=in_sync,json=inSync,proto3" json:"in_sync,omitempty"`
-	// Else every write is that was acknowledged so long before it was taken.
+	// Else every write is that was acknowledged so long before the request.
 	StalenessMs   uint64 `protobuf:"varint,5,opt,name=staleness_ms,json=stalenessMs,proto3" json:"staleness_ms,omitempty"`
 	Vnodes        uint32 `protobuf:"varint,6,opt,name=vnodes,proto3" json:"vnodes,omitempty"`
 	unknownFields protoimpl.UnknownFields
