@@ -56,6 +56,7 @@ type fake struct {
 		overtaken int
 		// holds: nodes say what they hold.
 		holds      bool
+		heldBack   []uint64
 		puts       []*kvv1.PutRequest
 		batches    int
 		batching   int

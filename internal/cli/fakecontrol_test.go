@@ -183,6 +183,37 @@ func (n *fakeNode) DropNamespace(_ context.Context, r *adminv1.DropNamespaceRequ
 	return &adminv1.DropNamespaceResponse{Epoch: n.f.mu.topology.GetEpoch()}, nil
 }
 
+// HoldBack drains a node or takes that back. One that is drained has half of its copies when
+// it is asked for first.
+func (n *fakeNode) HoldBack(_ context.Context, r *adminv1.HoldBackRequest) (*adminv1.HoldBackResponse, error) {
+	f := n.f
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err := f.led(); err != nil {
+		return nil, err
+	}
+	f.mu.heldBack = slices.DeleteFunc(f.mu.heldBack, func(inc uint64) bool { return inc == r.GetIncarnation() })
+	if r.GetHeld() {
+		f.mu.heldBack = append(f.mu.heldBack, r.GetIncarnation())
+	}
+	return &adminv1.HoldBackResponse{}, nil
+}
+
+// copiesGo takes half of their copies from drained nodes, or the last one.
+func (f *fake) copiesGo() {
+	for _, inc := range f.mu.heldBack {
+		var with []*topologyv1.Vnode
+		for _, v := range f.mu.topology.GetRing() {
+			if slices.ContainsFunc(v.GetCopies(), func(c *topologyv1.Copy) bool { return c.GetNode() == inc }) {
+				with = append(with, v)
+			}
+		}
+		for _, v := range with[:(len(with)+1)/2] {
+			v.Copies = slices.DeleteFunc(v.GetCopies(), func(c *topologyv1.Copy) bool { return c.GetNode() == inc })
+		}
+	}
+}
+
 func (n *fakeNode) ListChanges(_ context.Context, r *adminv1.ListChangesRequest) (*adminv1.ListChangesResponse, error) {
 	n.f.mu.Lock()
 	defer n.f.mu.Unlock()
@@ -299,7 +330,8 @@ func (n *fakeNode) GetClusterStatus(context.Context, *adminv1.GetClusterStatusRe
 	f := n.f
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	resp := &adminv1.GetClusterStatusResponse{Topology: proto.CloneOf(f.mu.topology), AnsweredBy: "node1", ControlPlaneAvailable: f.mu.controlled}
+	resp := &adminv1.GetClusterStatusResponse{Topology: proto.CloneOf(f.mu.topology), AnsweredBy: "node1", ControlPlaneAvailable: f.mu.controlled, HeldBack: slices.Clone(f.mu.heldBack)}
+	f.copiesGo()
 	for _, node := range f.mu.topology.GetNodes() {
 		on := &adminv1.ObservedNode{
 			Health: proto.CloneOf(f.mu.health[node.GetIncarnation()]), Status: proto.CloneOf(f.mu.status[node.GetIncarnation()]), AgeMs: f.mu.ages[node.GetIncarnation()],

@@ -182,7 +182,7 @@ func (s *clusterStatus) writeNode(w io.Writer, n *observedNode) {
 		"node", fmt.Sprintf("%s (#%d), %s, zone %s", n.Name, n.Incarnation, n.Role, n.Zone),
 		"address", fmt.Sprintf("%s, admin %s", n.Address, n.AdminAddress),
 	}, s.evidence(n)...)
-	pairs = append(pairs, "slots", fmt.Sprint(s.topology.SlotCounts(quorum.MaxN)[n.Incarnation]))
+	pairs = append(pairs, s.holds(n)...)
 	st := n.status
 	if st == nil {
 		fields(w, pairs...)
@@ -215,6 +215,18 @@ func (s *clusterStatus) writeNode(w io.Writer, n *observedNode) {
 	}
 	writeChecks(w, n.checks)
 	writeNodeTables(w, s.topology, st)
+}
+
+// holds says how much of the ring a node has.
+func (s *clusterStatus) holds(n *observedNode) []string {
+	name, text := "slots", fmt.Sprint(s.topology.SlotCounts(quorum.MaxN)[n.Incarnation])
+	if n.Role == topology.Reporting {
+		name, text = "copies", fmt.Sprint(copiesOn(s.topology, n.Incarnation))
+	}
+	if s.drained(n.Incarnation) {
+		text += ", drained: it is given none until people ask"
+	}
+	return []string{name, text}
 }
 
 // fillingText says how many of the vnodes that a node is being filled with have come,

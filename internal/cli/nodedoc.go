@@ -18,6 +18,8 @@ type nodeDoc struct {
 	Address      string `json:"address"`
 	AdminAddress string `json:"admin_address"`
 	Slots        int    `json:"slots"`
+	// Drained: the node is given nothing until people ask; known to the orchestrators only.
+	Drained      bool   `json:"drained"`
 	State        string `json:"state"`
 	StateReason  string `json:"state_reason"`
 	Health       string `json:"health"`
@@ -110,7 +112,7 @@ func (s *clusterStatus) nodeDocs() []nodeDoc {
 		}
 		docs = append(docs, nodeDoc{
 			Name: n.Name, Incarnation: n.Incarnation, Role: n.Role.String(), Zone: n.Zone, Address: n.Address, AdminAddress: n.AdminAddress,
-			Slots: slots[n.Incarnation], State: stateText(n.status.GetState()), StateReason: n.status.GetReason(),
+			Slots: slots[n.Incarnation], Drained: s.drained(n.Incarnation), State: stateText(n.status.GetState()), StateReason: n.status.GetReason(),
 			Health: n.healthText(), HealthReason: n.reason, Status: s.statusDoc(n),
 			HealthSince: since, Gossip: n.gossip, UnreachableBy: by, Checks: checkDocs(n.checks),
 		})

@@ -74,12 +74,24 @@ func (a *App) reportingStatus(ctx context.Context) error {
 	}
 	doc := struct {
 		Copies  []*copiesDoc `json:"copies"`
+		Drained []string     `json:"drained"`
 		History []changeDoc  `json:"history"`
-	}{s.copies(time.Now()), []changeDoc{}}
+	}{s.copies(time.Now()), s.drainedReporting(), []changeDoc{}}
 	for _, c := range changes {
 		doc.History = append(doc.History, changeDoc{c.GetEpoch(), time.UnixMilli(int64(c.GetAtMs())).UTC().Format(time.RFC3339Nano), c.GetWhat()})
 	}
 	return a.print(doc, func(w io.Writer) { writeCopies(w, s, doc.Copies, changes) })
+}
+
+// drainedReporting names the reporting nodes that people drained.
+func (s *clusterStatus) drainedReporting() []string {
+	out := []string{}
+	for _, n := range s.nodes {
+		if n.Role == topology.Reporting && s.drained(n.Incarnation) {
+			out = append(out, n.Name)
+		}
+	}
+	return out
 }
 
 // copies returns what reporting nodes have of each namespace.
@@ -141,7 +153,7 @@ func copiesOf(t *topology.Topology, ns *topology.Namespace, n observedNode, now 
 
 func writeCopies(w io.Writer, s *clusterStatus, docs []*copiesDoc, changes []*topologyv1.Change) {
 	if len(docs) == 0 {
-		fmt.Fprintln(w, noCopies(s.topology))
+		fmt.Fprintln(w, s.noCopies())
 	} else {
 		t := newTable("NAMESPACE", "POLICY", "NODE", ">IN SYNC", ">OTHERS", ">BEHIND", ">LEASE", "STATE")
 		for _, d := range docs {
@@ -177,6 +189,9 @@ func writeCopies(w io.Writer, s *clusterStatus, docs []*copiesDoc, changes []*to
 			}
 		}
 	}
+	for _, name := range s.drainedReporting() {
+		fmt.Fprintf(w, "\n%s is drained: kvctl node drain %s --undo has it given copies again\n", name, name)
+	}
 	if len(changes) > 0 {
 		fmt.Fprintln(w)
 		t := newTable(">EPOCH", "WHEN", "WHAT")
@@ -188,15 +203,15 @@ func writeCopies(w io.Writer, s *clusterStatus, docs []*copiesDoc, changes []*to
 }
 
 // noCopies says why no reporting node has a copy.
-func noCopies(t *topology.Topology) string {
+func (s *clusterStatus) noCopies() string {
 	nodes, wanted := 0, 0
-	for i := range t.Nodes {
-		if t.Nodes[i].Role == topology.Reporting {
+	for _, n := range s.nodes {
+		if n.Role == topology.Reporting {
 			nodes++
 		}
 	}
-	for i := range t.Namespaces {
-		if t.Namespaces[i].Reporting.Copies > 0 {
+	for _, ns := range s.topology.Namespaces {
+		if ns.Reporting.Copies > 0 {
 			wanted++
 		}
 	}
@@ -204,7 +219,9 @@ func noCopies(t *topology.Topology) string {
 	case wanted == 0:
 		return "no namespace has copies for reports: kvctl namespace set NAME --reporting block|degrade|best_effort"
 	case nodes == 0:
-		return fmt.Sprintf("%s to have copies for reports, and there is no reporting node: start one with kvnode --role reporting", plural(wanted, "namespace"))
+		return fmt.Sprintf("copies for reports are wanted by %s, and there is no reporting node: start one with kvnode --role reporting", plural(wanted, "namespace"))
+	case nodes == len(s.drainedReporting()):
+		return fmt.Sprintf("copies for reports are wanted by %s, and every reporting node is drained", plural(wanted, "namespace"))
 	}
 	return "no copy has been begun yet"
 }

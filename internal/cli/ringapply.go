@@ -241,7 +241,7 @@ func ignoreEOF(err error) error {
 	return err
 }
 
-// nodeOperations are the subcommands of node that start an operation.
+// nodeOperations are the subcommands of node that take what it has from it.
 func (a *App) nodeOperations() []*cobra.Command {
 	change := func(use, short, long, example string, request func(args []string) (planRequest, error)) *cobra.Command {
 		var f applyFlags
@@ -260,13 +260,7 @@ func (a *App) nodeOperations() []*cobra.Command {
 		return cmd
 	}
 	return []*cobra.Command{
-		change("drain NODE", "Move a node's slots to the others",
-			`Moves all slots of a node to the others, evenly. It stays in the cluster as a spare: it
-coordinates requests and holds no data, and can be given slots again.`,
-			"  kvctl node drain node3 --wait",
-			func(args []string) (planRequest, error) {
-				return planRequest{kind: "drain", remove: args}, nil
-			}),
+		a.nodeDrain(),
 		change("decommission NODE", "Move a node's slots to the others, and let it leave",
 			`Moves all slots of a node to the others, evenly, and then removes it from the cluster. It
 may be dead: then its replicas are rebuilt from the others. Its data directory can join

@@ -421,6 +421,9 @@ func (r planRequest) replaced(t *topology.Topology) (old, spare *topology.Node, 
 	if spare, err = resolveNode(t, to); err != nil {
 		return nil, nil, err
 	}
+	if old.Role == topology.Reporting {
+		return nil, nil, reportingNode(old.Name)
+	}
 	if t.SlotCounts(quorum.MaxN)[old.Incarnation] == 0 {
 		return nil, nil, usagef("%s has no slots: there is nothing to replace", old.Name)
 	}
@@ -462,9 +465,14 @@ func (planRequest) find(t *topology.Topology, nodes []*planned, name string) (*p
 	}
 	i := slices.IndexFunc(nodes, func(p *planned) bool { return p.ID == n.Incarnation })
 	if i < 0 {
-		return nil, usagef("%s is a reporting node, which has no slots: its copies go to others by themselves with kvctl node decommission %s", name, name)
+		return nil, reportingNode(n.Name)
 	}
 	return nodes[i], nil
+}
+
+// reportingNode says how copies are moved, which no plan does.
+func reportingNode(name string) error {
+	return usagef("%s is a reporting node, which has no slots: others take its copies by themselves with kvctl node drain %s, or kvctl node decommission %s", name, name, name)
 }
 
 // evenness measures how evenly nodes have something, of which there is some.

@@ -32,6 +32,12 @@ type clusterStatus struct {
 	// conditions are what holds at present, by word of the orchestrators.
 	conditions []*topologyv1.Condition
 	losses     []topology.Loss
+	heldBack   []uint64
+}
+
+// drained reports whether people drained a node, by word of the orchestrators.
+func (s *clusterStatus) drained(incarnation uint64) bool {
+	return slices.Contains(s.heldBack, incarnation)
 }
 
 // observedNode is what is known of a node.
@@ -70,7 +76,7 @@ func statusFromProto(resp *adminv1.GetClusterStatusResponse) (*clusterStatus, er
 	}
 	s := &clusterStatus{
 		topology: t, orchestrators: resp.GetOrchestrators(), answeredBy: resp.GetAnsweredBy(), controlled: resp.GetControlPlaneAvailable(),
-		conditions: resp.GetConditions(),
+		conditions: resp.GetConditions(), heldBack: resp.GetHeldBack(),
 	}
 	for _, l := range resp.GetLosses() {
 		s.losses = append(s.losses, topology.LossFromProto(l))

@@ -221,8 +221,12 @@ func (r *rig) control(name string) adminv1.ControlServiceClient {
 // conn returns the connection to one process.
 func (r *rig) conn(name string) *grpc.ClientConn {
 	r.t.Helper()
-	i := slices.IndexFunc(r.status(), func(p devcluster.Status) bool { return p.Name == name })
-	address := r.status()[i].ClientAddr
+	processes := r.status() // once: there may be others a moment later
+	i := slices.IndexFunc(processes, func(p devcluster.Status) bool { return p.Name == name })
+	if i < 0 {
+		r.t.Fatalf("there is no process %s", name)
+	}
+	address := processes[i].ClientAddr
 	r.conns.Lock()
 	defer r.conns.Unlock()
 	if cc := r.conns.to[address]; cc != nil {

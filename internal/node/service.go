@@ -288,6 +288,10 @@ func (s controlService) AcceptLoss(ctx context.Context, r *adminv1.AcceptLossReq
 	return forward(ctx, s.node, change, r, adminv1.ControlServiceClient.AcceptLoss)
 }
 
+func (s controlService) HoldBack(ctx context.Context, r *adminv1.HoldBackRequest) (*adminv1.HoldBackResponse, error) {
+	return forward(ctx, s.node, idempotent, r, adminv1.ControlServiceClient.HoldBack)
+}
+
 func (s controlService) ListProvisions(ctx context.Context, r *adminv1.ListProvisionsRequest) (*adminv1.ListProvisionsResponse, error) {
 	return forward(ctx, s.node, idempotent, r, adminv1.ControlServiceClient.ListProvisions)
 }

@@ -361,6 +361,35 @@ func (s controlService) listChanges(ctx context.Context, r *adminv1.ListChangesR
 	}
 }
 
+func (s controlService) HoldBack(ctx context.Context, r *adminv1.HoldBackRequest) (*adminv1.HoldBackResponse, error) {
+	return onLeader(ctx, s.o, idempotent, r, s.holdBack, adminv1.ControlServiceClient.HoldBack)
+}
+
+func (s controlService) holdBack(ctx context.Context, r *adminv1.HoldBackRequest) (*adminv1.HoldBackResponse, error) {
+	t, err := s.ofCluster(r.GetClusterId())
+	if err != nil {
+		return nil, err
+	}
+	subject, what := "node", "drained: it is given nothing until people ask"
+	if n := t.Node(r.GetIncarnation()); n != nil && n.Role == topology.Reporting {
+		subject = "reporting"
+	}
+	if !r.GetHeld() {
+		what = "drained no more"
+	}
+	name := t.NodeName(r.GetIncarnation())
+	_, err = s.o.change(ctx, func(*topology.State) (*topologyv1.Command, error) {
+		return &topologyv1.Command{
+			Change:    &topologyv1.Change{Subject: subject, Name: name, What: fmt.Sprintf("%s, #%d, is %s", name, r.GetIncarnation(), what)},
+			Mutations: []*topologyv1.Mutation{{Kind: &topologyv1.Mutation_HoldBack{HoldBack: &topologyv1.HoldBack{Incarnation: r.GetIncarnation(), Held: r.GetHeld()}}}},
+		}, nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &adminv1.HoldBackResponse{}, nil
+}
+
 func (s controlService) ListProvisions(ctx context.Context, r *adminv1.ListProvisionsRequest) (*adminv1.ListProvisionsResponse, error) {
 	return onLeader(ctx, s.o, idempotent, r, s.listProvisions, adminv1.ControlServiceClient.ListProvisions)
 }
@@ -390,7 +419,7 @@ func (s controlService) clusterStatus(ctx context.Context, _ *adminv1.GetCluster
 		return nil, noLeader()
 	}
 	t := state.Topology
-	resp := &adminv1.GetClusterStatusResponse{Topology: t.Proto(), AnsweredBy: s.o.cfg.Name, ControlPlaneAvailable: true}
+	resp := &adminv1.GetClusterStatusResponse{Topology: t.Proto(), AnsweredBy: s.o.cfg.Name, ControlPlaneAvailable: true, HeldBack: state.DrainedNodes()}
 	for _, c := range state.Conditions {
 		resp.Conditions = append(resp.Conditions, c.Proto())
 	}

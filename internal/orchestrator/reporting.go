@@ -88,7 +88,8 @@ func hasCopies(t *topology.Topology, ns *topology.Namespace) bool {
 	})
 }
 
-// reportingNodes returns the nodes that copies are for: those that neither are dead nor leave.
+// reportingNodes returns the nodes that copies are for: those that neither are dead, nor
+// drained, nor leave.
 func reportingNodes(s *topology.State, v view) (out []placement.Node) {
 	t := s.Topology
 	for i := range t.Nodes {
@@ -106,10 +107,10 @@ func (v view) lacksFor(t *topology.Topology, incarnation uint64) bool {
 	return n == nil || t.Lost(incarnation) || t.Resolve(n.Name) != n || v.dead(t, incarnation)
 }
 
-// leaves reports whether people have an operation take a node out.
+// leaves reports whether people have a node give its copies to others.
 func leaves(s *topology.State, incarnation uint64) bool {
 	op := s.Active()
-	return op != nil && op.State == topology.Running && slices.Contains(op.Remove, incarnation)
+	return s.HeldBack(incarnation) || op != nil && op.State == topology.Running && slices.Contains(op.Remove, incarnation)
 }
 
 // copySteps gathers what one command takes further.

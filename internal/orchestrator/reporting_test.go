@@ -280,6 +280,50 @@ func TestCopiesMoveToNewNodesAndFromThoseThatLeave(t *testing.T) {
 	}
 }
 
+func TestADrainedReportingNodeHasNoCopies(t *testing.T) {
+	hold := func(r *reportingRig, node uint64, held bool) {
+		r.apply(&topologyv1.Mutation{Kind: &topologyv1.Mutation_HoldBack{HoldBack: &topologyv1.HoldBack{Incarnation: node, Held: held}}})
+	}
+	for _, policy := range []topology.ReportingPolicy{topology.ReportingBlock, topology.ReportingDegrade, topology.ReportingBestEffort} {
+		r := newReportingRig(t, 1, policy, 1)
+		r.register("r5")
+		r.run()
+		state := topology.InSync
+		if policy == topology.ReportingBestEffort {
+			state = topology.Behind
+		}
+		r.wants(4, state, 8)
+		// Its copies stay where they are until others are as good.
+		hold(r, 4, true)
+		r.unfilled = true
+		r.run()
+		r.wants(4, state, 8)
+		r.unfilled = false
+		r.run()
+		r.wants(4, state, 0)
+		r.wants(5, state, 16)
+		// It is a node still, and stays without until people say so.
+		r.run()
+		r.wants(4, state, 0)
+		hold(r, 4, false)
+		r.clock += rejoinPause
+		r.run()
+		r.wants(4, state, 8)
+		// There is nobody to take those of the last one.
+		hold(r, 4, true)
+		hold(r, 5, true)
+		r.run()
+		r.wants(4, state, 0)
+		r.wants(5, state, 0)
+		// One that leaves is not remembered.
+		r.s = start(t, r.s, "decommission", nil, 4)
+		r.run()
+		if got := r.s.DrainedNodes(); r.s.Topology.Node(4) != nil || !slices.Equal(got, []uint64{5}) {
+			t.Errorf("drained are %v", got)
+		}
+	}
+}
+
 // A node that comes back with an empty disk is another one of the same name: its copies are
 // made anew, the old ones end with their lease, and nothing else waits for that.
 func TestAReportingNodeThatLostItsDisk(t *testing.T) {

@@ -155,10 +155,29 @@ func (r *run) setReporting(namespace string, policy topologyv1.ReportingPolicy, 
 	return err
 }
 
+// drain has a reporting node give its copies away, or be given some again.
+func (r *run) drain(name string, held bool) error {
+	t := r.topologies.latest()
+	n := t.Resolve(name)
+	if n == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), opTimeout)
+	defer cancel()
+	_, err := r.control().HoldBack(ctx, &adminv1.HoldBackRequest{ClusterId: t.ClusterID, Incarnation: n.Incarnation, Held: held})
+	return err
+}
+
 // reportInTheEnd has the copies come into sync by themselves, and a report hold everything.
 func (r *run) reportInTheEnd() bool {
 	if !r.cfg.reports() {
 		return true
+	}
+	for i := range reportingNodes {
+		if err := r.drain(fmt.Sprint("report", i+1), false); err != nil {
+			r.history.violate(0, "a reporting node stays drained: %v", err)
+			return false
+		}
 	}
 	for _, namespace := range reported {
 		if err := r.setReporting(namespace, topologyv1.ReportingPolicy_REPORTING_POLICY_BLOCK, 2, time.Second); err != nil {
@@ -206,11 +225,12 @@ func (r *run) notInSync() string {
 	return ""
 }
 
-// reportingNode has a reporting node end, stop, lose its network or its disk, or get slow.
+// reportingNode has a reporting node end, stop, lose its network or its disk, get slow, or be
+// drained.
 func (f *faults) reportingNode(rng *rand.Rand) {
 	name := fmt.Sprint("report", 1+rng.IntN(reportingNodes))
 	w := f.r.w
-	switch rng.IntN(9) {
+	switch rng.IntN(10) {
 	case 0, 1:
 		how := Crash(rng.IntN(2))
 		f.note("reporting node "+[]string{"kill -9", "power cut"}[how], "%s", name)
@@ -246,6 +266,14 @@ func (f *faults) reportingNode(rng *rand.Rand) {
 		f.mu.Lock()
 		delete(f.mu.slow, name)
 		f.mu.Unlock()
+	case 8:
+		f.note("reporting node drained", "%s", name)
+		for _, held := range []bool{true, false} {
+			if err := f.r.drain(name, held); err != nil {
+				f.r.history.Note("%s not drained, or not any more: %v", name, err)
+			}
+			pause(rng, 12)
+		}
 	default:
 		f.note("reporting node loses its disk", "%s", name)
 		f.end(name, Kill)

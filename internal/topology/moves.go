@@ -139,6 +139,7 @@ func (d *draft) removeNodes(m *topologyv1.RemoveNodes) error {
 		}
 		d.Topology.Nodes = slices.Delete(d.Topology.Nodes, i, i+1)
 		delete(d.boots, inc)
+		d.heldBack = slices.DeleteFunc(d.heldBack, func(held uint64) bool { return held == inc })
 		d.Health = slices.DeleteFunc(d.Health, func(h FoundHealth) bool { return h.Incarnation == inc })
 		d.changed = true
 	}

@@ -129,12 +129,39 @@ func (t *Topology) mayEnd(op *Operation) bool {
 // kindDrain is the kind of the operations that take all slots from a node that stays.
 const kindDrain = "drain"
 
-// HeldBack reports whether people drained a node: it is given slots only when they ask.
+// HeldBack reports whether people drained a node: it is given slots, or copies, only when
+// they ask.
 func (s *State) HeldBack(incarnation uint64) bool { return slices.Contains(s.heldBack, incarnation) }
 
-// holdBack notes the nodes that an operation drained.
-func (d *draft) holdBack(op *Operation) {
-	d.heldBack = slices.DeleteFunc(d.heldBack, func(inc uint64) bool { return d.Topology.Names(inc) || d.Topology.Node(inc) == nil })
+// DrainedNodes returns the nodes that are HeldBack.
+func (s *State) DrainedNodes() []uint64 { return slices.Clone(s.heldBack) }
+
+// holdBack notes that people drained a reporting node, or that a node may be given
+// something again.
+func (d *draft) holdBack(m *topologyv1.HoldBack) error {
+	n := d.Topology.Node(m.GetIncarnation())
+	switch {
+	case n == nil:
+		return refuse(NotFound, "NODE_NOT_FOUND", fmt.Sprintf("there is no node #%d", m.GetIncarnation()), "incarnation", m.GetIncarnation())
+	case m.GetHeld() == d.HeldBack(n.Incarnation):
+		return nil
+	case !m.GetHeld():
+		d.heldBack = slices.DeleteFunc(d.heldBack, func(inc uint64) bool { return inc == n.Incarnation })
+	case n.Role != Reporting:
+		return refuse(Invalid, "NODE_HAS_SLOTS", fmt.Sprintf("node %s, #%d, is no reporting node: an operation of kind drain takes its slots from it", n.Name, n.Incarnation), "incarnation", n.Incarnation)
+	default:
+		d.heldBack = append(d.heldBack, n.Incarnation)
+	}
+	d.noted = true
+	return nil
+}
+
+// holdDrained notes the nodes that an operation drained.
+func (d *draft) holdDrained(op *Operation) {
+	d.heldBack = slices.DeleteFunc(d.heldBack, func(inc uint64) bool {
+		n := d.Topology.Node(inc)
+		return n == nil || n.Role == Data && d.Topology.Names(inc)
+	})
 	if op.Kind != kindDrain || op.State != Done {
 		return
 	}
@@ -278,7 +305,7 @@ func (d *draft) steerOperation(pb *topologyv1.SteerOperation, atMillis int64) er
 	d.noted = true
 	if next.Ended() {
 		op.EndedMillis = atMillis
-		d.holdBack(op)
+		d.holdDrained(op)
 		d.forgetEnded()
 	}
 	return nil

@@ -132,6 +132,38 @@ func TestCopiesAreOnReportingNodes(t *testing.T) {
 	c.must(remove(4))
 }
 
+func TestOnlyReportingNodesAreDrainedAtOnce(t *testing.T) {
+	c := reporting(t, topology.ReportingBlock)
+	hold := func(node uint64, held bool) *topologyv1.Mutation {
+		return &topologyv1.Mutation{Kind: &topologyv1.Mutation_HoldBack{HoldBack: &topologyv1.HoldBack{Incarnation: node, Held: held}}}
+	}
+	_, err := c.apply(hold(1, true))
+	wantRefusal(t, err, topology.Invalid, "NODE_HAS_SLOTS")
+	_, err = c.apply(hold(99, true))
+	wantRefusal(t, err, topology.NotFound, "NODE_NOT_FOUND")
+	epoch, notes := c.state.Topology.Epoch, len(c.state.History)
+	for _, held := range []bool{true, true, false, false} {
+		c.must(hold(4, held))
+		if c.state.HeldBack(4) != held {
+			t.Errorf("drained: %v, want %v", !held, held)
+		}
+	}
+	// It concerns nobody but the leader, and is in the history once each way.
+	if c.state.Topology.Epoch != epoch || len(c.state.History) != notes+2 {
+		t.Errorf("epoch %d, was %d; %d changes, were %d", c.state.Topology.Epoch, epoch, len(c.state.History), notes)
+	}
+	// Copies do not make it forgotten, as slots do of a data node.
+	c.must(setCopy(0, 4, topology.Filling))
+	c.must(hold(4, true))
+	op := c.must(&topologyv1.Mutation{Kind: &topologyv1.Mutation_StartOperation{StartOperation: &topologyv1.StartOperation{Operation: &topologyv1.Operation{
+		Kind: "decommission", Remove: []uint64{4},
+	}}}}).Operation
+	c.must(&topologyv1.Mutation{Kind: &topologyv1.Mutation_SteerOperation{SteerOperation: &topologyv1.SteerOperation{Id: op.ID, State: topologyv1.Operation_STATE_DONE}}})
+	if !c.state.HeldBack(4) {
+		t.Error("forgotten")
+	}
+}
+
 // What becomes of copies when slots move, when their namespace goes, and in a new
 // generation.
 func TestCopiesStayWithTheirVnodes(t *testing.T) {

@@ -249,6 +249,8 @@ func (d *draft) mutate(m *topologyv1.Mutation, atMillis int64) error {
 		return d.setVnodes(m.SetVnodes)
 	case *topologyv1.Mutation_SetCopies:
 		return d.setCopies(m.SetCopies)
+	case *topologyv1.Mutation_HoldBack:
+		return d.holdBack(m.HoldBack)
 	case *topologyv1.Mutation_RemoveNodes:
 		return d.removeNodes(m.RemoveNodes)
 	case *topologyv1.Mutation_StartOperation:

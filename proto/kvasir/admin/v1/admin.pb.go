@@ -84,7 +84,7 @@ func (x NodeStatus_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use NodeStatus_State.Descriptor instead.
 func (NodeStatus_State) EnumDescriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{41, 0}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{43, 0}
 }
 
 type VnodeRepair_State int32
@@ -144,7 +144,7 @@ func (x VnodeRepair_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use VnodeRepair_State.Descriptor instead.
 func (VnodeRepair_State) EnumDescriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{56, 0}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{58, 0}
 }
 
 type GrantLeaseRequest struct {
@@ -367,6 +367,102 @@ func (x *EvictCopiesResponse) GetEpoch() uint64 {
 	return 0
 }
 
+type HoldBackRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	ClusterId     string                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
+	Incarnation   uint64                 `protobuf:"varint,2,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	Held          bool                   `protobuf:"varint,3,opt,name=held,proto3" json:"held,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HoldBackRequest) Reset() {
+	*x = HoldBackRequest{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HoldBackRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HoldBackRequest) ProtoMessage() {}
+
+func (x *HoldBackRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HoldBackRequest.ProtoReflect.Descriptor instead.
+func (*HoldBackRequest) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *HoldBackRequest) GetClusterId() string {
+	if x != nil {
+		return x.ClusterId
+	}
+	return ""
+}
+
+func (x *HoldBackRequest) GetIncarnation() uint64 {
+	if x != nil {
+		return x.Incarnation
+	}
+	return 0
+}
+
+func (x *HoldBackRequest) GetHeld() bool {
+	if x != nil {
+		return x.Held
+	}
+	return false
+}
+
+type HoldBackResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HoldBackResponse) Reset() {
+	*x = HoldBackResponse{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HoldBackResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HoldBackResponse) ProtoMessage() {}
+
+func (x *HoldBackResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HoldBackResponse.ProtoReflect.Descriptor instead.
+func (*HoldBackResponse) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{5}
+}
+
 type RegisterNodeRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	ClusterId     string                 `protobuf:"bytes,1,opt,name=cluster_id,json=clusterId,proto3" json:"cluster_id,omitempty"`
@@ -390,7 +486,7 @@ type RegisterNodeRequest struct {
 
 func (x *RegisterNodeRequest) Reset() {
 	*x = RegisterNodeRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[4]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -402,7 +498,7 @@ func (x *RegisterNodeRequest) String() string {
 func (*RegisterNodeRequest) ProtoMessage() {}
 
 func (x *RegisterNodeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[4]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -415,7 +511,7 @@ func (x *RegisterNodeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterNodeRequest.ProtoReflect.Descriptor instead.
 func (*RegisterNodeRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{4}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *RegisterNodeRequest) GetClusterId() string {
@@ -505,7 +601,7 @@ type RegisterNodeResponse struct {
 
 func (x *RegisterNodeResponse) Reset() {
 	*x = RegisterNodeResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[5]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -517,7 +613,7 @@ func (x *RegisterNodeResponse) String() string {
 func (*RegisterNodeResponse) ProtoMessage() {}
 
 func (x *RegisterNodeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[5]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -530,7 +626,7 @@ func (x *RegisterNodeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RegisterNodeResponse.ProtoReflect.Descriptor instead.
 func (*RegisterNodeResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{5}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *RegisterNodeResponse) GetIncarnation() uint64 {
@@ -568,7 +664,7 @@ type NamespaceSettings struct {
 
 func (x *NamespaceSettings) Reset() {
 	*x = NamespaceSettings{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[6]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -580,7 +676,7 @@ func (x *NamespaceSettings) String() string {
 func (*NamespaceSettings) ProtoMessage() {}
 
 func (x *NamespaceSettings) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[6]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -593,7 +689,7 @@ func (x *NamespaceSettings) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NamespaceSettings.ProtoReflect.Descriptor instead.
 func (*NamespaceSettings) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{6}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *NamespaceSettings) GetN() uint32 {
@@ -676,7 +772,7 @@ type CreateNamespaceRequest struct {
 
 func (x *CreateNamespaceRequest) Reset() {
 	*x = CreateNamespaceRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[7]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -688,7 +784,7 @@ func (x *CreateNamespaceRequest) String() string {
 func (*CreateNamespaceRequest) ProtoMessage() {}
 
 func (x *CreateNamespaceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[7]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -701,7 +797,7 @@ func (x *CreateNamespaceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNamespaceRequest.ProtoReflect.Descriptor instead.
 func (*CreateNamespaceRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{7}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *CreateNamespaceRequest) GetName() string {
@@ -729,7 +825,7 @@ type CreateNamespaceResponse struct {
 
 func (x *CreateNamespaceResponse) Reset() {
 	*x = CreateNamespaceResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[8]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -741,7 +837,7 @@ func (x *CreateNamespaceResponse) String() string {
 func (*CreateNamespaceResponse) ProtoMessage() {}
 
 func (x *CreateNamespaceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[8]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -754,7 +850,7 @@ func (x *CreateNamespaceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNamespaceResponse.ProtoReflect.Descriptor instead.
 func (*CreateNamespaceResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{8}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *CreateNamespaceResponse) GetNamespace() *v1.Namespace {
@@ -793,7 +889,7 @@ type UpdateNamespaceRequest struct {
 
 func (x *UpdateNamespaceRequest) Reset() {
 	*x = UpdateNamespaceRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[9]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -805,7 +901,7 @@ func (x *UpdateNamespaceRequest) String() string {
 func (*UpdateNamespaceRequest) ProtoMessage() {}
 
 func (x *UpdateNamespaceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[9]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -818,7 +914,7 @@ func (x *UpdateNamespaceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNamespaceRequest.ProtoReflect.Descriptor instead.
 func (*UpdateNamespaceRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{9}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *UpdateNamespaceRequest) GetName() string {
@@ -862,7 +958,7 @@ type UpdateNamespaceResponse struct {
 
 func (x *UpdateNamespaceResponse) Reset() {
 	*x = UpdateNamespaceResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[10]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -874,7 +970,7 @@ func (x *UpdateNamespaceResponse) String() string {
 func (*UpdateNamespaceResponse) ProtoMessage() {}
 
 func (x *UpdateNamespaceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[10]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -887,7 +983,7 @@ func (x *UpdateNamespaceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNamespaceResponse.ProtoReflect.Descriptor instead.
 func (*UpdateNamespaceResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{10}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *UpdateNamespaceResponse) GetNamespace() *v1.Namespace {
@@ -927,7 +1023,7 @@ type DropNamespaceRequest struct {
 
 func (x *DropNamespaceRequest) Reset() {
 	*x = DropNamespaceRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[11]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -939,7 +1035,7 @@ func (x *DropNamespaceRequest) String() string {
 func (*DropNamespaceRequest) ProtoMessage() {}
 
 func (x *DropNamespaceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[11]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -952,7 +1048,7 @@ func (x *DropNamespaceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DropNamespaceRequest.ProtoReflect.Descriptor instead.
 func (*DropNamespaceRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{11}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *DropNamespaceRequest) GetName() string {
@@ -971,7 +1067,7 @@ type DropNamespaceResponse struct {
 
 func (x *DropNamespaceResponse) Reset() {
 	*x = DropNamespaceResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[12]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -983,7 +1079,7 @@ func (x *DropNamespaceResponse) String() string {
 func (*DropNamespaceResponse) ProtoMessage() {}
 
 func (x *DropNamespaceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[12]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -996,7 +1092,7 @@ func (x *DropNamespaceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DropNamespaceResponse.ProtoReflect.Descriptor instead.
 func (*DropNamespaceResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{12}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *DropNamespaceResponse) GetEpoch() uint64 {
@@ -1023,7 +1119,7 @@ type UpdateSettingsRequest struct {
 
 func (x *UpdateSettingsRequest) Reset() {
 	*x = UpdateSettingsRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[13]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1035,7 +1131,7 @@ func (x *UpdateSettingsRequest) String() string {
 func (*UpdateSettingsRequest) ProtoMessage() {}
 
 func (x *UpdateSettingsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[13]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1048,7 +1144,7 @@ func (x *UpdateSettingsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateSettingsRequest.ProtoReflect.Descriptor instead.
 func (*UpdateSettingsRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{13}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *UpdateSettingsRequest) GetValues() map[string]string {
@@ -1090,7 +1186,7 @@ type UpdateSettingsResponse struct {
 
 func (x *UpdateSettingsResponse) Reset() {
 	*x = UpdateSettingsResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[14]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1102,7 +1198,7 @@ func (x *UpdateSettingsResponse) String() string {
 func (*UpdateSettingsResponse) ProtoMessage() {}
 
 func (x *UpdateSettingsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[14]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1115,7 +1211,7 @@ func (x *UpdateSettingsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateSettingsResponse.ProtoReflect.Descriptor instead.
 func (*UpdateSettingsResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{14}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *UpdateSettingsResponse) GetBefore() *v1.SettingsVersion {
@@ -1147,7 +1243,7 @@ type ListSettingsRequest struct {
 
 func (x *ListSettingsRequest) Reset() {
 	*x = ListSettingsRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[15]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1159,7 +1255,7 @@ func (x *ListSettingsRequest) String() string {
 func (*ListSettingsRequest) ProtoMessage() {}
 
 func (x *ListSettingsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[15]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1172,7 +1268,7 @@ func (x *ListSettingsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSettingsRequest.ProtoReflect.Descriptor instead.
 func (*ListSettingsRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{15}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{17}
 }
 
 type ListSettingsResponse struct {
@@ -1185,7 +1281,7 @@ type ListSettingsResponse struct {
 
 func (x *ListSettingsResponse) Reset() {
 	*x = ListSettingsResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[16]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1197,7 +1293,7 @@ func (x *ListSettingsResponse) String() string {
 func (*ListSettingsResponse) ProtoMessage() {}
 
 func (x *ListSettingsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[16]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1210,7 +1306,7 @@ func (x *ListSettingsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSettingsResponse.ProtoReflect.Descriptor instead.
 func (*ListSettingsResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{16}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ListSettingsResponse) GetVersions() []*v1.SettingsVersion {
@@ -1228,7 +1324,7 @@ type GetCapacityRequest struct {
 
 func (x *GetCapacityRequest) Reset() {
 	*x = GetCapacityRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[17]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1240,7 +1336,7 @@ func (x *GetCapacityRequest) String() string {
 func (*GetCapacityRequest) ProtoMessage() {}
 
 func (x *GetCapacityRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[17]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1253,7 +1349,7 @@ func (x *GetCapacityRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetCapacityRequest.ProtoReflect.Descriptor instead.
 func (*GetCapacityRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{17}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{19}
 }
 
 // GetCapacityResponse is what the leader last thought of the number of nodes.
@@ -1282,7 +1378,7 @@ type GetCapacityResponse struct {
 
 func (x *GetCapacityResponse) Reset() {
 	*x = GetCapacityResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[18]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1294,7 +1390,7 @@ func (x *GetCapacityResponse) String() string {
 func (*GetCapacityResponse) ProtoMessage() {}
 
 func (x *GetCapacityResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[18]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1307,7 +1403,7 @@ func (x *GetCapacityResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetCapacityResponse.ProtoReflect.Descriptor instead.
 func (*GetCapacityResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{18}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *GetCapacityResponse) GetSettings() *v1.Settings {
@@ -1412,7 +1508,7 @@ type CapacityNode struct {
 
 func (x *CapacityNode) Reset() {
 	*x = CapacityNode{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1424,7 +1520,7 @@ func (x *CapacityNode) String() string {
 func (*CapacityNode) ProtoMessage() {}
 
 func (x *CapacityNode) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[19]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1437,7 +1533,7 @@ func (x *CapacityNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CapacityNode.ProtoReflect.Descriptor instead.
 func (*CapacityNode) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{19}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *CapacityNode) GetIncarnation() uint64 {
@@ -1515,7 +1611,7 @@ type CapacitySignal struct {
 
 func (x *CapacitySignal) Reset() {
 	*x = CapacitySignal{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[20]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1527,7 +1623,7 @@ func (x *CapacitySignal) String() string {
 func (*CapacitySignal) ProtoMessage() {}
 
 func (x *CapacitySignal) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[20]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1540,7 +1636,7 @@ func (x *CapacitySignal) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CapacitySignal.ProtoReflect.Descriptor instead.
 func (*CapacitySignal) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{20}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *CapacitySignal) GetName() string {
@@ -1614,7 +1710,7 @@ type ListProvisionsRequest struct {
 
 func (x *ListProvisionsRequest) Reset() {
 	*x = ListProvisionsRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[21]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1626,7 +1722,7 @@ func (x *ListProvisionsRequest) String() string {
 func (*ListProvisionsRequest) ProtoMessage() {}
 
 func (x *ListProvisionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[21]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1639,7 +1735,7 @@ func (x *ListProvisionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProvisionsRequest.ProtoReflect.Descriptor instead.
 func (*ListProvisionsRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{21}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{23}
 }
 
 type ListProvisionsResponse struct {
@@ -1652,7 +1748,7 @@ type ListProvisionsResponse struct {
 
 func (x *ListProvisionsResponse) Reset() {
 	*x = ListProvisionsResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[22]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1664,7 +1760,7 @@ func (x *ListProvisionsResponse) String() string {
 func (*ListProvisionsResponse) ProtoMessage() {}
 
 func (x *ListProvisionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[22]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1677,7 +1773,7 @@ func (x *ListProvisionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListProvisionsResponse.ProtoReflect.Descriptor instead.
 func (*ListProvisionsResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{22}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *ListProvisionsResponse) GetProvisions() []*v1.Provision {
@@ -1702,7 +1798,7 @@ type AcceptLossRequest struct {
 
 func (x *AcceptLossRequest) Reset() {
 	*x = AcceptLossRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[23]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1714,7 +1810,7 @@ func (x *AcceptLossRequest) String() string {
 func (*AcceptLossRequest) ProtoMessage() {}
 
 func (x *AcceptLossRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[23]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1727,7 +1823,7 @@ func (x *AcceptLossRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AcceptLossRequest.ProtoReflect.Descriptor instead.
 func (*AcceptLossRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{23}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *AcceptLossRequest) GetVnodes() []uint32 {
@@ -1763,7 +1859,7 @@ type AcceptLossResponse struct {
 
 func (x *AcceptLossResponse) Reset() {
 	*x = AcceptLossResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[24]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1775,7 +1871,7 @@ func (x *AcceptLossResponse) String() string {
 func (*AcceptLossResponse) ProtoMessage() {}
 
 func (x *AcceptLossResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[24]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1788,7 +1884,7 @@ func (x *AcceptLossResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AcceptLossResponse.ProtoReflect.Descriptor instead.
 func (*AcceptLossResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{24}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *AcceptLossResponse) GetLoss() *v1.Loss {
@@ -1822,7 +1918,7 @@ type ListChangesRequest struct {
 
 func (x *ListChangesRequest) Reset() {
 	*x = ListChangesRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[25]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1834,7 +1930,7 @@ func (x *ListChangesRequest) String() string {
 func (*ListChangesRequest) ProtoMessage() {}
 
 func (x *ListChangesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[25]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1847,7 +1943,7 @@ func (x *ListChangesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChangesRequest.ProtoReflect.Descriptor instead.
 func (*ListChangesRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{25}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ListChangesRequest) GetSubject() string {
@@ -1895,7 +1991,7 @@ type ListChangesResponse struct {
 
 func (x *ListChangesResponse) Reset() {
 	*x = ListChangesResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[26]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1907,7 +2003,7 @@ func (x *ListChangesResponse) String() string {
 func (*ListChangesResponse) ProtoMessage() {}
 
 func (x *ListChangesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[26]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1920,7 +2016,7 @@ func (x *ListChangesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListChangesResponse.ProtoReflect.Descriptor instead.
 func (*ListChangesResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{26}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ListChangesResponse) GetChanges() []*v1.Change {
@@ -1942,7 +2038,7 @@ type StartOperationRequest struct {
 
 func (x *StartOperationRequest) Reset() {
 	*x = StartOperationRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[27]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1954,7 +2050,7 @@ func (x *StartOperationRequest) String() string {
 func (*StartOperationRequest) ProtoMessage() {}
 
 func (x *StartOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[27]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1967,7 +2063,7 @@ func (x *StartOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartOperationRequest.ProtoReflect.Descriptor instead.
 func (*StartOperationRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{27}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *StartOperationRequest) GetEpoch() uint64 {
@@ -1993,7 +2089,7 @@ type StartOperationResponse struct {
 
 func (x *StartOperationResponse) Reset() {
 	*x = StartOperationResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[28]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2005,7 +2101,7 @@ func (x *StartOperationResponse) String() string {
 func (*StartOperationResponse) ProtoMessage() {}
 
 func (x *StartOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[28]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2018,7 +2114,7 @@ func (x *StartOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartOperationResponse.ProtoReflect.Descriptor instead.
 func (*StartOperationResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{28}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *StartOperationResponse) GetOperation() *v1.Operation {
@@ -2039,7 +2135,7 @@ type SteerOperationRequest struct {
 
 func (x *SteerOperationRequest) Reset() {
 	*x = SteerOperationRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[29]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2051,7 +2147,7 @@ func (x *SteerOperationRequest) String() string {
 func (*SteerOperationRequest) ProtoMessage() {}
 
 func (x *SteerOperationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[29]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2064,7 +2160,7 @@ func (x *SteerOperationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SteerOperationRequest.ProtoReflect.Descriptor instead.
 func (*SteerOperationRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{29}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *SteerOperationRequest) GetId() uint64 {
@@ -2090,7 +2186,7 @@ type SteerOperationResponse struct {
 
 func (x *SteerOperationResponse) Reset() {
 	*x = SteerOperationResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[30]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2102,7 +2198,7 @@ func (x *SteerOperationResponse) String() string {
 func (*SteerOperationResponse) ProtoMessage() {}
 
 func (x *SteerOperationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[30]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2115,7 +2211,7 @@ func (x *SteerOperationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SteerOperationResponse.ProtoReflect.Descriptor instead.
 func (*SteerOperationResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{30}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *SteerOperationResponse) GetOperation() *v1.Operation {
@@ -2135,7 +2231,7 @@ type ListOperationsRequest struct {
 
 func (x *ListOperationsRequest) Reset() {
 	*x = ListOperationsRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[31]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2147,7 +2243,7 @@ func (x *ListOperationsRequest) String() string {
 func (*ListOperationsRequest) ProtoMessage() {}
 
 func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[31]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2160,7 +2256,7 @@ func (x *ListOperationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsRequest.ProtoReflect.Descriptor instead.
 func (*ListOperationsRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{31}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ListOperationsRequest) GetId() uint64 {
@@ -2180,7 +2276,7 @@ type ListOperationsResponse struct {
 
 func (x *ListOperationsResponse) Reset() {
 	*x = ListOperationsResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[32]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2192,7 +2288,7 @@ func (x *ListOperationsResponse) String() string {
 func (*ListOperationsResponse) ProtoMessage() {}
 
 func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[32]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2205,7 +2301,7 @@ func (x *ListOperationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOperationsResponse.ProtoReflect.Descriptor instead.
 func (*ListOperationsResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{32}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ListOperationsResponse) GetOperations() []*ObservedOperation {
@@ -2226,7 +2322,7 @@ type ObservedOperation struct {
 
 func (x *ObservedOperation) Reset() {
 	*x = ObservedOperation{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[33]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2238,7 +2334,7 @@ func (x *ObservedOperation) String() string {
 func (*ObservedOperation) ProtoMessage() {}
 
 func (x *ObservedOperation) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[33]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2251,7 +2347,7 @@ func (x *ObservedOperation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObservedOperation.ProtoReflect.Descriptor instead.
 func (*ObservedOperation) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{33}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *ObservedOperation) GetOperation() *v1.Operation {
@@ -2284,7 +2380,7 @@ type MoveProgress struct {
 
 func (x *MoveProgress) Reset() {
 	*x = MoveProgress{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[34]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2296,7 +2392,7 @@ func (x *MoveProgress) String() string {
 func (*MoveProgress) ProtoMessage() {}
 
 func (x *MoveProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[34]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2309,7 +2405,7 @@ func (x *MoveProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MoveProgress.ProtoReflect.Descriptor instead.
 func (*MoveProgress) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{34}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *MoveProgress) GetMove() *v1.Move {
@@ -2355,7 +2451,7 @@ type GetNodeUseRequest struct {
 
 func (x *GetNodeUseRequest) Reset() {
 	*x = GetNodeUseRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[35]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2367,7 +2463,7 @@ func (x *GetNodeUseRequest) String() string {
 func (*GetNodeUseRequest) ProtoMessage() {}
 
 func (x *GetNodeUseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[35]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2380,7 +2476,7 @@ func (x *GetNodeUseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetNodeUseRequest.ProtoReflect.Descriptor instead.
 func (*GetNodeUseRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{35}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{37}
 }
 
 // GetNodeUseResponse says what a node holds of the vnodes that it is an endpoint of.
@@ -2393,7 +2489,7 @@ type GetNodeUseResponse struct {
 
 func (x *GetNodeUseResponse) Reset() {
 	*x = GetNodeUseResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[36]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2405,7 +2501,7 @@ func (x *GetNodeUseResponse) String() string {
 func (*GetNodeUseResponse) ProtoMessage() {}
 
 func (x *GetNodeUseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[36]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2418,7 +2514,7 @@ func (x *GetNodeUseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetNodeUseResponse.ProtoReflect.Descriptor instead.
 func (*GetNodeUseResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{36}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *GetNodeUseResponse) GetVnodes() []*VnodeUse {
@@ -2444,7 +2540,7 @@ type VnodeUse struct {
 
 func (x *VnodeUse) Reset() {
 	*x = VnodeUse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[37]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2456,7 +2552,7 @@ func (x *VnodeUse) String() string {
 func (*VnodeUse) ProtoMessage() {}
 
 func (x *VnodeUse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[37]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2469,7 +2565,7 @@ func (x *VnodeUse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VnodeUse.ProtoReflect.Descriptor instead.
 func (*VnodeUse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{37}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *VnodeUse) GetNamespaceId() uint32 {
@@ -2508,7 +2604,7 @@ type GetNodeStatusRequest struct {
 
 func (x *GetNodeStatusRequest) Reset() {
 	*x = GetNodeStatusRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[38]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2520,7 +2616,7 @@ func (x *GetNodeStatusRequest) String() string {
 func (*GetNodeStatusRequest) ProtoMessage() {}
 
 func (x *GetNodeStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[38]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2533,7 +2629,7 @@ func (x *GetNodeStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetNodeStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetNodeStatusRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{38}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{40}
 }
 
 type OperationStats struct {
@@ -2549,7 +2645,7 @@ type OperationStats struct {
 
 func (x *OperationStats) Reset() {
 	*x = OperationStats{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[39]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2561,7 +2657,7 @@ func (x *OperationStats) String() string {
 func (*OperationStats) ProtoMessage() {}
 
 func (x *OperationStats) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[39]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2574,7 +2670,7 @@ func (x *OperationStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OperationStats.ProtoReflect.Descriptor instead.
 func (*OperationStats) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{39}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *OperationStats) GetPerSecond() float64 {
@@ -2624,7 +2720,7 @@ type HintBacklog struct {
 
 func (x *HintBacklog) Reset() {
 	*x = HintBacklog{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[40]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2636,7 +2732,7 @@ func (x *HintBacklog) String() string {
 func (*HintBacklog) ProtoMessage() {}
 
 func (x *HintBacklog) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[40]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2649,7 +2745,7 @@ func (x *HintBacklog) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HintBacklog.ProtoReflect.Descriptor instead.
 func (*HintBacklog) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{40}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *HintBacklog) GetTarget() uint64 {
@@ -2737,7 +2833,7 @@ type NodeStatus struct {
 
 func (x *NodeStatus) Reset() {
 	*x = NodeStatus{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[41]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2749,7 +2845,7 @@ func (x *NodeStatus) String() string {
 func (*NodeStatus) ProtoMessage() {}
 
 func (x *NodeStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[41]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2762,7 +2858,7 @@ func (x *NodeStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeStatus.ProtoReflect.Descriptor instead.
 func (*NodeStatus) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{41}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *NodeStatus) GetIncarnation() uint64 {
@@ -3009,7 +3105,7 @@ type CopyProgress struct {
 
 func (x *CopyProgress) Reset() {
 	*x = CopyProgress{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[42]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3021,7 +3117,7 @@ func (x *CopyProgress) String() string {
 func (*CopyProgress) ProtoMessage() {}
 
 func (x *CopyProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[42]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3034,7 +3130,7 @@ func (x *CopyProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyProgress.ProtoReflect.Descriptor instead.
 func (*CopyProgress) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{42}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *CopyProgress) GetVnode() uint32 {
@@ -3098,7 +3194,7 @@ type Filling struct {
 
 func (x *Filling) Reset() {
 	*x = Filling{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[43]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3110,7 +3206,7 @@ func (x *Filling) String() string {
 func (*Filling) ProtoMessage() {}
 
 func (x *Filling) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[43]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3123,7 +3219,7 @@ func (x *Filling) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Filling.ProtoReflect.Descriptor instead.
 func (*Filling) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{43}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *Filling) GetVnode() uint32 {
@@ -3186,7 +3282,7 @@ type QueueDepth struct {
 
 func (x *QueueDepth) Reset() {
 	*x = QueueDepth{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[44]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3198,7 +3294,7 @@ func (x *QueueDepth) String() string {
 func (*QueueDepth) ProtoMessage() {}
 
 func (x *QueueDepth) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[44]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3211,7 +3307,7 @@ func (x *QueueDepth) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueueDepth.ProtoReflect.Descriptor instead.
 func (*QueueDepth) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{44}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *QueueDepth) GetName() string {
@@ -3244,7 +3340,7 @@ type GetNodeStatusResponse struct {
 
 func (x *GetNodeStatusResponse) Reset() {
 	*x = GetNodeStatusResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[45]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3256,7 +3352,7 @@ func (x *GetNodeStatusResponse) String() string {
 func (*GetNodeStatusResponse) ProtoMessage() {}
 
 func (x *GetNodeStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[45]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3269,7 +3365,7 @@ func (x *GetNodeStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetNodeStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetNodeStatusResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{45}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *GetNodeStatusResponse) GetStatus() *NodeStatus {
@@ -3287,7 +3383,7 @@ type GetOrchestratorStatusRequest struct {
 
 func (x *GetOrchestratorStatusRequest) Reset() {
 	*x = GetOrchestratorStatusRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[46]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3299,7 +3395,7 @@ func (x *GetOrchestratorStatusRequest) String() string {
 func (*GetOrchestratorStatusRequest) ProtoMessage() {}
 
 func (x *GetOrchestratorStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[46]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3312,7 +3408,7 @@ func (x *GetOrchestratorStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOrchestratorStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetOrchestratorStatusRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{46}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{48}
 }
 
 type OrchestratorStatus struct {
@@ -3334,7 +3430,7 @@ type OrchestratorStatus struct {
 
 func (x *OrchestratorStatus) Reset() {
 	*x = OrchestratorStatus{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[47]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3346,7 +3442,7 @@ func (x *OrchestratorStatus) String() string {
 func (*OrchestratorStatus) ProtoMessage() {}
 
 func (x *OrchestratorStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[47]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3359,7 +3455,7 @@ func (x *OrchestratorStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OrchestratorStatus.ProtoReflect.Descriptor instead.
 func (*OrchestratorStatus) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{47}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *OrchestratorStatus) GetName() string {
@@ -3434,7 +3530,7 @@ type GetOrchestratorStatusResponse struct {
 
 func (x *GetOrchestratorStatusResponse) Reset() {
 	*x = GetOrchestratorStatusResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[48]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3446,7 +3542,7 @@ func (x *GetOrchestratorStatusResponse) String() string {
 func (*GetOrchestratorStatusResponse) ProtoMessage() {}
 
 func (x *GetOrchestratorStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[48]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3459,7 +3555,7 @@ func (x *GetOrchestratorStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOrchestratorStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetOrchestratorStatusResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{48}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *GetOrchestratorStatusResponse) GetStatus() *OrchestratorStatus {
@@ -3477,7 +3573,7 @@ type GetClusterStatusRequest struct {
 
 func (x *GetClusterStatusRequest) Reset() {
 	*x = GetClusterStatusRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[49]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3489,7 +3585,7 @@ func (x *GetClusterStatusRequest) String() string {
 func (*GetClusterStatusRequest) ProtoMessage() {}
 
 func (x *GetClusterStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[49]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3502,7 +3598,7 @@ func (x *GetClusterStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetClusterStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetClusterStatusRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{49}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{51}
 }
 
 type ObservedNode struct {
@@ -3522,7 +3618,7 @@ type ObservedNode struct {
 
 func (x *ObservedNode) Reset() {
 	*x = ObservedNode{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[50]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3534,7 +3630,7 @@ func (x *ObservedNode) String() string {
 func (*ObservedNode) ProtoMessage() {}
 
 func (x *ObservedNode) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[50]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3547,7 +3643,7 @@ func (x *ObservedNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObservedNode.ProtoReflect.Descriptor instead.
 func (*ObservedNode) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{50}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *ObservedNode) GetHealth() *v1.NodeHealth {
@@ -3599,7 +3695,7 @@ type HealthCheck struct {
 
 func (x *HealthCheck) Reset() {
 	*x = HealthCheck{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[51]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3611,7 +3707,7 @@ func (x *HealthCheck) String() string {
 func (*HealthCheck) ProtoMessage() {}
 
 func (x *HealthCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[51]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3624,7 +3720,7 @@ func (x *HealthCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HealthCheck.ProtoReflect.Descriptor instead.
 func (*HealthCheck) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{51}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *HealthCheck) GetAgeMs() uint64 {
@@ -3666,7 +3762,7 @@ type ObservedOrchestrator struct {
 
 func (x *ObservedOrchestrator) Reset() {
 	*x = ObservedOrchestrator{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[52]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3678,7 +3774,7 @@ func (x *ObservedOrchestrator) String() string {
 func (*ObservedOrchestrator) ProtoMessage() {}
 
 func (x *ObservedOrchestrator) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[52]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3691,7 +3787,7 @@ func (x *ObservedOrchestrator) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObservedOrchestrator.ProtoReflect.Descriptor instead.
 func (*ObservedOrchestrator) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{52}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ObservedOrchestrator) GetName() string {
@@ -3728,14 +3824,16 @@ type GetClusterStatusResponse struct {
 	// What was agreed on of the nodes' health.
 	Found []*v1.FoundHealth `protobuf:"bytes,7,rep,name=found,proto3" json:"found,omitempty"`
 	// Of what was given up for lost, oldest first; known to the orchestrators only.
-	Losses        []*v1.Loss `protobuf:"bytes,60,rep,name=losses,proto3" json:"losses,omitempty"`
+	Losses []*v1.Loss `protobuf:"bytes,60,rep,name=losses,proto3" json:"losses,omitempty"`
+	// The nodes that people drained; known to the orchestrators only.
+	HeldBack      []uint64 `protobuf:"varint,61,rep,packed,name=held_back,json=heldBack,proto3" json:"held_back,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *GetClusterStatusResponse) Reset() {
 	*x = GetClusterStatusResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[53]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3747,7 +3845,7 @@ func (x *GetClusterStatusResponse) String() string {
 func (*GetClusterStatusResponse) ProtoMessage() {}
 
 func (x *GetClusterStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[53]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3760,7 +3858,7 @@ func (x *GetClusterStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetClusterStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetClusterStatusResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{53}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *GetClusterStatusResponse) GetTopology() *v1.Topology {
@@ -3819,6 +3917,13 @@ func (x *GetClusterStatusResponse) GetLosses() []*v1.Loss {
 	return nil
 }
 
+func (x *GetClusterStatusResponse) GetHeldBack() []uint64 {
+	if x != nil {
+		return x.HeldBack
+	}
+	return nil
+}
+
 type GetRepairStatusRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Vnodes too, not only the sums.
@@ -3829,7 +3934,7 @@ type GetRepairStatusRequest struct {
 
 func (x *GetRepairStatusRequest) Reset() {
 	*x = GetRepairStatusRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[54]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3841,7 +3946,7 @@ func (x *GetRepairStatusRequest) String() string {
 func (*GetRepairStatusRequest) ProtoMessage() {}
 
 func (x *GetRepairStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[54]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3854,7 +3959,7 @@ func (x *GetRepairStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRepairStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetRepairStatusRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{54}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *GetRepairStatusRequest) GetVnodes() bool {
@@ -3889,7 +3994,7 @@ type GetRepairStatusResponse struct {
 
 func (x *GetRepairStatusResponse) Reset() {
 	*x = GetRepairStatusResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[55]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3901,7 +4006,7 @@ func (x *GetRepairStatusResponse) String() string {
 func (*GetRepairStatusResponse) ProtoMessage() {}
 
 func (x *GetRepairStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[55]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3914,7 +4019,7 @@ func (x *GetRepairStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRepairStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetRepairStatusResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{55}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *GetRepairStatusResponse) GetPaused() bool {
@@ -4029,7 +4134,7 @@ type VnodeRepair struct {
 
 func (x *VnodeRepair) Reset() {
 	*x = VnodeRepair{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[56]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4041,7 +4146,7 @@ func (x *VnodeRepair) String() string {
 func (*VnodeRepair) ProtoMessage() {}
 
 func (x *VnodeRepair) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[56]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4054,7 +4159,7 @@ func (x *VnodeRepair) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VnodeRepair.ProtoReflect.Descriptor instead.
 func (*VnodeRepair) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{56}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *VnodeRepair) GetNamespace() string {
@@ -4151,7 +4256,7 @@ type StartRepairRequest struct {
 
 func (x *StartRepairRequest) Reset() {
 	*x = StartRepairRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[57]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4163,7 +4268,7 @@ func (x *StartRepairRequest) String() string {
 func (*StartRepairRequest) ProtoMessage() {}
 
 func (x *StartRepairRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[57]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4176,7 +4281,7 @@ func (x *StartRepairRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRepairRequest.ProtoReflect.Descriptor instead.
 func (*StartRepairRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{57}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *StartRepairRequest) GetScrub() bool {
@@ -4194,7 +4299,7 @@ type StartRepairResponse struct {
 
 func (x *StartRepairResponse) Reset() {
 	*x = StartRepairResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[58]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4206,7 +4311,7 @@ func (x *StartRepairResponse) String() string {
 func (*StartRepairResponse) ProtoMessage() {}
 
 func (x *StartRepairResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[58]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4219,7 +4324,7 @@ func (x *StartRepairResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRepairResponse.ProtoReflect.Descriptor instead.
 func (*StartRepairResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{58}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{60}
 }
 
 type PauseRepairRequest struct {
@@ -4230,7 +4335,7 @@ type PauseRepairRequest struct {
 
 func (x *PauseRepairRequest) Reset() {
 	*x = PauseRepairRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[59]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4242,7 +4347,7 @@ func (x *PauseRepairRequest) String() string {
 func (*PauseRepairRequest) ProtoMessage() {}
 
 func (x *PauseRepairRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[59]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4255,7 +4360,7 @@ func (x *PauseRepairRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseRepairRequest.ProtoReflect.Descriptor instead.
 func (*PauseRepairRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{59}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{61}
 }
 
 type PauseRepairResponse struct {
@@ -4266,7 +4371,7 @@ type PauseRepairResponse struct {
 
 func (x *PauseRepairResponse) Reset() {
 	*x = PauseRepairResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[60]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4278,7 +4383,7 @@ func (x *PauseRepairResponse) String() string {
 func (*PauseRepairResponse) ProtoMessage() {}
 
 func (x *PauseRepairResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[60]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4291,7 +4396,7 @@ func (x *PauseRepairResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseRepairResponse.ProtoReflect.Descriptor instead.
 func (*PauseRepairResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{60}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{62}
 }
 
 type ExplainCollectionRequest struct {
@@ -4308,7 +4413,7 @@ type ExplainCollectionRequest struct {
 
 func (x *ExplainCollectionRequest) Reset() {
 	*x = ExplainCollectionRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[61]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4320,7 +4425,7 @@ func (x *ExplainCollectionRequest) String() string {
 func (*ExplainCollectionRequest) ProtoMessage() {}
 
 func (x *ExplainCollectionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[61]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4333,7 +4438,7 @@ func (x *ExplainCollectionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainCollectionRequest.ProtoReflect.Descriptor instead.
 func (*ExplainCollectionRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{61}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *ExplainCollectionRequest) GetNamespace() string {
@@ -4401,7 +4506,7 @@ type ExplainCollectionResponse struct {
 
 func (x *ExplainCollectionResponse) Reset() {
 	*x = ExplainCollectionResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[62]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4413,7 +4518,7 @@ func (x *ExplainCollectionResponse) String() string {
 func (*ExplainCollectionResponse) ProtoMessage() {}
 
 func (x *ExplainCollectionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[62]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4426,7 +4531,7 @@ func (x *ExplainCollectionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainCollectionResponse.ProtoReflect.Descriptor instead.
 func (*ExplainCollectionResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{62}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *ExplainCollectionResponse) GetVnode() uint32 {
@@ -4487,7 +4592,7 @@ type CollectionReplica struct {
 
 func (x *CollectionReplica) Reset() {
 	*x = CollectionReplica{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[63]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4499,7 +4604,7 @@ func (x *CollectionReplica) String() string {
 func (*CollectionReplica) ProtoMessage() {}
 
 func (x *CollectionReplica) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[63]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4512,7 +4617,7 @@ func (x *CollectionReplica) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CollectionReplica.ProtoReflect.Descriptor instead.
 func (*CollectionReplica) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{63}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{65}
 }
 
 func (x *CollectionReplica) GetIncarnation() uint64 {
@@ -4581,7 +4686,7 @@ type ListHintsRequest struct {
 
 func (x *ListHintsRequest) Reset() {
 	*x = ListHintsRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[64]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4593,7 +4698,7 @@ func (x *ListHintsRequest) String() string {
 func (*ListHintsRequest) ProtoMessage() {}
 
 func (x *ListHintsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[64]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4606,7 +4711,7 @@ func (x *ListHintsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHintsRequest.ProtoReflect.Descriptor instead.
 func (*ListHintsRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{64}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *ListHintsRequest) GetTarget() uint64 {
@@ -4635,7 +4740,7 @@ type ListHintsResponse struct {
 
 func (x *ListHintsResponse) Reset() {
 	*x = ListHintsResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[65]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4647,7 +4752,7 @@ func (x *ListHintsResponse) String() string {
 func (*ListHintsResponse) ProtoMessage() {}
 
 func (x *ListHintsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[65]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4660,7 +4765,7 @@ func (x *ListHintsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHintsResponse.ProtoReflect.Descriptor instead.
 func (*ListHintsResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{65}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ListHintsResponse) GetGroups() []*HintGroup {
@@ -4741,7 +4846,7 @@ type HintGroup struct {
 
 func (x *HintGroup) Reset() {
 	*x = HintGroup{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[66]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4753,7 +4858,7 @@ func (x *HintGroup) String() string {
 func (*HintGroup) ProtoMessage() {}
 
 func (x *HintGroup) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[66]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4766,7 +4871,7 @@ func (x *HintGroup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HintGroup.ProtoReflect.Descriptor instead.
 func (*HintGroup) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{66}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *HintGroup) GetTarget() uint64 {
@@ -4831,7 +4936,13 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\vincarnation\x18\x03 \x01(\x04R\vincarnation\x12\x17\n" +
 	"\aheld_up\x18\x04 \x01(\x04R\x06heldUp\"+\n" +
 	"\x13EvictCopiesResponse\x12\x14\n" +
-	"\x05epoch\x18\x01 \x01(\x06R\x05epoch\"\xd8\x02\n" +
+	"\x05epoch\x18\x01 \x01(\x06R\x05epoch\"f\n" +
+	"\x0fHoldBackRequest\x12\x1d\n" +
+	"\n" +
+	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12 \n" +
+	"\vincarnation\x18\x02 \x01(\x04R\vincarnation\x12\x12\n" +
+	"\x04held\x18\x03 \x01(\bR\x04held\"\x12\n" +
+	"\x10HoldBackResponse\"\xd8\x02\n" +
 	"\x13RegisterNodeRequest\x12\x1d\n" +
 	"\n" +
 	"cluster_id\x18\x01 \x01(\tR\tclusterId\x12\x12\n" +
@@ -5112,7 +5223,7 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\x14ObservedOrchestrator\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1c\n" +
 	"\treachable\x18\x02 \x01(\bR\treachable\x12;\n" +
-	"\x06status\x18\x03 \x01(\v2#.kvasir.admin.v1.OrchestratorStatusR\x06status\"\xd7\x03\n" +
+	"\x06status\x18\x03 \x01(\v2#.kvasir.admin.v1.OrchestratorStatusR\x06status\"\xf4\x03\n" +
 	"\x18GetClusterStatusResponse\x128\n" +
 	"\btopology\x18\x01 \x01(\v2\x1c.kvasir.topology.v1.TopologyR\btopology\x123\n" +
 	"\x05nodes\x18\x02 \x03(\v2\x1d.kvasir.admin.v1.ObservedNodeR\x05nodes\x12K\n" +
@@ -5124,7 +5235,8 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"conditions\x18\x06 \x03(\v2\x1d.kvasir.topology.v1.ConditionR\n" +
 	"conditions\x125\n" +
 	"\x05found\x18\a \x03(\v2\x1f.kvasir.topology.v1.FoundHealthR\x05found\x120\n" +
-	"\x06losses\x18< \x03(\v2\x18.kvasir.topology.v1.LossR\x06losses\"0\n" +
+	"\x06losses\x18< \x03(\v2\x18.kvasir.topology.v1.LossR\x06losses\x12\x1b\n" +
+	"\theld_back\x18= \x03(\x04R\bheldBack\"0\n" +
 	"\x16GetRepairStatusRequest\x12\x16\n" +
 	"\x06vnodes\x18\x01 \x01(\bR\x06vnodes\"\xf4\x03\n" +
 	"\x17GetRepairStatusResponse\x12\x16\n" +
@@ -5212,7 +5324,7 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\x05vnode\x18\x03 \x01(\rR\x05vnode\x12\x14\n" +
 	"\x05count\x18\x04 \x01(\x04R\x05count\x12\x14\n" +
 	"\x05bytes\x18\x05 \x01(\x04R\x05bytes\x12\x1b\n" +
-	"\toldest_ms\x18\x06 \x01(\x04R\boldestMs2\x8a\f\n" +
+	"\toldest_ms\x18\x06 \x01(\x04R\boldestMs2\xdb\f\n" +
 	"\x0eControlService\x12[\n" +
 	"\fRegisterNode\x12$.kvasir.admin.v1.RegisterNodeRequest\x1a%.kvasir.admin.v1.RegisterNodeResponse\x12d\n" +
 	"\x0fCreateNamespace\x12'.kvasir.admin.v1.CreateNamespaceRequest\x1a(.kvasir.admin.v1.CreateNamespaceResponse\x12d\n" +
@@ -5231,7 +5343,8 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"AcceptLoss\x12\".kvasir.admin.v1.AcceptLossRequest\x1a#.kvasir.admin.v1.AcceptLossResponse\x12U\n" +
 	"\n" +
 	"GrantLease\x12\".kvasir.admin.v1.GrantLeaseRequest\x1a#.kvasir.admin.v1.GrantLeaseResponse\x12X\n" +
-	"\vEvictCopies\x12#.kvasir.admin.v1.EvictCopiesRequest\x1a$.kvasir.admin.v1.EvictCopiesResponse2\xbe\x02\n" +
+	"\vEvictCopies\x12#.kvasir.admin.v1.EvictCopiesRequest\x1a$.kvasir.admin.v1.EvictCopiesResponse\x12O\n" +
+	"\bHoldBack\x12 .kvasir.admin.v1.HoldBackRequest\x1a!.kvasir.admin.v1.HoldBackResponse2\xbe\x02\n" +
 	"\rStatusService\x12^\n" +
 	"\rGetNodeStatus\x12%.kvasir.admin.v1.GetNodeStatusRequest\x1a&.kvasir.admin.v1.GetNodeStatusResponse\x12v\n" +
 	"\x15GetOrchestratorStatus\x12-.kvasir.admin.v1.GetOrchestratorStatusRequest\x1a..kvasir.admin.v1.GetOrchestratorStatusResponse\x12U\n" +
@@ -5257,7 +5370,7 @@ func file_kvasir_admin_v1_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_kvasir_admin_v1_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_kvasir_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 68)
+var file_kvasir_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 70)
 var file_kvasir_admin_v1_admin_proto_goTypes = []any{
 	(NodeStatus_State)(0),                 // 0: kvasir.admin.v1.NodeStatus.State
 	(VnodeRepair_State)(0),                // 1: kvasir.admin.v1.VnodeRepair.State
@@ -5265,193 +5378,197 @@ var file_kvasir_admin_v1_admin_proto_goTypes = []any{
 	(*GrantLeaseResponse)(nil),            // 3: kvasir.admin.v1.GrantLeaseResponse
 	(*EvictCopiesRequest)(nil),            // 4: kvasir.admin.v1.EvictCopiesRequest
 	(*EvictCopiesResponse)(nil),           // 5: kvasir.admin.v1.EvictCopiesResponse
-	(*RegisterNodeRequest)(nil),           // 6: kvasir.admin.v1.RegisterNodeRequest
-	(*RegisterNodeResponse)(nil),          // 7: kvasir.admin.v1.RegisterNodeResponse
-	(*NamespaceSettings)(nil),             // 8: kvasir.admin.v1.NamespaceSettings
-	(*CreateNamespaceRequest)(nil),        // 9: kvasir.admin.v1.CreateNamespaceRequest
-	(*CreateNamespaceResponse)(nil),       // 10: kvasir.admin.v1.CreateNamespaceResponse
-	(*UpdateNamespaceRequest)(nil),        // 11: kvasir.admin.v1.UpdateNamespaceRequest
-	(*UpdateNamespaceResponse)(nil),       // 12: kvasir.admin.v1.UpdateNamespaceResponse
-	(*DropNamespaceRequest)(nil),          // 13: kvasir.admin.v1.DropNamespaceRequest
-	(*DropNamespaceResponse)(nil),         // 14: kvasir.admin.v1.DropNamespaceResponse
-	(*UpdateSettingsRequest)(nil),         // 15: kvasir.admin.v1.UpdateSettingsRequest
-	(*UpdateSettingsResponse)(nil),        // 16: kvasir.admin.v1.UpdateSettingsResponse
-	(*ListSettingsRequest)(nil),           // 17: kvasir.admin.v1.ListSettingsRequest
-	(*ListSettingsResponse)(nil),          // 18: kvasir.admin.v1.ListSettingsResponse
-	(*GetCapacityRequest)(nil),            // 19: kvasir.admin.v1.GetCapacityRequest
-	(*GetCapacityResponse)(nil),           // 20: kvasir.admin.v1.GetCapacityResponse
-	(*CapacityNode)(nil),                  // 21: kvasir.admin.v1.CapacityNode
-	(*CapacitySignal)(nil),                // 22: kvasir.admin.v1.CapacitySignal
-	(*ListProvisionsRequest)(nil),         // 23: kvasir.admin.v1.ListProvisionsRequest
-	(*ListProvisionsResponse)(nil),        // 24: kvasir.admin.v1.ListProvisionsResponse
-	(*AcceptLossRequest)(nil),             // 25: kvasir.admin.v1.AcceptLossRequest
-	(*AcceptLossResponse)(nil),            // 26: kvasir.admin.v1.AcceptLossResponse
-	(*ListChangesRequest)(nil),            // 27: kvasir.admin.v1.ListChangesRequest
-	(*ListChangesResponse)(nil),           // 28: kvasir.admin.v1.ListChangesResponse
-	(*StartOperationRequest)(nil),         // 29: kvasir.admin.v1.StartOperationRequest
-	(*StartOperationResponse)(nil),        // 30: kvasir.admin.v1.StartOperationResponse
-	(*SteerOperationRequest)(nil),         // 31: kvasir.admin.v1.SteerOperationRequest
-	(*SteerOperationResponse)(nil),        // 32: kvasir.admin.v1.SteerOperationResponse
-	(*ListOperationsRequest)(nil),         // 33: kvasir.admin.v1.ListOperationsRequest
-	(*ListOperationsResponse)(nil),        // 34: kvasir.admin.v1.ListOperationsResponse
-	(*ObservedOperation)(nil),             // 35: kvasir.admin.v1.ObservedOperation
-	(*MoveProgress)(nil),                  // 36: kvasir.admin.v1.MoveProgress
-	(*GetNodeUseRequest)(nil),             // 37: kvasir.admin.v1.GetNodeUseRequest
-	(*GetNodeUseResponse)(nil),            // 38: kvasir.admin.v1.GetNodeUseResponse
-	(*VnodeUse)(nil),                      // 39: kvasir.admin.v1.VnodeUse
-	(*GetNodeStatusRequest)(nil),          // 40: kvasir.admin.v1.GetNodeStatusRequest
-	(*OperationStats)(nil),                // 41: kvasir.admin.v1.OperationStats
-	(*HintBacklog)(nil),                   // 42: kvasir.admin.v1.HintBacklog
-	(*NodeStatus)(nil),                    // 43: kvasir.admin.v1.NodeStatus
-	(*CopyProgress)(nil),                  // 44: kvasir.admin.v1.CopyProgress
-	(*Filling)(nil),                       // 45: kvasir.admin.v1.Filling
-	(*QueueDepth)(nil),                    // 46: kvasir.admin.v1.QueueDepth
-	(*GetNodeStatusResponse)(nil),         // 47: kvasir.admin.v1.GetNodeStatusResponse
-	(*GetOrchestratorStatusRequest)(nil),  // 48: kvasir.admin.v1.GetOrchestratorStatusRequest
-	(*OrchestratorStatus)(nil),            // 49: kvasir.admin.v1.OrchestratorStatus
-	(*GetOrchestratorStatusResponse)(nil), // 50: kvasir.admin.v1.GetOrchestratorStatusResponse
-	(*GetClusterStatusRequest)(nil),       // 51: kvasir.admin.v1.GetClusterStatusRequest
-	(*ObservedNode)(nil),                  // 52: kvasir.admin.v1.ObservedNode
-	(*HealthCheck)(nil),                   // 53: kvasir.admin.v1.HealthCheck
-	(*ObservedOrchestrator)(nil),          // 54: kvasir.admin.v1.ObservedOrchestrator
-	(*GetClusterStatusResponse)(nil),      // 55: kvasir.admin.v1.GetClusterStatusResponse
-	(*GetRepairStatusRequest)(nil),        // 56: kvasir.admin.v1.GetRepairStatusRequest
-	(*GetRepairStatusResponse)(nil),       // 57: kvasir.admin.v1.GetRepairStatusResponse
-	(*VnodeRepair)(nil),                   // 58: kvasir.admin.v1.VnodeRepair
-	(*StartRepairRequest)(nil),            // 59: kvasir.admin.v1.StartRepairRequest
-	(*StartRepairResponse)(nil),           // 60: kvasir.admin.v1.StartRepairResponse
-	(*PauseRepairRequest)(nil),            // 61: kvasir.admin.v1.PauseRepairRequest
-	(*PauseRepairResponse)(nil),           // 62: kvasir.admin.v1.PauseRepairResponse
-	(*ExplainCollectionRequest)(nil),      // 63: kvasir.admin.v1.ExplainCollectionRequest
-	(*ExplainCollectionResponse)(nil),     // 64: kvasir.admin.v1.ExplainCollectionResponse
-	(*CollectionReplica)(nil),             // 65: kvasir.admin.v1.CollectionReplica
-	(*ListHintsRequest)(nil),              // 66: kvasir.admin.v1.ListHintsRequest
-	(*ListHintsResponse)(nil),             // 67: kvasir.admin.v1.ListHintsResponse
-	(*HintGroup)(nil),                     // 68: kvasir.admin.v1.HintGroup
-	nil,                                   // 69: kvasir.admin.v1.UpdateSettingsRequest.ValuesEntry
-	(v1.Role)(0),                          // 70: kvasir.topology.v1.Role
-	(*v1.Topology)(nil),                   // 71: kvasir.topology.v1.Topology
-	(v1.ReadRepairMode)(0),                // 72: kvasir.topology.v1.ReadRepairMode
-	(v1.ReportingPolicy)(0),               // 73: kvasir.topology.v1.ReportingPolicy
-	(*v1.Namespace)(nil),                  // 74: kvasir.topology.v1.Namespace
-	(*v1.Operation)(nil),                  // 75: kvasir.topology.v1.Operation
-	(*v1.SettingsVersion)(nil),            // 76: kvasir.topology.v1.SettingsVersion
-	(*v1.Settings)(nil),                   // 77: kvasir.topology.v1.Settings
-	(*v1.Provision)(nil),                  // 78: kvasir.topology.v1.Provision
-	(*v1.Loss)(nil),                       // 79: kvasir.topology.v1.Loss
-	(*v1.Change)(nil),                     // 80: kvasir.topology.v1.Change
-	(v1.Operation_State)(0),               // 81: kvasir.topology.v1.Operation.State
-	(*v1.Move)(nil),                       // 82: kvasir.topology.v1.Move
-	(v1.Phase)(0),                         // 83: kvasir.topology.v1.Phase
-	(*v1.NodeHealth)(nil),                 // 84: kvasir.topology.v1.NodeHealth
-	(*v1.Condition)(nil),                  // 85: kvasir.topology.v1.Condition
-	(*v1.FoundHealth)(nil),                // 86: kvasir.topology.v1.FoundHealth
+	(*HoldBackRequest)(nil),               // 6: kvasir.admin.v1.HoldBackRequest
+	(*HoldBackResponse)(nil),              // 7: kvasir.admin.v1.HoldBackResponse
+	(*RegisterNodeRequest)(nil),           // 8: kvasir.admin.v1.RegisterNodeRequest
+	(*RegisterNodeResponse)(nil),          // 9: kvasir.admin.v1.RegisterNodeResponse
+	(*NamespaceSettings)(nil),             // 10: kvasir.admin.v1.NamespaceSettings
+	(*CreateNamespaceRequest)(nil),        // 11: kvasir.admin.v1.CreateNamespaceRequest
+	(*CreateNamespaceResponse)(nil),       // 12: kvasir.admin.v1.CreateNamespaceResponse
+	(*UpdateNamespaceRequest)(nil),        // 13: kvasir.admin.v1.UpdateNamespaceRequest
+	(*UpdateNamespaceResponse)(nil),       // 14: kvasir.admin.v1.UpdateNamespaceResponse
+	(*DropNamespaceRequest)(nil),          // 15: kvasir.admin.v1.DropNamespaceRequest
+	(*DropNamespaceResponse)(nil),         // 16: kvasir.admin.v1.DropNamespaceResponse
+	(*UpdateSettingsRequest)(nil),         // 17: kvasir.admin.v1.UpdateSettingsRequest
+	(*UpdateSettingsResponse)(nil),        // 18: kvasir.admin.v1.UpdateSettingsResponse
+	(*ListSettingsRequest)(nil),           // 19: kvasir.admin.v1.ListSettingsRequest
+	(*ListSettingsResponse)(nil),          // 20: kvasir.admin.v1.ListSettingsResponse
+	(*GetCapacityRequest)(nil),            // 21: kvasir.admin.v1.GetCapacityRequest
+	(*GetCapacityResponse)(nil),           // 22: kvasir.admin.v1.GetCapacityResponse
+	(*CapacityNode)(nil),                  // 23: kvasir.admin.v1.CapacityNode
+	(*CapacitySignal)(nil),                // 24: kvasir.admin.v1.CapacitySignal
+	(*ListProvisionsRequest)(nil),         // 25: kvasir.admin.v1.ListProvisionsRequest
+	(*ListProvisionsResponse)(nil),        // 26: kvasir.admin.v1.ListProvisionsResponse
+	(*AcceptLossRequest)(nil),             // 27: kvasir.admin.v1.AcceptLossRequest
+	(*AcceptLossResponse)(nil),            // 28: kvasir.admin.v1.AcceptLossResponse
+	(*ListChangesRequest)(nil),            // 29: kvasir.admin.v1.ListChangesRequest
+	(*ListChangesResponse)(nil),           // 30: kvasir.admin.v1.ListChangesResponse
+	(*StartOperationRequest)(nil),         // 31: kvasir.admin.v1.StartOperationRequest
+	(*StartOperationResponse)(nil),        // 32: kvasir.admin.v1.StartOperationResponse
+	(*SteerOperationRequest)(nil),         // 33: kvasir.admin.v1.SteerOperationRequest
+	(*SteerOperationResponse)(nil),        // 34: kvasir.admin.v1.SteerOperationResponse
+	(*ListOperationsRequest)(nil),         // 35: kvasir.admin.v1.ListOperationsRequest
+	(*ListOperationsResponse)(nil),        // 36: kvasir.admin.v1.ListOperationsResponse
+	(*ObservedOperation)(nil),             // 37: kvasir.admin.v1.ObservedOperation
+	(*MoveProgress)(nil),                  // 38: kvasir.admin.v1.MoveProgress
+	(*GetNodeUseRequest)(nil),             // 39: kvasir.admin.v1.GetNodeUseRequest
+	(*GetNodeUseResponse)(nil),            // 40: kvasir.admin.v1.GetNodeUseResponse
+	(*VnodeUse)(nil),                      // 41: kvasir.admin.v1.VnodeUse
+	(*GetNodeStatusRequest)(nil),          // 42: kvasir.admin.v1.GetNodeStatusRequest
+	(*OperationStats)(nil),                // 43: kvasir.admin.v1.OperationStats
+	(*HintBacklog)(nil),                   // 44: kvasir.admin.v1.HintBacklog
+	(*NodeStatus)(nil),                    // 45: kvasir.admin.v1.NodeStatus
+	(*CopyProgress)(nil),                  // 46: kvasir.admin.v1.CopyProgress
+	(*Filling)(nil),                       // 47: kvasir.admin.v1.Filling
+	(*QueueDepth)(nil),                    // 48: kvasir.admin.v1.QueueDepth
+	(*GetNodeStatusResponse)(nil),         // 49: kvasir.admin.v1.GetNodeStatusResponse
+	(*GetOrchestratorStatusRequest)(nil),  // 50: kvasir.admin.v1.GetOrchestratorStatusRequest
+	(*OrchestratorStatus)(nil),            // 51: kvasir.admin.v1.OrchestratorStatus
+	(*GetOrchestratorStatusResponse)(nil), // 52: kvasir.admin.v1.GetOrchestratorStatusResponse
+	(*GetClusterStatusRequest)(nil),       // 53: kvasir.admin.v1.GetClusterStatusRequest
+	(*ObservedNode)(nil),                  // 54: kvasir.admin.v1.ObservedNode
+	(*HealthCheck)(nil),                   // 55: kvasir.admin.v1.HealthCheck
+	(*ObservedOrchestrator)(nil),          // 56: kvasir.admin.v1.ObservedOrchestrator
+	(*GetClusterStatusResponse)(nil),      // 57: kvasir.admin.v1.GetClusterStatusResponse
+	(*GetRepairStatusRequest)(nil),        // 58: kvasir.admin.v1.GetRepairStatusRequest
+	(*GetRepairStatusResponse)(nil),       // 59: kvasir.admin.v1.GetRepairStatusResponse
+	(*VnodeRepair)(nil),                   // 60: kvasir.admin.v1.VnodeRepair
+	(*StartRepairRequest)(nil),            // 61: kvasir.admin.v1.StartRepairRequest
+	(*StartRepairResponse)(nil),           // 62: kvasir.admin.v1.StartRepairResponse
+	(*PauseRepairRequest)(nil),            // 63: kvasir.admin.v1.PauseRepairRequest
+	(*PauseRepairResponse)(nil),           // 64: kvasir.admin.v1.PauseRepairResponse
+	(*ExplainCollectionRequest)(nil),      // 65: kvasir.admin.v1.ExplainCollectionRequest
+	(*ExplainCollectionResponse)(nil),     // 66: kvasir.admin.v1.ExplainCollectionResponse
+	(*CollectionReplica)(nil),             // 67: kvasir.admin.v1.CollectionReplica
+	(*ListHintsRequest)(nil),              // 68: kvasir.admin.v1.ListHintsRequest
+	(*ListHintsResponse)(nil),             // 69: kvasir.admin.v1.ListHintsResponse
+	(*HintGroup)(nil),                     // 70: kvasir.admin.v1.HintGroup
+	nil,                                   // 71: kvasir.admin.v1.UpdateSettingsRequest.ValuesEntry
+	(v1.Role)(0),                          // 72: kvasir.topology.v1.Role
+	(*v1.Topology)(nil),                   // 73: kvasir.topology.v1.Topology
+	(v1.ReadRepairMode)(0),                // 74: kvasir.topology.v1.ReadRepairMode
+	(v1.ReportingPolicy)(0),               // 75: kvasir.topology.v1.ReportingPolicy
+	(*v1.Namespace)(nil),                  // 76: kvasir.topology.v1.Namespace
+	(*v1.Operation)(nil),                  // 77: kvasir.topology.v1.Operation
+	(*v1.SettingsVersion)(nil),            // 78: kvasir.topology.v1.SettingsVersion
+	(*v1.Settings)(nil),                   // 79: kvasir.topology.v1.Settings
+	(*v1.Provision)(nil),                  // 80: kvasir.topology.v1.Provision
+	(*v1.Loss)(nil),                       // 81: kvasir.topology.v1.Loss
+	(*v1.Change)(nil),                     // 82: kvasir.topology.v1.Change
+	(v1.Operation_State)(0),               // 83: kvasir.topology.v1.Operation.State
+	(*v1.Move)(nil),                       // 84: kvasir.topology.v1.Move
+	(v1.Phase)(0),                         // 85: kvasir.topology.v1.Phase
+	(*v1.NodeHealth)(nil),                 // 86: kvasir.topology.v1.NodeHealth
+	(*v1.Condition)(nil),                  // 87: kvasir.topology.v1.Condition
+	(*v1.FoundHealth)(nil),                // 88: kvasir.topology.v1.FoundHealth
 }
 var file_kvasir_admin_v1_admin_proto_depIdxs = []int32{
-	70, // 0: kvasir.admin.v1.RegisterNodeRequest.role:type_name -> kvasir.topology.v1.Role
-	71, // 1: kvasir.admin.v1.RegisterNodeResponse.topology:type_name -> kvasir.topology.v1.Topology
-	72, // 2: kvasir.admin.v1.NamespaceSettings.read_repair:type_name -> kvasir.topology.v1.ReadRepairMode
-	73, // 3: kvasir.admin.v1.NamespaceSettings.reporting_policy:type_name -> kvasir.topology.v1.ReportingPolicy
-	8,  // 4: kvasir.admin.v1.CreateNamespaceRequest.settings:type_name -> kvasir.admin.v1.NamespaceSettings
-	74, // 5: kvasir.admin.v1.CreateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
-	8,  // 6: kvasir.admin.v1.UpdateNamespaceRequest.settings:type_name -> kvasir.admin.v1.NamespaceSettings
-	74, // 7: kvasir.admin.v1.UpdateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
-	75, // 8: kvasir.admin.v1.UpdateNamespaceResponse.operation:type_name -> kvasir.topology.v1.Operation
-	69, // 9: kvasir.admin.v1.UpdateSettingsRequest.values:type_name -> kvasir.admin.v1.UpdateSettingsRequest.ValuesEntry
-	76, // 10: kvasir.admin.v1.UpdateSettingsResponse.before:type_name -> kvasir.topology.v1.SettingsVersion
-	76, // 11: kvasir.admin.v1.UpdateSettingsResponse.after:type_name -> kvasir.topology.v1.SettingsVersion
-	76, // 12: kvasir.admin.v1.ListSettingsResponse.versions:type_name -> kvasir.topology.v1.SettingsVersion
-	77, // 13: kvasir.admin.v1.GetCapacityResponse.settings:type_name -> kvasir.topology.v1.Settings
-	21, // 14: kvasir.admin.v1.GetCapacityResponse.nodes:type_name -> kvasir.admin.v1.CapacityNode
-	78, // 15: kvasir.admin.v1.GetCapacityResponse.launching:type_name -> kvasir.topology.v1.Provision
-	22, // 16: kvasir.admin.v1.GetCapacityResponse.signals:type_name -> kvasir.admin.v1.CapacitySignal
-	78, // 17: kvasir.admin.v1.ListProvisionsResponse.provisions:type_name -> kvasir.topology.v1.Provision
-	79, // 18: kvasir.admin.v1.AcceptLossResponse.loss:type_name -> kvasir.topology.v1.Loss
-	80, // 19: kvasir.admin.v1.ListChangesResponse.changes:type_name -> kvasir.topology.v1.Change
-	75, // 20: kvasir.admin.v1.StartOperationRequest.operation:type_name -> kvasir.topology.v1.Operation
-	75, // 21: kvasir.admin.v1.StartOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
-	81, // 22: kvasir.admin.v1.SteerOperationRequest.state:type_name -> kvasir.topology.v1.Operation.State
-	75, // 23: kvasir.admin.v1.SteerOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
-	35, // 24: kvasir.admin.v1.ListOperationsResponse.operations:type_name -> kvasir.admin.v1.ObservedOperation
-	75, // 25: kvasir.admin.v1.ObservedOperation.operation:type_name -> kvasir.topology.v1.Operation
-	36, // 26: kvasir.admin.v1.ObservedOperation.moving:type_name -> kvasir.admin.v1.MoveProgress
-	82, // 27: kvasir.admin.v1.MoveProgress.move:type_name -> kvasir.topology.v1.Move
-	83, // 28: kvasir.admin.v1.MoveProgress.phase:type_name -> kvasir.topology.v1.Phase
-	39, // 29: kvasir.admin.v1.GetNodeUseResponse.vnodes:type_name -> kvasir.admin.v1.VnodeUse
+	72, // 0: kvasir.admin.v1.RegisterNodeRequest.role:type_name -> kvasir.topology.v1.Role
+	73, // 1: kvasir.admin.v1.RegisterNodeResponse.topology:type_name -> kvasir.topology.v1.Topology
+	74, // 2: kvasir.admin.v1.NamespaceSettings.read_repair:type_name -> kvasir.topology.v1.ReadRepairMode
+	75, // 3: kvasir.admin.v1.NamespaceSettings.reporting_policy:type_name -> kvasir.topology.v1.ReportingPolicy
+	10, // 4: kvasir.admin.v1.CreateNamespaceRequest.settings:type_name -> kvasir.admin.v1.NamespaceSettings
+	76, // 5: kvasir.admin.v1.CreateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
+	10, // 6: kvasir.admin.v1.UpdateNamespaceRequest.settings:type_name -> kvasir.admin.v1.NamespaceSettings
+	76, // 7: kvasir.admin.v1.UpdateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
+	77, // 8: kvasir.admin.v1.UpdateNamespaceResponse.operation:type_name -> kvasir.topology.v1.Operation
+	71, // 9: kvasir.admin.v1.UpdateSettingsRequest.values:type_name -> kvasir.admin.v1.UpdateSettingsRequest.ValuesEntry
+	78, // 10: kvasir.admin.v1.UpdateSettingsResponse.before:type_name -> kvasir.topology.v1.SettingsVersion
+	78, // 11: kvasir.admin.v1.UpdateSettingsResponse.after:type_name -> kvasir.topology.v1.SettingsVersion
+	78, // 12: kvasir.admin.v1.ListSettingsResponse.versions:type_name -> kvasir.topology.v1.SettingsVersion
+	79, // 13: kvasir.admin.v1.GetCapacityResponse.settings:type_name -> kvasir.topology.v1.Settings
+	23, // 14: kvasir.admin.v1.GetCapacityResponse.nodes:type_name -> kvasir.admin.v1.CapacityNode
+	80, // 15: kvasir.admin.v1.GetCapacityResponse.launching:type_name -> kvasir.topology.v1.Provision
+	24, // 16: kvasir.admin.v1.GetCapacityResponse.signals:type_name -> kvasir.admin.v1.CapacitySignal
+	80, // 17: kvasir.admin.v1.ListProvisionsResponse.provisions:type_name -> kvasir.topology.v1.Provision
+	81, // 18: kvasir.admin.v1.AcceptLossResponse.loss:type_name -> kvasir.topology.v1.Loss
+	82, // 19: kvasir.admin.v1.ListChangesResponse.changes:type_name -> kvasir.topology.v1.Change
+	77, // 20: kvasir.admin.v1.StartOperationRequest.operation:type_name -> kvasir.topology.v1.Operation
+	77, // 21: kvasir.admin.v1.StartOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
+	83, // 22: kvasir.admin.v1.SteerOperationRequest.state:type_name -> kvasir.topology.v1.Operation.State
+	77, // 23: kvasir.admin.v1.SteerOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
+	37, // 24: kvasir.admin.v1.ListOperationsResponse.operations:type_name -> kvasir.admin.v1.ObservedOperation
+	77, // 25: kvasir.admin.v1.ObservedOperation.operation:type_name -> kvasir.topology.v1.Operation
+	38, // 26: kvasir.admin.v1.ObservedOperation.moving:type_name -> kvasir.admin.v1.MoveProgress
+	84, // 27: kvasir.admin.v1.MoveProgress.move:type_name -> kvasir.topology.v1.Move
+	85, // 28: kvasir.admin.v1.MoveProgress.phase:type_name -> kvasir.topology.v1.Phase
+	41, // 29: kvasir.admin.v1.GetNodeUseResponse.vnodes:type_name -> kvasir.admin.v1.VnodeUse
 	0,  // 30: kvasir.admin.v1.NodeStatus.state:type_name -> kvasir.admin.v1.NodeStatus.State
-	41, // 31: kvasir.admin.v1.NodeStatus.get:type_name -> kvasir.admin.v1.OperationStats
-	41, // 32: kvasir.admin.v1.NodeStatus.put:type_name -> kvasir.admin.v1.OperationStats
-	41, // 33: kvasir.admin.v1.NodeStatus.scan:type_name -> kvasir.admin.v1.OperationStats
-	42, // 34: kvasir.admin.v1.NodeStatus.hints:type_name -> kvasir.admin.v1.HintBacklog
-	46, // 35: kvasir.admin.v1.NodeStatus.queues:type_name -> kvasir.admin.v1.QueueDepth
-	45, // 36: kvasir.admin.v1.NodeStatus.fillings:type_name -> kvasir.admin.v1.Filling
-	44, // 37: kvasir.admin.v1.NodeStatus.copies:type_name -> kvasir.admin.v1.CopyProgress
-	43, // 38: kvasir.admin.v1.GetNodeStatusResponse.status:type_name -> kvasir.admin.v1.NodeStatus
-	49, // 39: kvasir.admin.v1.GetOrchestratorStatusResponse.status:type_name -> kvasir.admin.v1.OrchestratorStatus
-	84, // 40: kvasir.admin.v1.ObservedNode.health:type_name -> kvasir.topology.v1.NodeHealth
-	43, // 41: kvasir.admin.v1.ObservedNode.status:type_name -> kvasir.admin.v1.NodeStatus
-	53, // 42: kvasir.admin.v1.ObservedNode.checks:type_name -> kvasir.admin.v1.HealthCheck
-	49, // 43: kvasir.admin.v1.ObservedOrchestrator.status:type_name -> kvasir.admin.v1.OrchestratorStatus
-	71, // 44: kvasir.admin.v1.GetClusterStatusResponse.topology:type_name -> kvasir.topology.v1.Topology
-	52, // 45: kvasir.admin.v1.GetClusterStatusResponse.nodes:type_name -> kvasir.admin.v1.ObservedNode
-	54, // 46: kvasir.admin.v1.GetClusterStatusResponse.orchestrators:type_name -> kvasir.admin.v1.ObservedOrchestrator
-	85, // 47: kvasir.admin.v1.GetClusterStatusResponse.conditions:type_name -> kvasir.topology.v1.Condition
-	86, // 48: kvasir.admin.v1.GetClusterStatusResponse.found:type_name -> kvasir.topology.v1.FoundHealth
-	79, // 49: kvasir.admin.v1.GetClusterStatusResponse.losses:type_name -> kvasir.topology.v1.Loss
-	58, // 50: kvasir.admin.v1.GetRepairStatusResponse.vnodes:type_name -> kvasir.admin.v1.VnodeRepair
+	43, // 31: kvasir.admin.v1.NodeStatus.get:type_name -> kvasir.admin.v1.OperationStats
+	43, // 32: kvasir.admin.v1.NodeStatus.put:type_name -> kvasir.admin.v1.OperationStats
+	43, // 33: kvasir.admin.v1.NodeStatus.scan:type_name -> kvasir.admin.v1.OperationStats
+	44, // 34: kvasir.admin.v1.NodeStatus.hints:type_name -> kvasir.admin.v1.HintBacklog
+	48, // 35: kvasir.admin.v1.NodeStatus.queues:type_name -> kvasir.admin.v1.QueueDepth
+	47, // 36: kvasir.admin.v1.NodeStatus.fillings:type_name -> kvasir.admin.v1.Filling
+	46, // 37: kvasir.admin.v1.NodeStatus.copies:type_name -> kvasir.admin.v1.CopyProgress
+	45, // 38: kvasir.admin.v1.GetNodeStatusResponse.status:type_name -> kvasir.admin.v1.NodeStatus
+	51, // 39: kvasir.admin.v1.GetOrchestratorStatusResponse.status:type_name -> kvasir.admin.v1.OrchestratorStatus
+	86, // 40: kvasir.admin.v1.ObservedNode.health:type_name -> kvasir.topology.v1.NodeHealth
+	45, // 41: kvasir.admin.v1.ObservedNode.status:type_name -> kvasir.admin.v1.NodeStatus
+	55, // 42: kvasir.admin.v1.ObservedNode.checks:type_name -> kvasir.admin.v1.HealthCheck
+	51, // 43: kvasir.admin.v1.ObservedOrchestrator.status:type_name -> kvasir.admin.v1.OrchestratorStatus
+	73, // 44: kvasir.admin.v1.GetClusterStatusResponse.topology:type_name -> kvasir.topology.v1.Topology
+	54, // 45: kvasir.admin.v1.GetClusterStatusResponse.nodes:type_name -> kvasir.admin.v1.ObservedNode
+	56, // 46: kvasir.admin.v1.GetClusterStatusResponse.orchestrators:type_name -> kvasir.admin.v1.ObservedOrchestrator
+	87, // 47: kvasir.admin.v1.GetClusterStatusResponse.conditions:type_name -> kvasir.topology.v1.Condition
+	88, // 48: kvasir.admin.v1.GetClusterStatusResponse.found:type_name -> kvasir.topology.v1.FoundHealth
+	81, // 49: kvasir.admin.v1.GetClusterStatusResponse.losses:type_name -> kvasir.topology.v1.Loss
+	60, // 50: kvasir.admin.v1.GetRepairStatusResponse.vnodes:type_name -> kvasir.admin.v1.VnodeRepair
 	1,  // 51: kvasir.admin.v1.VnodeRepair.state:type_name -> kvasir.admin.v1.VnodeRepair.State
-	65, // 52: kvasir.admin.v1.ExplainCollectionResponse.replicas:type_name -> kvasir.admin.v1.CollectionReplica
-	68, // 53: kvasir.admin.v1.ListHintsResponse.groups:type_name -> kvasir.admin.v1.HintGroup
-	6,  // 54: kvasir.admin.v1.ControlService.RegisterNode:input_type -> kvasir.admin.v1.RegisterNodeRequest
-	9,  // 55: kvasir.admin.v1.ControlService.CreateNamespace:input_type -> kvasir.admin.v1.CreateNamespaceRequest
-	11, // 56: kvasir.admin.v1.ControlService.UpdateNamespace:input_type -> kvasir.admin.v1.UpdateNamespaceRequest
-	13, // 57: kvasir.admin.v1.ControlService.DropNamespace:input_type -> kvasir.admin.v1.DropNamespaceRequest
-	27, // 58: kvasir.admin.v1.ControlService.ListChanges:input_type -> kvasir.admin.v1.ListChangesRequest
-	51, // 59: kvasir.admin.v1.ControlService.GetClusterStatus:input_type -> kvasir.admin.v1.GetClusterStatusRequest
-	29, // 60: kvasir.admin.v1.ControlService.StartOperation:input_type -> kvasir.admin.v1.StartOperationRequest
-	31, // 61: kvasir.admin.v1.ControlService.SteerOperation:input_type -> kvasir.admin.v1.SteerOperationRequest
-	33, // 62: kvasir.admin.v1.ControlService.ListOperations:input_type -> kvasir.admin.v1.ListOperationsRequest
-	15, // 63: kvasir.admin.v1.ControlService.UpdateSettings:input_type -> kvasir.admin.v1.UpdateSettingsRequest
-	17, // 64: kvasir.admin.v1.ControlService.ListSettings:input_type -> kvasir.admin.v1.ListSettingsRequest
-	19, // 65: kvasir.admin.v1.ControlService.GetCapacity:input_type -> kvasir.admin.v1.GetCapacityRequest
-	23, // 66: kvasir.admin.v1.ControlService.ListProvisions:input_type -> kvasir.admin.v1.ListProvisionsRequest
-	25, // 67: kvasir.admin.v1.ControlService.AcceptLoss:input_type -> kvasir.admin.v1.AcceptLossRequest
+	67, // 52: kvasir.admin.v1.ExplainCollectionResponse.replicas:type_name -> kvasir.admin.v1.CollectionReplica
+	70, // 53: kvasir.admin.v1.ListHintsResponse.groups:type_name -> kvasir.admin.v1.HintGroup
+	8,  // 54: kvasir.admin.v1.ControlService.RegisterNode:input_type -> kvasir.admin.v1.RegisterNodeRequest
+	11, // 55: kvasir.admin.v1.ControlService.CreateNamespace:input_type -> kvasir.admin.v1.CreateNamespaceRequest
+	13, // 56: kvasir.admin.v1.ControlService.UpdateNamespace:input_type -> kvasir.admin.v1.UpdateNamespaceRequest
+	15, // 57: kvasir.admin.v1.ControlService.DropNamespace:input_type -> kvasir.admin.v1.DropNamespaceRequest
+	29, // 58: kvasir.admin.v1.ControlService.ListChanges:input_type -> kvasir.admin.v1.ListChangesRequest
+	53, // 59: kvasir.admin.v1.ControlService.GetClusterStatus:input_type -> kvasir.admin.v1.GetClusterStatusRequest
+	31, // 60: kvasir.admin.v1.ControlService.StartOperation:input_type -> kvasir.admin.v1.StartOperationRequest
+	33, // 61: kvasir.admin.v1.ControlService.SteerOperation:input_type -> kvasir.admin.v1.SteerOperationRequest
+	35, // 62: kvasir.admin.v1.ControlService.ListOperations:input_type -> kvasir.admin.v1.ListOperationsRequest
+	17, // 63: kvasir.admin.v1.ControlService.UpdateSettings:input_type -> kvasir.admin.v1.UpdateSettingsRequest
+	19, // 64: kvasir.admin.v1.ControlService.ListSettings:input_type -> kvasir.admin.v1.ListSettingsRequest
+	21, // 65: kvasir.admin.v1.ControlService.GetCapacity:input_type -> kvasir.admin.v1.GetCapacityRequest
+	25, // 66: kvasir.admin.v1.ControlService.ListProvisions:input_type -> kvasir.admin.v1.ListProvisionsRequest
+	27, // 67: kvasir.admin.v1.ControlService.AcceptLoss:input_type -> kvasir.admin.v1.AcceptLossRequest
 	2,  // 68: kvasir.admin.v1.ControlService.GrantLease:input_type -> kvasir.admin.v1.GrantLeaseRequest
 	4,  // 69: kvasir.admin.v1.ControlService.EvictCopies:input_type -> kvasir.admin.v1.EvictCopiesRequest
-	40, // 70: kvasir.admin.v1.StatusService.GetNodeStatus:input_type -> kvasir.admin.v1.GetNodeStatusRequest
-	48, // 71: kvasir.admin.v1.StatusService.GetOrchestratorStatus:input_type -> kvasir.admin.v1.GetOrchestratorStatusRequest
-	37, // 72: kvasir.admin.v1.StatusService.GetNodeUse:input_type -> kvasir.admin.v1.GetNodeUseRequest
-	56, // 73: kvasir.admin.v1.RepairService.GetRepairStatus:input_type -> kvasir.admin.v1.GetRepairStatusRequest
-	59, // 74: kvasir.admin.v1.RepairService.StartRepair:input_type -> kvasir.admin.v1.StartRepairRequest
-	61, // 75: kvasir.admin.v1.RepairService.PauseRepair:input_type -> kvasir.admin.v1.PauseRepairRequest
-	63, // 76: kvasir.admin.v1.RepairService.ExplainCollection:input_type -> kvasir.admin.v1.ExplainCollectionRequest
-	66, // 77: kvasir.admin.v1.RepairService.ListHints:input_type -> kvasir.admin.v1.ListHintsRequest
-	7,  // 78: kvasir.admin.v1.ControlService.RegisterNode:output_type -> kvasir.admin.v1.RegisterNodeResponse
-	10, // 79: kvasir.admin.v1.ControlService.CreateNamespace:output_type -> kvasir.admin.v1.CreateNamespaceResponse
-	12, // 80: kvasir.admin.v1.ControlService.UpdateNamespace:output_type -> kvasir.admin.v1.UpdateNamespaceResponse
-	14, // 81: kvasir.admin.v1.ControlService.DropNamespace:output_type -> kvasir.admin.v1.DropNamespaceResponse
-	28, // 82: kvasir.admin.v1.ControlService.ListChanges:output_type -> kvasir.admin.v1.ListChangesResponse
-	55, // 83: kvasir.admin.v1.ControlService.GetClusterStatus:output_type -> kvasir.admin.v1.GetClusterStatusResponse
-	30, // 84: kvasir.admin.v1.ControlService.StartOperation:output_type -> kvasir.admin.v1.StartOperationResponse
-	32, // 85: kvasir.admin.v1.ControlService.SteerOperation:output_type -> kvasir.admin.v1.SteerOperationResponse
-	34, // 86: kvasir.admin.v1.ControlService.ListOperations:output_type -> kvasir.admin.v1.ListOperationsResponse
-	16, // 87: kvasir.admin.v1.ControlService.UpdateSettings:output_type -> kvasir.admin.v1.UpdateSettingsResponse
-	18, // 88: kvasir.admin.v1.ControlService.ListSettings:output_type -> kvasir.admin.v1.ListSettingsResponse
-	20, // 89: kvasir.admin.v1.ControlService.GetCapacity:output_type -> kvasir.admin.v1.GetCapacityResponse
-	24, // 90: kvasir.admin.v1.ControlService.ListProvisions:output_type -> kvasir.admin.v1.ListProvisionsResponse
-	26, // 91: kvasir.admin.v1.ControlService.AcceptLoss:output_type -> kvasir.admin.v1.AcceptLossResponse
-	3,  // 92: kvasir.admin.v1.ControlService.GrantLease:output_type -> kvasir.admin.v1.GrantLeaseResponse
-	5,  // 93: kvasir.admin.v1.ControlService.EvictCopies:output_type -> kvasir.admin.v1.EvictCopiesResponse
-	47, // 94: kvasir.admin.v1.StatusService.GetNodeStatus:output_type -> kvasir.admin.v1.GetNodeStatusResponse
-	50, // 95: kvasir.admin.v1.StatusService.GetOrchestratorStatus:output_type -> kvasir.admin.v1.GetOrchestratorStatusResponse
-	38, // 96: kvasir.admin.v1.StatusService.GetNodeUse:output_type -> kvasir.admin.v1.GetNodeUseResponse
-	57, // 97: kvasir.admin.v1.RepairService.GetRepairStatus:output_type -> kvasir.admin.v1.GetRepairStatusResponse
-	60, // 98: kvasir.admin.v1.RepairService.StartRepair:output_type -> kvasir.admin.v1.StartRepairResponse
-	62, // 99: kvasir.admin.v1.RepairService.PauseRepair:output_type -> kvasir.admin.v1.PauseRepairResponse
-	64, // 100: kvasir.admin.v1.RepairService.ExplainCollection:output_type -> kvasir.admin.v1.ExplainCollectionResponse
-	67, // 101: kvasir.admin.v1.RepairService.ListHints:output_type -> kvasir.admin.v1.ListHintsResponse
-	78, // [78:102] is the sub-list for method output_type
-	54, // [54:78] is the sub-list for method input_type
+	6,  // 70: kvasir.admin.v1.ControlService.HoldBack:input_type -> kvasir.admin.v1.HoldBackRequest
+	42, // 71: kvasir.admin.v1.StatusService.GetNodeStatus:input_type -> kvasir.admin.v1.GetNodeStatusRequest
+	50, // 72: kvasir.admin.v1.StatusService.GetOrchestratorStatus:input_type -> kvasir.admin.v1.GetOrchestratorStatusRequest
+	39, // 73: kvasir.admin.v1.StatusService.GetNodeUse:input_type -> kvasir.admin.v1.GetNodeUseRequest
+	58, // 74: kvasir.admin.v1.RepairService.GetRepairStatus:input_type -> kvasir.admin.v1.GetRepairStatusRequest
+	61, // 75: kvasir.admin.v1.RepairService.StartRepair:input_type -> kvasir.admin.v1.StartRepairRequest
+	63, // 76: kvasir.admin.v1.RepairService.PauseRepair:input_type -> kvasir.admin.v1.PauseRepairRequest
+	65, // 77: kvasir.admin.v1.RepairService.ExplainCollection:input_type -> kvasir.admin.v1.ExplainCollectionRequest
+	68, // 78: kvasir.admin.v1.RepairService.ListHints:input_type -> kvasir.admin.v1.ListHintsRequest
+	9,  // 79: kvasir.admin.v1.ControlService.RegisterNode:output_type -> kvasir.admin.v1.RegisterNodeResponse
+	12, // 80: kvasir.admin.v1.ControlService.CreateNamespace:output_type -> kvasir.admin.v1.CreateNamespaceResponse
+	14, // 81: kvasir.admin.v1.ControlService.UpdateNamespace:output_type -> kvasir.admin.v1.UpdateNamespaceResponse
+	16, // 82: kvasir.admin.v1.ControlService.DropNamespace:output_type -> kvasir.admin.v1.DropNamespaceResponse
+	30, // 83: kvasir.admin.v1.ControlService.ListChanges:output_type -> kvasir.admin.v1.ListChangesResponse
+	57, // 84: kvasir.admin.v1.ControlService.GetClusterStatus:output_type -> kvasir.admin.v1.GetClusterStatusResponse
+	32, // 85: kvasir.admin.v1.ControlService.StartOperation:output_type -> kvasir.admin.v1.StartOperationResponse
+	34, // 86: kvasir.admin.v1.ControlService.SteerOperation:output_type -> kvasir.admin.v1.SteerOperationResponse
+	36, // 87: kvasir.admin.v1.ControlService.ListOperations:output_type -> kvasir.admin.v1.ListOperationsResponse
+	18, // 88: kvasir.admin.v1.ControlService.UpdateSettings:output_type -> kvasir.admin.v1.UpdateSettingsResponse
+	20, // 89: kvasir.admin.v1.ControlService.ListSettings:output_type -> kvasir.admin.v1.ListSettingsResponse
+	22, // 90: kvasir.admin.v1.ControlService.GetCapacity:output_type -> kvasir.admin.v1.GetCapacityResponse
+	26, // 91: kvasir.admin.v1.ControlService.ListProvisions:output_type -> kvasir.admin.v1.ListProvisionsResponse
+	28, // 92: kvasir.admin.v1.ControlService.AcceptLoss:output_type -> kvasir.admin.v1.AcceptLossResponse
+	3,  // 93: kvasir.admin.v1.ControlService.GrantLease:output_type -> kvasir.admin.v1.GrantLeaseResponse
+	5,  // 94: kvasir.admin.v1.ControlService.EvictCopies:output_type -> kvasir.admin.v1.EvictCopiesResponse
+	7,  // 95: kvasir.admin.v1.ControlService.HoldBack:output_type -> kvasir.admin.v1.HoldBackResponse
+	49, // 96: kvasir.admin.v1.StatusService.GetNodeStatus:output_type -> kvasir.admin.v1.GetNodeStatusResponse
+	52, // 97: kvasir.admin.v1.StatusService.GetOrchestratorStatus:output_type -> kvasir.admin.v1.GetOrchestratorStatusResponse
+	40, // 98: kvasir.admin.v1.StatusService.GetNodeUse:output_type -> kvasir.admin.v1.GetNodeUseResponse
+	59, // 99: kvasir.admin.v1.RepairService.GetRepairStatus:output_type -> kvasir.admin.v1.GetRepairStatusResponse
+	62, // 100: kvasir.admin.v1.RepairService.StartRepair:output_type -> kvasir.admin.v1.StartRepairResponse
+	64, // 101: kvasir.admin.v1.RepairService.PauseRepair:output_type -> kvasir.admin.v1.PauseRepairResponse
+	66, // 102: kvasir.admin.v1.RepairService.ExplainCollection:output_type -> kvasir.admin.v1.ExplainCollectionResponse
+	69, // 103: kvasir.admin.v1.RepairService.ListHints:output_type -> kvasir.admin.v1.ListHintsResponse
+	79, // [79:104] is the sub-list for method output_type
+	54, // [54:79] is the sub-list for method input_type
 	54, // [54:54] is the sub-list for extension type_name
 	54, // [54:54] is the sub-list for extension extendee
 	0,  // [0:54] is the sub-list for field type_name
@@ -5462,8 +5579,8 @@ func file_kvasir_admin_v1_admin_proto_init() {
 	if File_kvasir_admin_v1_admin_proto != nil {
 		return
 	}
-	file_kvasir_admin_v1_admin_proto_msgTypes[6].OneofWrappers = []any{}
-	file_kvasir_admin_v1_admin_proto_msgTypes[61].OneofWrappers = []any{
+	file_kvasir_admin_v1_admin_proto_msgTypes[8].OneofWrappers = []any{}
+	file_kvasir_admin_v1_admin_proto_msgTypes[63].OneofWrappers = []any{
 		(*ExplainCollectionRequest_Key)(nil),
 		(*ExplainCollectionRequest_Vnode)(nil),
 	}
@@ -5473,7 +5590,7 @@ func file_kvasir_admin_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kvasir_admin_v1_admin_proto_rawDesc), len(file_kvasir_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   68,
+			NumMessages:   70,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

@@ -35,6 +35,7 @@ const (
 	ControlService_AcceptLoss_FullMethodName       = "/kvasir.admin.v1.ControlService/AcceptLoss"
 	ControlService_GrantLease_FullMethodName       = "/kvasir.admin.v1.ControlService/GrantLease"
 	ControlService_EvictCopies_FullMethodName      = "/kvasir.admin.v1.ControlService/EvictCopies"
+	ControlService_HoldBack_FullMethodName         = "/kvasir.admin.v1.ControlService/HoldBack"
 )
 
 // ControlServiceClient is the client API for ControlService service.
@@ -65,6 +66,9 @@ type ControlServiceClient interface {
 	// EvictCopies has writes go on without the copies of a namespace that hold them up,
 	// where its policy is to.
 	EvictCopies(ctx context.Context, in *EvictCopiesRequest, opts ...grpc.CallOption) (*EvictCopiesResponse, error)
+	// HoldBack has a reporting node give its copies to others, or lets a node be given copies
+	// or slots again.
+	HoldBack(ctx context.Context, in *HoldBackRequest, opts ...grpc.CallOption) (*HoldBackResponse, error)
 }
 
 type controlServiceClient struct {
@@ -235,6 +239,16 @@ func (c *controlServiceClient) EvictCopies(ctx context.Context, in *EvictCopiesR
 	return out, nil
 }
 
+func (c *controlServiceClient) HoldBack(ctx context.Context, in *HoldBackRequest, opts ...grpc.CallOption) (*HoldBackResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(HoldBackResponse)
+	err := c.cc.Invoke(ctx, ControlService_HoldBack_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // ControlServiceServer is the server API for ControlService service.
 // All implementations must embed UnimplementedControlServiceServer
 // for forward compatibility.
@@ -263,6 +277,9 @@ type ControlServiceServer interface {
 	// EvictCopies has writes go on without the copies of a namespace that hold them up,
 	// where its policy is to.
 	EvictCopies(context.Context, *EvictCopiesRequest) (*EvictCopiesResponse, error)
+	// HoldBack has a reporting node give its copies to others, or lets a node be given copies
+	// or slots again.
+	HoldBack(context.Context, *HoldBackRequest) (*HoldBackResponse, error)
 	mustEmbedUnimplementedControlServiceServer()
 }
 
@@ -320,6 +337,9 @@ func (UnimplementedControlServiceServer) GrantLease(context.Context, *GrantLease
 }
 func (UnimplementedControlServiceServer) EvictCopies(context.Context, *EvictCopiesRequest) (*EvictCopiesResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method EvictCopies not implemented")
+}
+func (UnimplementedControlServiceServer) HoldBack(context.Context, *HoldBackRequest) (*HoldBackResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method HoldBack not implemented")
 }
 func (UnimplementedControlServiceServer) mustEmbedUnimplementedControlServiceServer() {}
 func (UnimplementedControlServiceServer) testEmbeddedByValue()                        {}
@@ -630,6 +650,24 @@ func _ControlService_EvictCopies_Handler(srv interface{}, ctx context.Context, d
 	return interceptor(ctx, in, info, handler)
 }
 
+func _ControlService_HoldBack_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(HoldBackRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ControlServiceServer).HoldBack(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: ControlService_HoldBack_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ControlServiceServer).HoldBack(ctx, req.(*HoldBackRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // ControlService_ServiceDesc is the grpc.ServiceDesc for ControlService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -700,6 +738,10 @@ var ControlService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "EvictCopies",
 			Handler:    _ControlService_EvictCopies_Handler,
+		},
+		{
+			MethodName: "HoldBack",
+			Handler:    _ControlService_HoldBack_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},

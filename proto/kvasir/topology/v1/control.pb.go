@@ -186,7 +186,7 @@ func (x Operation_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Operation_State.Descriptor instead.
 func (Operation_State) EnumDescriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{23, 0}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{24, 0}
 }
 
 // ControlState is what the orchestrators agree on: the topology, and what only
@@ -1055,6 +1055,7 @@ type Mutation struct {
 	//	*Mutation_SetCondition
 	//	*Mutation_NoteScaling
 	//	*Mutation_SetCopies
+	//	*Mutation_HoldBack
 	//	*Mutation_Recover
 	//	*Mutation_AcceptLoss
 	Kind          isMutation_Kind `protobuf_oneof:"kind"`
@@ -1261,6 +1262,15 @@ func (x *Mutation) GetSetCopies() *SetCopies {
 	return nil
 }
 
+func (x *Mutation) GetHoldBack() *HoldBack {
+	if x != nil {
+		if x, ok := x.Kind.(*Mutation_HoldBack); ok {
+			return x.HoldBack
+		}
+	}
+	return nil
+}
+
 func (x *Mutation) GetRecover() *Recover {
 	if x != nil {
 		if x, ok := x.Kind.(*Mutation_Recover); ok {
@@ -1355,6 +1365,10 @@ type Mutation_SetCopies struct {
 	SetCopies *SetCopies `protobuf:"bytes,18,opt,name=set_copies,json=setCopies,proto3,oneof"`
 }
 
+type Mutation_HoldBack struct {
+	HoldBack *HoldBack `protobuf:"bytes,19,opt,name=hold_back,json=holdBack,proto3,oneof"`
+}
+
 type Mutation_Recover struct {
 	Recover *Recover `protobuf:"bytes,60,opt,name=recover,proto3,oneof"`
 }
@@ -1398,6 +1412,8 @@ func (*Mutation_SetCondition) isMutation_Kind() {}
 func (*Mutation_NoteScaling) isMutation_Kind() {}
 
 func (*Mutation_SetCopies) isMutation_Kind() {}
+
+func (*Mutation_HoldBack) isMutation_Kind() {}
 
 func (*Mutation_Recover) isMutation_Kind() {}
 
@@ -1571,6 +1587,59 @@ func (x *AcceptLoss) GetSinceMs() uint64 {
 	return 0
 }
 
+// HoldBack says whether a node is given slots, or copies for reports, only when people ask.
+type HoldBack struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Incarnation   uint64                 `protobuf:"varint,1,opt,name=incarnation,proto3" json:"incarnation,omitempty"`
+	Held          bool                   `protobuf:"varint,2,opt,name=held,proto3" json:"held,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *HoldBack) Reset() {
+	*x = HoldBack{}
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HoldBack) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HoldBack) ProtoMessage() {}
+
+func (x *HoldBack) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HoldBack.ProtoReflect.Descriptor instead.
+func (*HoldBack) Descriptor() ([]byte, []int) {
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *HoldBack) GetIncarnation() uint64 {
+	if x != nil {
+		return x.Incarnation
+	}
+	return 0
+}
+
+func (x *HoldBack) GetHeld() bool {
+	if x != nil {
+		return x.Held
+	}
+	return false
+}
+
 // Register makes a data directory a node, or brings a node's addresses up to date.
 type Register struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1583,7 +1652,7 @@ type Register struct {
 
 func (x *Register) Reset() {
 	*x = Register{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[13]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1595,7 +1664,7 @@ func (x *Register) String() string {
 func (*Register) ProtoMessage() {}
 
 func (x *Register) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[13]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1608,7 +1677,7 @@ func (x *Register) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Register.ProtoReflect.Descriptor instead.
 func (*Register) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{13}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Register) GetNode() *Node {
@@ -1642,7 +1711,7 @@ type SetRing struct {
 
 func (x *SetRing) Reset() {
 	*x = SetRing{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[14]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1654,7 +1723,7 @@ func (x *SetRing) String() string {
 func (*SetRing) ProtoMessage() {}
 
 func (x *SetRing) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[14]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1667,7 +1736,7 @@ func (x *SetRing) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetRing.ProtoReflect.Descriptor instead.
 func (*SetRing) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{14}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *SetRing) GetRing() []*Vnode {
@@ -1687,7 +1756,7 @@ type SetVnodes struct {
 
 func (x *SetVnodes) Reset() {
 	*x = SetVnodes{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[15]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1699,7 +1768,7 @@ func (x *SetVnodes) String() string {
 func (*SetVnodes) ProtoMessage() {}
 
 func (x *SetVnodes) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[15]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1712,7 +1781,7 @@ func (x *SetVnodes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetVnodes.ProtoReflect.Descriptor instead.
 func (*SetVnodes) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{15}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *SetVnodes) GetVnodes() []*VnodeSlots {
@@ -1735,7 +1804,7 @@ type VnodeSlots struct {
 
 func (x *VnodeSlots) Reset() {
 	*x = VnodeSlots{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[16]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1747,7 +1816,7 @@ func (x *VnodeSlots) String() string {
 func (*VnodeSlots) ProtoMessage() {}
 
 func (x *VnodeSlots) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[16]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1760,7 +1829,7 @@ func (x *VnodeSlots) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VnodeSlots.ProtoReflect.Descriptor instead.
 func (*VnodeSlots) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{16}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *VnodeSlots) GetVnode() uint32 {
@@ -1801,7 +1870,7 @@ type SetCopies struct {
 
 func (x *SetCopies) Reset() {
 	*x = SetCopies{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[17]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1813,7 +1882,7 @@ func (x *SetCopies) String() string {
 func (*SetCopies) ProtoMessage() {}
 
 func (x *SetCopies) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[17]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1826,7 +1895,7 @@ func (x *SetCopies) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetCopies.ProtoReflect.Descriptor instead.
 func (*SetCopies) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{17}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *SetCopies) GetChanges() []*CopyChange {
@@ -1847,7 +1916,7 @@ type CopyChange struct {
 
 func (x *CopyChange) Reset() {
 	*x = CopyChange{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[18]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1859,7 +1928,7 @@ func (x *CopyChange) String() string {
 func (*CopyChange) ProtoMessage() {}
 
 func (x *CopyChange) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[18]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1872,7 +1941,7 @@ func (x *CopyChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyChange.ProtoReflect.Descriptor instead.
 func (*CopyChange) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{18}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *CopyChange) GetVnode() uint32 {
@@ -1899,7 +1968,7 @@ type RemoveNodes struct {
 
 func (x *RemoveNodes) Reset() {
 	*x = RemoveNodes{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[19]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1911,7 +1980,7 @@ func (x *RemoveNodes) String() string {
 func (*RemoveNodes) ProtoMessage() {}
 
 func (x *RemoveNodes) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[19]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1924,7 +1993,7 @@ func (x *RemoveNodes) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RemoveNodes.ProtoReflect.Descriptor instead.
 func (*RemoveNodes) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{19}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *RemoveNodes) GetIncarnations() []uint64 {
@@ -1945,7 +2014,7 @@ type StartOperation struct {
 
 func (x *StartOperation) Reset() {
 	*x = StartOperation{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[20]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1957,7 +2026,7 @@ func (x *StartOperation) String() string {
 func (*StartOperation) ProtoMessage() {}
 
 func (x *StartOperation) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[20]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1970,7 +2039,7 @@ func (x *StartOperation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartOperation.ProtoReflect.Descriptor instead.
 func (*StartOperation) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{20}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *StartOperation) GetOperation() *Operation {
@@ -1991,7 +2060,7 @@ type SteerOperation struct {
 
 func (x *SteerOperation) Reset() {
 	*x = SteerOperation{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[21]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2003,7 +2072,7 @@ func (x *SteerOperation) String() string {
 func (*SteerOperation) ProtoMessage() {}
 
 func (x *SteerOperation) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[21]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2016,7 +2085,7 @@ func (x *SteerOperation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SteerOperation.ProtoReflect.Descriptor instead.
 func (*SteerOperation) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{21}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *SteerOperation) GetId() uint64 {
@@ -2047,7 +2116,7 @@ type Move struct {
 
 func (x *Move) Reset() {
 	*x = Move{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[22]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2059,7 +2128,7 @@ func (x *Move) String() string {
 func (*Move) ProtoMessage() {}
 
 func (x *Move) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[22]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2072,7 +2141,7 @@ func (x *Move) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Move.ProtoReflect.Descriptor instead.
 func (*Move) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{22}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *Move) GetVnode() uint32 {
@@ -2144,7 +2213,7 @@ type Operation struct {
 
 func (x *Operation) Reset() {
 	*x = Operation{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[23]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2156,7 +2225,7 @@ func (x *Operation) String() string {
 func (*Operation) ProtoMessage() {}
 
 func (x *Operation) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[23]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2169,7 +2238,7 @@ func (x *Operation) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Operation.ProtoReflect.Descriptor instead.
 func (*Operation) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{23}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *Operation) GetId() uint64 {
@@ -2301,7 +2370,7 @@ type FindHealth struct {
 
 func (x *FindHealth) Reset() {
 	*x = FindHealth{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[24]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2313,7 +2382,7 @@ func (x *FindHealth) String() string {
 func (*FindHealth) ProtoMessage() {}
 
 func (x *FindHealth) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[24]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2326,7 +2395,7 @@ func (x *FindHealth) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FindHealth.ProtoReflect.Descriptor instead.
 func (*FindHealth) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{24}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *FindHealth) GetNodes() []*FoundHealth {
@@ -2347,7 +2416,7 @@ type AskProvision struct {
 
 func (x *AskProvision) Reset() {
 	*x = AskProvision{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[25]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2359,7 +2428,7 @@ func (x *AskProvision) String() string {
 func (*AskProvision) ProtoMessage() {}
 
 func (x *AskProvision) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[25]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2372,7 +2441,7 @@ func (x *AskProvision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AskProvision.ProtoReflect.Descriptor instead.
 func (*AskProvision) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{25}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *AskProvision) GetProvision() *Provision {
@@ -2396,7 +2465,7 @@ type SteerProvision struct {
 
 func (x *SteerProvision) Reset() {
 	*x = SteerProvision{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[26]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2408,7 +2477,7 @@ func (x *SteerProvision) String() string {
 func (*SteerProvision) ProtoMessage() {}
 
 func (x *SteerProvision) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[26]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2421,7 +2490,7 @@ func (x *SteerProvision) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SteerProvision.ProtoReflect.Descriptor instead.
 func (*SteerProvision) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{26}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *SteerProvision) GetId() uint64 {
@@ -2469,7 +2538,7 @@ type NoteScaling struct {
 
 func (x *NoteScaling) Reset() {
 	*x = NoteScaling{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[27]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2481,7 +2550,7 @@ func (x *NoteScaling) String() string {
 func (*NoteScaling) ProtoMessage() {}
 
 func (x *NoteScaling) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[27]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2494,7 +2563,7 @@ func (x *NoteScaling) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NoteScaling.ProtoReflect.Descriptor instead.
 func (*NoteScaling) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{27}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *NoteScaling) GetUp() bool {
@@ -2515,7 +2584,7 @@ type SetCondition struct {
 
 func (x *SetCondition) Reset() {
 	*x = SetCondition{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[28]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2527,7 +2596,7 @@ func (x *SetCondition) String() string {
 func (*SetCondition) ProtoMessage() {}
 
 func (x *SetCondition) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[28]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2540,7 +2609,7 @@ func (x *SetCondition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetCondition.ProtoReflect.Descriptor instead.
 func (*SetCondition) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{28}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *SetCondition) GetKind() string {
@@ -2567,7 +2636,7 @@ type SetSettings struct {
 
 func (x *SetSettings) Reset() {
 	*x = SetSettings{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[29]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2579,7 +2648,7 @@ func (x *SetSettings) String() string {
 func (*SetSettings) ProtoMessage() {}
 
 func (x *SetSettings) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[29]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2592,7 +2661,7 @@ func (x *SetSettings) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetSettings.ProtoReflect.Descriptor instead.
 func (*SetSettings) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{29}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *SetSettings) GetSettings() *Settings {
@@ -2611,7 +2680,7 @@ type CreateNamespace struct {
 
 func (x *CreateNamespace) Reset() {
 	*x = CreateNamespace{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[30]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2623,7 +2692,7 @@ func (x *CreateNamespace) String() string {
 func (*CreateNamespace) ProtoMessage() {}
 
 func (x *CreateNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[30]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2636,7 +2705,7 @@ func (x *CreateNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateNamespace.ProtoReflect.Descriptor instead.
 func (*CreateNamespace) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{30}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *CreateNamespace) GetNamespace() *Namespace {
@@ -2655,7 +2724,7 @@ type UpdateNamespace struct {
 
 func (x *UpdateNamespace) Reset() {
 	*x = UpdateNamespace{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[31]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2667,7 +2736,7 @@ func (x *UpdateNamespace) String() string {
 func (*UpdateNamespace) ProtoMessage() {}
 
 func (x *UpdateNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[31]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2680,7 +2749,7 @@ func (x *UpdateNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateNamespace.ProtoReflect.Descriptor instead.
 func (*UpdateNamespace) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{31}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *UpdateNamespace) GetNamespace() *Namespace {
@@ -2699,7 +2768,7 @@ type DropNamespace struct {
 
 func (x *DropNamespace) Reset() {
 	*x = DropNamespace{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[32]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2711,7 +2780,7 @@ func (x *DropNamespace) String() string {
 func (*DropNamespace) ProtoMessage() {}
 
 func (x *DropNamespace) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[32]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2724,7 +2793,7 @@ func (x *DropNamespace) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DropNamespace.ProtoReflect.Descriptor instead.
 func (*DropNamespace) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{32}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *DropNamespace) GetId() uint32 {
@@ -2743,7 +2812,7 @@ type SetOrchestrators struct {
 
 func (x *SetOrchestrators) Reset() {
 	*x = SetOrchestrators{}
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[33]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2755,7 +2824,7 @@ func (x *SetOrchestrators) String() string {
 func (*SetOrchestrators) ProtoMessage() {}
 
 func (x *SetOrchestrators) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_topology_v1_control_proto_msgTypes[33]
+	mi := &file_kvasir_topology_v1_control_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2768,7 +2837,7 @@ func (x *SetOrchestrators) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetOrchestrators.ProtoReflect.Descriptor instead.
 func (*SetOrchestrators) Descriptor() ([]byte, []int) {
-	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{33}
+	return file_kvasir_topology_v1_control_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *SetOrchestrators) GetOrchestrators() []*Orchestrator {
@@ -2874,7 +2943,7 @@ const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\aCommand\x12!\n" +
 	"\fexpect_epoch\x18\x01 \x01(\x06R\vexpectEpoch\x122\n" +
 	"\x06change\x18\x02 \x01(\v2\x1a.kvasir.topology.v1.ChangeR\x06change\x12:\n" +
-	"\tmutations\x18\x03 \x03(\v2\x1c.kvasir.topology.v1.MutationR\tmutations\"\x90\v\n" +
+	"\tmutations\x18\x03 \x03(\v2\x1c.kvasir.topology.v1.MutationR\tmutations\"\xcd\v\n" +
 	"\bMutation\x121\n" +
 	"\x05found\x18\x01 \x01(\v2\x19.kvasir.topology.v1.FoundH\x00R\x05found\x12:\n" +
 	"\bregister\x18\x02 \x01(\v2\x1c.kvasir.topology.v1.RegisterH\x00R\bregister\x128\n" +
@@ -2897,7 +2966,8 @@ const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\rset_condition\x18\x10 \x01(\v2 .kvasir.topology.v1.SetConditionH\x00R\fsetCondition\x12D\n" +
 	"\fnote_scaling\x18\x11 \x01(\v2\x1f.kvasir.topology.v1.NoteScalingH\x00R\vnoteScaling\x12>\n" +
 	"\n" +
-	"set_copies\x18\x12 \x01(\v2\x1d.kvasir.topology.v1.SetCopiesH\x00R\tsetCopies\x127\n" +
+	"set_copies\x18\x12 \x01(\v2\x1d.kvasir.topology.v1.SetCopiesH\x00R\tsetCopies\x12;\n" +
+	"\thold_back\x18\x13 \x01(\v2\x1c.kvasir.topology.v1.HoldBackH\x00R\bholdBack\x127\n" +
 	"\arecover\x18< \x01(\v2\x1b.kvasir.topology.v1.RecoverH\x00R\arecover\x12A\n" +
 	"\vaccept_loss\x18= \x01(\v2\x1e.kvasir.topology.v1.AcceptLossH\x00R\n" +
 	"acceptLossB\x06\n" +
@@ -2913,7 +2983,10 @@ const file_kvasir_topology_v1_control_proto_rawDesc = "" +
 	"\n" +
 	"AcceptLoss\x12\"\n" +
 	"\fincarnations\x18\x01 \x03(\x04R\fincarnations\x12\x19\n" +
-	"\bsince_ms\x18\x02 \x01(\x04R\asinceMs\"e\n" +
+	"\bsince_ms\x18\x02 \x01(\x04R\asinceMs\"@\n" +
+	"\bHoldBack\x12 \n" +
+	"\vincarnation\x18\x01 \x01(\x04R\vincarnation\x12\x12\n" +
+	"\x04held\x18\x02 \x01(\bR\x04held\"e\n" +
 	"\bRegister\x12,\n" +
 	"\x04node\x18\x01 \x01(\v2\x18.kvasir.topology.v1.NodeR\x04node\x12\x12\n" +
 	"\x04boot\x18\x02 \x01(\x04R\x04boot\x12\x17\n" +
@@ -3017,7 +3090,7 @@ func file_kvasir_topology_v1_control_proto_rawDescGZIP() []byte {
 }
 
 var file_kvasir_topology_v1_control_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_kvasir_topology_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 34)
+var file_kvasir_topology_v1_control_proto_msgTypes = make([]protoimpl.MessageInfo, 35)
 var file_kvasir_topology_v1_control_proto_goTypes = []any{
 	(Provision_Kind)(0),      // 0: kvasir.topology.v1.Provision.Kind
 	(Provision_State)(0),     // 1: kvasir.topology.v1.Provision.State
@@ -3035,97 +3108,99 @@ var file_kvasir_topology_v1_control_proto_goTypes = []any{
 	(*Found)(nil),            // 13: kvasir.topology.v1.Found
 	(*Recover)(nil),          // 14: kvasir.topology.v1.Recover
 	(*AcceptLoss)(nil),       // 15: kvasir.topology.v1.AcceptLoss
-	(*Register)(nil),         // 16: kvasir.topology.v1.Register
-	(*SetRing)(nil),          // 17: kvasir.topology.v1.SetRing
-	(*SetVnodes)(nil),        // 18: kvasir.topology.v1.SetVnodes
-	(*VnodeSlots)(nil),       // 19: kvasir.topology.v1.VnodeSlots
-	(*SetCopies)(nil),        // 20: kvasir.topology.v1.SetCopies
-	(*CopyChange)(nil),       // 21: kvasir.topology.v1.CopyChange
-	(*RemoveNodes)(nil),      // 22: kvasir.topology.v1.RemoveNodes
-	(*StartOperation)(nil),   // 23: kvasir.topology.v1.StartOperation
-	(*SteerOperation)(nil),   // 24: kvasir.topology.v1.SteerOperation
-	(*Move)(nil),             // 25: kvasir.topology.v1.Move
-	(*Operation)(nil),        // 26: kvasir.topology.v1.Operation
-	(*FindHealth)(nil),       // 27: kvasir.topology.v1.FindHealth
-	(*AskProvision)(nil),     // 28: kvasir.topology.v1.AskProvision
-	(*SteerProvision)(nil),   // 29: kvasir.topology.v1.SteerProvision
-	(*NoteScaling)(nil),      // 30: kvasir.topology.v1.NoteScaling
-	(*SetCondition)(nil),     // 31: kvasir.topology.v1.SetCondition
-	(*SetSettings)(nil),      // 32: kvasir.topology.v1.SetSettings
-	(*CreateNamespace)(nil),  // 33: kvasir.topology.v1.CreateNamespace
-	(*UpdateNamespace)(nil),  // 34: kvasir.topology.v1.UpdateNamespace
-	(*DropNamespace)(nil),    // 35: kvasir.topology.v1.DropNamespace
-	(*SetOrchestrators)(nil), // 36: kvasir.topology.v1.SetOrchestrators
-	(*Topology)(nil),         // 37: kvasir.topology.v1.Topology
-	(NodeHealth_State)(0),    // 38: kvasir.topology.v1.NodeHealth.State
-	(*Settings)(nil),         // 39: kvasir.topology.v1.Settings
-	(*Node)(nil),             // 40: kvasir.topology.v1.Node
-	(*Vnode)(nil),            // 41: kvasir.topology.v1.Vnode
-	(*Slot)(nil),             // 42: kvasir.topology.v1.Slot
-	(*Copy)(nil),             // 43: kvasir.topology.v1.Copy
-	(*Namespace)(nil),        // 44: kvasir.topology.v1.Namespace
-	(*Orchestrator)(nil),     // 45: kvasir.topology.v1.Orchestrator
+	(*HoldBack)(nil),         // 16: kvasir.topology.v1.HoldBack
+	(*Register)(nil),         // 17: kvasir.topology.v1.Register
+	(*SetRing)(nil),          // 18: kvasir.topology.v1.SetRing
+	(*SetVnodes)(nil),        // 19: kvasir.topology.v1.SetVnodes
+	(*VnodeSlots)(nil),       // 20: kvasir.topology.v1.VnodeSlots
+	(*SetCopies)(nil),        // 21: kvasir.topology.v1.SetCopies
+	(*CopyChange)(nil),       // 22: kvasir.topology.v1.CopyChange
+	(*RemoveNodes)(nil),      // 23: kvasir.topology.v1.RemoveNodes
+	(*StartOperation)(nil),   // 24: kvasir.topology.v1.StartOperation
+	(*SteerOperation)(nil),   // 25: kvasir.topology.v1.SteerOperation
+	(*Move)(nil),             // 26: kvasir.topology.v1.Move
+	(*Operation)(nil),        // 27: kvasir.topology.v1.Operation
+	(*FindHealth)(nil),       // 28: kvasir.topology.v1.FindHealth
+	(*AskProvision)(nil),     // 29: kvasir.topology.v1.AskProvision
+	(*SteerProvision)(nil),   // 30: kvasir.topology.v1.SteerProvision
+	(*NoteScaling)(nil),      // 31: kvasir.topology.v1.NoteScaling
+	(*SetCondition)(nil),     // 32: kvasir.topology.v1.SetCondition
+	(*SetSettings)(nil),      // 33: kvasir.topology.v1.SetSettings
+	(*CreateNamespace)(nil),  // 34: kvasir.topology.v1.CreateNamespace
+	(*UpdateNamespace)(nil),  // 35: kvasir.topology.v1.UpdateNamespace
+	(*DropNamespace)(nil),    // 36: kvasir.topology.v1.DropNamespace
+	(*SetOrchestrators)(nil), // 37: kvasir.topology.v1.SetOrchestrators
+	(*Topology)(nil),         // 38: kvasir.topology.v1.Topology
+	(NodeHealth_State)(0),    // 39: kvasir.topology.v1.NodeHealth.State
+	(*Settings)(nil),         // 40: kvasir.topology.v1.Settings
+	(*Node)(nil),             // 41: kvasir.topology.v1.Node
+	(*Vnode)(nil),            // 42: kvasir.topology.v1.Vnode
+	(*Slot)(nil),             // 43: kvasir.topology.v1.Slot
+	(*Copy)(nil),             // 44: kvasir.topology.v1.Copy
+	(*Namespace)(nil),        // 45: kvasir.topology.v1.Namespace
+	(*Orchestrator)(nil),     // 46: kvasir.topology.v1.Orchestrator
 }
 var file_kvasir_topology_v1_control_proto_depIdxs = []int32{
-	37, // 0: kvasir.topology.v1.ControlState.topology:type_name -> kvasir.topology.v1.Topology
+	38, // 0: kvasir.topology.v1.ControlState.topology:type_name -> kvasir.topology.v1.Topology
 	9,  // 1: kvasir.topology.v1.ControlState.boots:type_name -> kvasir.topology.v1.Boot
 	10, // 2: kvasir.topology.v1.ControlState.history:type_name -> kvasir.topology.v1.Change
-	26, // 3: kvasir.topology.v1.ControlState.operations:type_name -> kvasir.topology.v1.Operation
+	27, // 3: kvasir.topology.v1.ControlState.operations:type_name -> kvasir.topology.v1.Operation
 	6,  // 4: kvasir.topology.v1.ControlState.health:type_name -> kvasir.topology.v1.FoundHealth
 	8,  // 5: kvasir.topology.v1.ControlState.provisions:type_name -> kvasir.topology.v1.Provision
 	7,  // 6: kvasir.topology.v1.ControlState.settings_versions:type_name -> kvasir.topology.v1.SettingsVersion
 	5,  // 7: kvasir.topology.v1.ControlState.conditions:type_name -> kvasir.topology.v1.Condition
 	4,  // 8: kvasir.topology.v1.ControlState.losses:type_name -> kvasir.topology.v1.Loss
-	38, // 9: kvasir.topology.v1.FoundHealth.state:type_name -> kvasir.topology.v1.NodeHealth.State
-	39, // 10: kvasir.topology.v1.SettingsVersion.settings:type_name -> kvasir.topology.v1.Settings
+	39, // 9: kvasir.topology.v1.FoundHealth.state:type_name -> kvasir.topology.v1.NodeHealth.State
+	40, // 10: kvasir.topology.v1.SettingsVersion.settings:type_name -> kvasir.topology.v1.Settings
 	0,  // 11: kvasir.topology.v1.Provision.kind:type_name -> kvasir.topology.v1.Provision.Kind
 	1,  // 12: kvasir.topology.v1.Provision.state:type_name -> kvasir.topology.v1.Provision.State
 	10, // 13: kvasir.topology.v1.Command.change:type_name -> kvasir.topology.v1.Change
 	12, // 14: kvasir.topology.v1.Command.mutations:type_name -> kvasir.topology.v1.Mutation
 	13, // 15: kvasir.topology.v1.Mutation.found:type_name -> kvasir.topology.v1.Found
-	16, // 16: kvasir.topology.v1.Mutation.register:type_name -> kvasir.topology.v1.Register
-	17, // 17: kvasir.topology.v1.Mutation.set_ring:type_name -> kvasir.topology.v1.SetRing
-	33, // 18: kvasir.topology.v1.Mutation.create_namespace:type_name -> kvasir.topology.v1.CreateNamespace
-	34, // 19: kvasir.topology.v1.Mutation.update_namespace:type_name -> kvasir.topology.v1.UpdateNamespace
-	35, // 20: kvasir.topology.v1.Mutation.drop_namespace:type_name -> kvasir.topology.v1.DropNamespace
-	36, // 21: kvasir.topology.v1.Mutation.set_orchestrators:type_name -> kvasir.topology.v1.SetOrchestrators
-	18, // 22: kvasir.topology.v1.Mutation.set_vnodes:type_name -> kvasir.topology.v1.SetVnodes
-	22, // 23: kvasir.topology.v1.Mutation.remove_nodes:type_name -> kvasir.topology.v1.RemoveNodes
-	23, // 24: kvasir.topology.v1.Mutation.start_operation:type_name -> kvasir.topology.v1.StartOperation
-	24, // 25: kvasir.topology.v1.Mutation.steer_operation:type_name -> kvasir.topology.v1.SteerOperation
-	27, // 26: kvasir.topology.v1.Mutation.find_health:type_name -> kvasir.topology.v1.FindHealth
-	28, // 27: kvasir.topology.v1.Mutation.ask_provision:type_name -> kvasir.topology.v1.AskProvision
-	29, // 28: kvasir.topology.v1.Mutation.steer_provision:type_name -> kvasir.topology.v1.SteerProvision
-	32, // 29: kvasir.topology.v1.Mutation.set_settings:type_name -> kvasir.topology.v1.SetSettings
-	31, // 30: kvasir.topology.v1.Mutation.set_condition:type_name -> kvasir.topology.v1.SetCondition
-	30, // 31: kvasir.topology.v1.Mutation.note_scaling:type_name -> kvasir.topology.v1.NoteScaling
-	20, // 32: kvasir.topology.v1.Mutation.set_copies:type_name -> kvasir.topology.v1.SetCopies
-	14, // 33: kvasir.topology.v1.Mutation.recover:type_name -> kvasir.topology.v1.Recover
-	15, // 34: kvasir.topology.v1.Mutation.accept_loss:type_name -> kvasir.topology.v1.AcceptLoss
-	39, // 35: kvasir.topology.v1.Found.settings:type_name -> kvasir.topology.v1.Settings
-	3,  // 36: kvasir.topology.v1.Recover.state:type_name -> kvasir.topology.v1.ControlState
-	40, // 37: kvasir.topology.v1.Register.node:type_name -> kvasir.topology.v1.Node
-	41, // 38: kvasir.topology.v1.SetRing.ring:type_name -> kvasir.topology.v1.Vnode
-	19, // 39: kvasir.topology.v1.SetVnodes.vnodes:type_name -> kvasir.topology.v1.VnodeSlots
-	42, // 40: kvasir.topology.v1.VnodeSlots.slots:type_name -> kvasir.topology.v1.Slot
-	21, // 41: kvasir.topology.v1.SetCopies.changes:type_name -> kvasir.topology.v1.CopyChange
-	43, // 42: kvasir.topology.v1.CopyChange.copy:type_name -> kvasir.topology.v1.Copy
-	26, // 43: kvasir.topology.v1.StartOperation.operation:type_name -> kvasir.topology.v1.Operation
-	2,  // 44: kvasir.topology.v1.SteerOperation.state:type_name -> kvasir.topology.v1.Operation.State
-	2,  // 45: kvasir.topology.v1.Operation.state:type_name -> kvasir.topology.v1.Operation.State
-	25, // 46: kvasir.topology.v1.Operation.moves:type_name -> kvasir.topology.v1.Move
-	6,  // 47: kvasir.topology.v1.FindHealth.nodes:type_name -> kvasir.topology.v1.FoundHealth
-	8,  // 48: kvasir.topology.v1.AskProvision.provision:type_name -> kvasir.topology.v1.Provision
-	1,  // 49: kvasir.topology.v1.SteerProvision.state:type_name -> kvasir.topology.v1.Provision.State
-	39, // 50: kvasir.topology.v1.SetSettings.settings:type_name -> kvasir.topology.v1.Settings
-	44, // 51: kvasir.topology.v1.CreateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
-	44, // 52: kvasir.topology.v1.UpdateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
-	45, // 53: kvasir.topology.v1.SetOrchestrators.orchestrators:type_name -> kvasir.topology.v1.Orchestrator
-	54, // [54:54] is the sub-list for method output_type
-	54, // [54:54] is the sub-list for method input_type
-	54, // [54:54] is the sub-list for extension type_name
-	54, // [54:54] is the sub-list for extension extendee
-	0,  // [0:54] is the sub-list for field type_name
+	17, // 16: kvasir.topology.v1.Mutation.register:type_name -> kvasir.topology.v1.Register
+	18, // 17: kvasir.topology.v1.Mutation.set_ring:type_name -> kvasir.topology.v1.SetRing
+	34, // 18: kvasir.topology.v1.Mutation.create_namespace:type_name -> kvasir.topology.v1.CreateNamespace
+	35, // 19: kvasir.topology.v1.Mutation.update_namespace:type_name -> kvasir.topology.v1.UpdateNamespace
+	36, // 20: kvasir.topology.v1.Mutation.drop_namespace:type_name -> kvasir.topology.v1.DropNamespace
+	37, // 21: kvasir.topology.v1.Mutation.set_orchestrators:type_name -> kvasir.topology.v1.SetOrchestrators
+	19, // 22: kvasir.topology.v1.Mutation.set_vnodes:type_name -> kvasir.topology.v1.SetVnodes
+	23, // 23: kvasir.topology.v1.Mutation.remove_nodes:type_name -> kvasir.topology.v1.RemoveNodes
+	24, // 24: kvasir.topology.v1.Mutation.start_operation:type_name -> kvasir.topology.v1.StartOperation
+	25, // 25: kvasir.topology.v1.Mutation.steer_operation:type_name -> kvasir.topology.v1.SteerOperation
+	28, // 26: kvasir.topology.v1.Mutation.find_health:type_name -> kvasir.topology.v1.FindHealth
+	29, // 27: kvasir.topology.v1.Mutation.ask_provision:type_name -> kvasir.topology.v1.AskProvision
+	30, // 28: kvasir.topology.v1.Mutation.steer_provision:type_name -> kvasir.topology.v1.SteerProvision
+	33, // 29: kvasir.topology.v1.Mutation.set_settings:type_name -> kvasir.topology.v1.SetSettings
+	32, // 30: kvasir.topology.v1.Mutation.set_condition:type_name -> kvasir.topology.v1.SetCondition
+	31, // 31: kvasir.topology.v1.Mutation.note_scaling:type_name -> kvasir.topology.v1.NoteScaling
+	21, // 32: kvasir.topology.v1.Mutation.set_copies:type_name -> kvasir.topology.v1.SetCopies
+	16, // 33: kvasir.topology.v1.Mutation.hold_back:type_name -> kvasir.topology.v1.HoldBack
+	14, // 34: kvasir.topology.v1.Mutation.recover:type_name -> kvasir.topology.v1.Recover
+	15, // 35: kvasir.topology.v1.Mutation.accept_loss:type_name -> kvasir.topology.v1.AcceptLoss
+	40, // 36: kvasir.topology.v1.Found.settings:type_name -> kvasir.topology.v1.Settings
+	3,  // 37: kvasir.topology.v1.Recover.state:type_name -> kvasir.topology.v1.ControlState
+	41, // 38: kvasir.topology.v1.Register.node:type_name -> kvasir.topology.v1.Node
+	42, // 39: kvasir.topology.v1.SetRing.ring:type_name -> kvasir.topology.v1.Vnode
+	20, // 40: kvasir.topology.v1.SetVnodes.vnodes:type_name -> kvasir.topology.v1.VnodeSlots
+	43, // 41: kvasir.topology.v1.VnodeSlots.slots:type_name -> kvasir.topology.v1.Slot
+	22, // 42: kvasir.topology.v1.SetCopies.changes:type_name -> kvasir.topology.v1.CopyChange
+	44, // 43: kvasir.topology.v1.CopyChange.copy:type_name -> kvasir.topology.v1.Copy
+	27, // 44: kvasir.topology.v1.StartOperation.operation:type_name -> kvasir.topology.v1.Operation
+	2,  // 45: kvasir.topology.v1.SteerOperation.state:type_name -> kvasir.topology.v1.Operation.State
+	2,  // 46: kvasir.topology.v1.Operation.state:type_name -> kvasir.topology.v1.Operation.State
+	26, // 47: kvasir.topology.v1.Operation.moves:type_name -> kvasir.topology.v1.Move
+	6,  // 48: kvasir.topology.v1.FindHealth.nodes:type_name -> kvasir.topology.v1.FoundHealth
+	8,  // 49: kvasir.topology.v1.AskProvision.provision:type_name -> kvasir.topology.v1.Provision
+	1,  // 50: kvasir.topology.v1.SteerProvision.state:type_name -> kvasir.topology.v1.Provision.State
+	40, // 51: kvasir.topology.v1.SetSettings.settings:type_name -> kvasir.topology.v1.Settings
+	45, // 52: kvasir.topology.v1.CreateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
+	45, // 53: kvasir.topology.v1.UpdateNamespace.namespace:type_name -> kvasir.topology.v1.Namespace
+	46, // 54: kvasir.topology.v1.SetOrchestrators.orchestrators:type_name -> kvasir.topology.v1.Orchestrator
+	55, // [55:55] is the sub-list for method output_type
+	55, // [55:55] is the sub-list for method input_type
+	55, // [55:55] is the sub-list for extension type_name
+	55, // [55:55] is the sub-list for extension extendee
+	0,  // [0:55] is the sub-list for field type_name
 }
 
 func init() { file_kvasir_topology_v1_control_proto_init() }
@@ -3153,6 +3228,7 @@ func file_kvasir_topology_v1_control_proto_init() {
 		(*Mutation_SetCondition)(nil),
 		(*Mutation_NoteScaling)(nil),
 		(*Mutation_SetCopies)(nil),
+		(*Mutation_HoldBack)(nil),
 		(*Mutation_Recover)(nil),
 		(*Mutation_AcceptLoss)(nil),
 	}
@@ -3162,7 +3238,7 @@ func file_kvasir_topology_v1_control_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kvasir_topology_v1_control_proto_rawDesc), len(file_kvasir_topology_v1_control_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   34,
+			NumMessages:   35,
 			NumExtensions: 0,
 			NumServices:   0,
 		},
