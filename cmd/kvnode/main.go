@@ -5,9 +5,11 @@ package main
 import (
 	"context"
 	"os"
+	"runtime"
 
 	"github.com/kvasirdb/kvasir/cmd/internal/process"
 	"github.com/kvasirdb/kvasir/internal/node"
+	"github.com/kvasirdb/kvasir/internal/topology"
 )
 
 type config struct {
@@ -33,6 +35,11 @@ func main() {
 		AdminListen: func(c *config) string { return c.AdminListen },
 		Run: func(ctx context.Context, c config, h process.Host) error {
 			c.Logger, c.Software, c.Fatal, c.Restart = h.Logger, h.Software, h.Fatal, h.Restart
+			if c.Role == topology.Reporting.String() && os.Getenv("GOMAXPROCS") == "" {
+				// Those that read for reports leave the others to the writes. The system shares
+				// the cores out.
+				runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + node.MaxReports)
+			}
 			return node.Run(ctx, c.Config)
 		},
 	}.Main())

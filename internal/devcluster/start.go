@@ -9,7 +9,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -127,7 +126,7 @@ func (c *Cluster) spawn(p *process) error {
 	}
 	cmd := exec.Command(binary, args...)
 	cmd.Dir, cmd.Stdout, cmd.Stderr = c.dir, log, log
-	cmd.Env = childEnviron(c.opts.Environ, runtime.NumCPU())
+	cmd.Env = childEnviron(c.opts.Environ)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("start %s: %w", p.Name, err)
@@ -188,23 +187,12 @@ func (c *Cluster) howEnded(pid int) string {
 	return ch.err.Error()
 }
 
-// minProcs is the least GOMAXPROCS of a process. A blocked fdatasync holds a P for
-// a while; with only one or two of them group commit degenerates to one sync for
-// each write.
-const minProcs = 4
-
-// childEnviron returns the environment of a process on a machine of so many cores. A
-// GOMAXPROCS that somebody set stays. Settings do not: they would override each
-// process's file, and make one of the others.
-func childEnviron(environ []string, cores int) []string {
-	environ = slices.DeleteFunc(slices.Clone(environ), func(v string) bool {
+// childEnviron returns the environment of a process. Settings do not stay in it: they would
+// override each process's file, and make one of the others.
+func childEnviron(environ []string) []string {
+	return slices.DeleteFunc(slices.Clone(environ), func(v string) bool {
 		return strings.HasPrefix(v, "KVNODE_") || strings.HasPrefix(v, "KVORCH_")
 	})
-	set := slices.ContainsFunc(environ, func(v string) bool { return strings.HasPrefix(v, "GOMAXPROCS=") })
-	if set || cores >= minProcs {
-		return environ
-	}
-	return append(environ, fmt.Sprintf("GOMAXPROCS=%d", minProcs))
 }
 
 // maxLogBytes is the size from which a log is set aside at the next start. One

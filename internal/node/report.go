@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"runtime"
 	"slices"
 	"time"
 
@@ -24,8 +23,8 @@ import (
 )
 
 const (
-	// maxReports is how many reports are answered at a time.
-	maxReports = 4
+	// MaxReports is how many reports are answered at a time.
+	MaxReports = 4
 	// pageRows and pageBytes bound a page of an answer.
 	pageRows  = 1024
 	pageBytes = 256 << 10
@@ -33,10 +32,9 @@ const (
 	maxGroups = 100_000
 	// pageInterval is how often at least a reader hears how far a report has come.
 	pageInterval = 250 * time.Millisecond
-	// lookEvery is the number of records between two looks at the clock, and at the writes
-	// that are under way; givenWay is the pause in favour of these.
-	lookEvery = 256
-	givenWay  = 500 * time.Microsecond
+	// yieldEvery is the number of records after which writes go first, which wait for this
+	// node where their copies are in sync: the reading of so many takes less than 100 µs.
+	yieldEvery = 64
 )
 
 // reportService answers reports from this node's copies.
@@ -50,7 +48,7 @@ type reportService struct {
 
 func newReportService(n *Node) *reportService {
 	s := &reportService{
-		node: n, admit: semaphore.NewWeighted(maxReports),
+		node: n, admit: semaphore.NewWeighted(MaxReports),
 		reports: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Namespace: "kvasir", Subsystem: "report", Name: "requests_total", Help: "Reports that this node answered, by what became of them.",
 		}, []string{"result"}),
@@ -84,7 +82,7 @@ func (s *reportService) report(r *kvv1.ReportRequest, stream grpc.ServerStreamin
 		return rpc.Errorf(codes.InvalidArgument, rpc.ReasonBadRequest, "report: %s", err).With("field", "query")
 	}
 	if !s.admit.TryAcquire(1) {
-		e := rpc.Errorf(codes.ResourceExhausted, rpc.ReasonOverloaded, "node %s is answering as many reports as it can (%d)", n.cfg.Name, maxReports).With("limit", maxReports)
+		e := rpc.Errorf(codes.ResourceExhausted, rpc.ReasonOverloaded, "node %s is answering as many reports as it can (%d)", n.cfg.Name, MaxReports).With("limit", MaxReports)
 		e.RetryAfter = time.Second
 		return e
 	}
@@ -269,8 +267,8 @@ func storeError(node string, err error) error {
 
 // visit takes in a record, and reports whether more are wanted.
 func (a *answer) visit(_ uint32, key, raw []byte) bool {
-	if a.seen++; a.seen%lookEvery == 0 {
-		a.giveWay()
+	if a.seen++; a.seen%yieldEvery == 0 {
+		yield()
 		if a.err = a.ctx.Err(); a.err != nil {
 			return false
 		}
@@ -303,16 +301,6 @@ func (a *answer) visit(_ uint32, key, raw []byte) bool {
 		a.err = a.send(false)
 	}
 	return a.err == nil && (a.query.Limit() == 0 || a.rows < a.query.Limit())
-}
-
-// giveWay lets writes go first, which wait for this node where their copies are in sync: a
-// report that never pauses has them wait for a core, if there are few.
-func (a *answer) giveWay() {
-	if a.service.node.store.Committing() {
-		time.Sleep(givenWay)
-		return
-	}
-	runtime.Gosched()
 }
 
 // send sends the page. A reader that is slow holds the report up, not the node.

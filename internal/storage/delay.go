@@ -69,10 +69,3 @@ func (s *Store) OldestSync() time.Duration {
 	}
 	return now.Sub(oldest)
 }
-
-// Committing reports whether a commit is on its way to the disk.
-func (s *Store) Committing() bool {
-	s.inflight.Lock()
-	defer s.inflight.Unlock()
-	return len(s.inflight.commits) > 0
-}

@@ -3,7 +3,7 @@ package storage
 import (
 	"fmt"
 	"io"
-	"slices"
+	"sync"
 
 	"github.com/cockroachdb/pebble/v2"
 
@@ -18,18 +18,26 @@ const mergerName = "kvasir.join.v1"
 var joinMerger = &pebble.Merger{
 	Name: mergerName,
 	Merge: func(key, value []byte) (pebble.ValueMerger, error) {
-		m := &joiner{}
+		m := joiners.Get().(*joiner)
 		if err := m.join(value); err != nil {
+			m.Close()
 			return nil, fmt.Errorf("joining records of storage key %x: %w", key, err)
 		}
 		return m, nil
 	},
 }
 
+// joiners are used again: a scan needs one for each record that was written lately.
+var joiners = sync.Pool{New: func() any { return &joiner{} }}
+
+// maxKeptWinner bounds the memory that a joiner keeps for its next use.
+const maxKeptWinner = 64 << 10
+
 // joiner holds the join of the operands so far. Order does not matter to it.
 type joiner struct {
 	winner []byte
 	rec    record.Record
+	holds  bool // there was an operand
 }
 
 func (m *joiner) join(value []byte) error {
@@ -37,9 +45,10 @@ func (m *joiner) join(value []byte) error {
 	if err != nil {
 		return err
 	}
-	if m.winner == nil || record.Compare(rec, m.rec) > 0 {
+	if !m.holds || record.Compare(rec, m.rec) > 0 {
 		// The caller keeps value; the winner's memory is reused when it suffices.
-		m.winner = append(slices.Grow(m.winner[:0], len(value)), value...)
+		m.winner = append(m.winner[:0], value...)
+		m.holds = true
 		m.rec, err = record.Decode(m.winner)
 	}
 	return err
@@ -48,4 +57,16 @@ func (m *joiner) join(value []byte) error {
 func (m *joiner) MergeNewer(value []byte) error { return m.join(value) }
 func (m *joiner) MergeOlder(value []byte) error { return m.join(value) }
 
-func (m *joiner) Finish(bool) ([]byte, io.Closer, error) { return m.winner, nil, nil }
+// Finish returns the join, which is valid until Close.
+func (m *joiner) Finish(bool) ([]byte, io.Closer, error) { return m.winner, m, nil }
+
+// Close gives the joiner, and the memory of its result, to another join.
+func (m *joiner) Close() error {
+	kept := m.winner[:0]
+	if cap(kept) > maxKeptWinner {
+		kept = nil
+	}
+	*m = joiner{winner: kept}
+	joiners.Put(m)
+	return nil
+}

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/cockroachdb/pebble/v2"
@@ -158,6 +159,48 @@ func TestScanMergesVnodesInKeyOrder(t *testing.T) {
 		if got := strings.Join(scan(tc.vnodes, tc.start, tc.end, tc.most), " "); got != tc.want {
 			t.Errorf("vnodes %v from %q to %q: %q, want %q", tc.vnodes, tc.start, tc.end, got, tc.want)
 		}
+	}
+}
+
+// What was written lately is joined as it is read, in memory that reads take turns with: it
+// is neither mixed up nor allocated for each record.
+func TestScansOfFreshRecordsShareMemory(t *testing.T) {
+	s := open(t, vfs.NewMem())
+	defer closeStore(t, s)
+	const records = 2000
+	text := func(i int) string { return fmt.Sprint("value of ", i) }
+	for i := range records {
+		put(t, s, write(fmt.Sprintf("k%04d", i), value(1, "older")))
+		put(t, s, write(fmt.Sprintf("k%04d", i), value(2, text(i))))
+	}
+	scan := func() {
+		n := 0
+		err := s.Scan(1, []uint32{7}, nil, nil, func(_ uint32, key, raw []byte) bool {
+			rec, err := record.Decode(raw)
+			if err != nil || string(rec.Payload) != text(n) {
+				t.Errorf("record %d is %q, %v", n, rec.Payload, err)
+			}
+			n++
+			return true
+		})
+		if err != nil || n != records {
+			t.Errorf("%d records, %v", n, err)
+		}
+	}
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(scan)
+	}
+	wg.Wait()
+	var buf []byte
+	perScan := testing.AllocsPerRun(5, func() {
+		s.Scan(1, []uint32{7}, nil, nil, func(_ uint32, _, raw []byte) bool {
+			buf = append(buf[:0], raw...)
+			return true
+		})
+	})
+	if perScan > records {
+		t.Errorf("%.0f allocations for a scan of %d records", perScan, records)
 	}
 }
 

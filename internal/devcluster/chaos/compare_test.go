@@ -130,7 +130,7 @@ func (r *run) compareAll(t *topology.Topology) error {
 			}
 		}
 	}()
-	for _, m := range r.world.nodes {
+	for _, m := range append(slices.Clone(r.world.nodes), r.world.reporting) {
 		n := t.Resolve(m.name)
 		if n == nil {
 			return fmt.Errorf("%s is not in the topology", m.name)
@@ -148,6 +148,9 @@ func (r *run) compareAll(t *topology.Topology) error {
 			var endpoints []uint64
 			for _, s := range t.Ring[v].Slots[:ns.N] {
 				endpoints = append(endpoints, s.Node)
+			}
+			for _, c := range t.Copies(uint32(v), ns.ID) {
+				endpoints = append(endpoints, c.Node)
 			}
 			c, err := readCopies(stores, ns.ID, uint32(v), endpoints)
 			if err != nil {

@@ -77,7 +77,9 @@ func newLedger(writers, keys int) *ledger {
 	return &ledger{writers: make([]writer, writers), keys: make([]keyState, keys)}
 }
 
-func keyName(i int) []byte { return fmt.Appendf(nil, "key-%05d", i) }
+const keyPrefix = "key-"
+
+func keyName(i int) []byte { return fmt.Appendf(nil, keyPrefix+"%05d", i) }
 
 // begin notes a write that is about to be made.
 func (l *ledger) begin(by, key int, del bool) mark {
@@ -125,6 +127,14 @@ func (l *ledger) floor(key int) client.Version {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	return k.floor
+}
+
+// acknowledged returns the greatest version of a key that was acknowledged.
+func (l *ledger) acknowledged(key int) client.Version {
+	k := &l.keys[key]
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.acked
 }
 
 // seen is what a read of a key returned.

@@ -15,6 +15,7 @@ const (
 	callers     = 16
 	keyCount    = 2000
 	opDeadline  = 2 * time.Second
+	deletable   = 1500                 // of the keys; the others are never deleted
 	pauseOfOps  = 5 * time.Millisecond // bounds the load: the machine is shared by all
 	maxValueLen = 1000
 )
@@ -58,7 +59,7 @@ func (l *load) one(caller int, rng *rand.Rand) {
 		}
 		return
 	}
-	del := dice >= 90
+	del := dice >= 90 && key < deletable
 	m := l.ledger.begin(caller, key, del)
 	var receipt client.Receipt
 	var err error

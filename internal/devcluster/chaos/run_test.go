@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -20,6 +21,8 @@ const (
 	formPatience   = 60 * time.Second
 	healPatience   = 40 * time.Second
 	settlePatience = 3 * time.Minute
+	// syncPatience is more than a copy stays out that has held writes up again and again.
+	syncPatience = 6 * time.Minute
 	leastFault     = 1500 * time.Millisecond
 	mostFault      = 4 * time.Second
 	// afterFault is for how long operations still count for the fault.
@@ -38,6 +41,8 @@ type run struct {
 	world  *world
 	ledger *ledger
 	client *client.Client
+
+	reports *reports
 }
 
 // all does everything.
@@ -63,11 +68,16 @@ func (r *run) all(dir string) (err error) {
 		return err
 	}
 	defer r.client.Close()
+	if err := r.world.report(ctx); err != nil {
+		return err
+	}
 	r.ledger = newLedger(callers, keyCount)
-	r.log.say("%d nodes in %d zones, %d orchestrators, %d callers on %d keys; seed %d", nodeCount, zoneCount, orchestratorCount, callers, keyCount, r.plan.seed)
+	r.reports = &reports{client: r.client, ledger: r.ledger, log: r.log}
+	r.log.say("%d nodes in %d zones, a reporting node, %d orchestrators, %d callers on %d keys; seed %d", nodeCount, zoneCount, orchestratorCount, callers, keyCount, r.plan.seed)
 	loading, stop := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	wg.Go(func() { (&load{r.client, r.ledger, r.log}).run(loading, r.plan.seed) })
+	wg.Go(func() { r.reports.run(loading) })
 	err = r.faults(ctx)
 	stop()
 	wg.Wait()
@@ -147,6 +157,10 @@ func (r *run) report() {
 	r.log.table()
 	w := r.ledger.totals()
 	r.log.say("writes: %d acknowledged, %d with unknown outcome, %d refused", w[acked], w[maybe], w[refused])
+	r.log.say("reports: %d were made, %d refused", r.reports.made, r.reports.refused)
+	if r.reports.made < r.plan.rounds {
+		r.log.wrong("only %d reports were made", r.reports.made)
+	}
 	_, sums, times := r.log.sums()
 	for _, k := range r.plan.kinds {
 		if times[k.name] < r.plan.rounds {
@@ -187,6 +201,12 @@ func (r *run) check(ctx context.Context) error {
 	if err := r.readAll(ctx, how); err != nil {
 		return err
 	}
+	if why := until(ctx, syncPatience, r.world.inSync); why != "" {
+		return fmt.Errorf("not in sync at the end: %s", why)
+	}
+	if err := r.reports.one(ctx); err != nil {
+		return fmt.Errorf("no report at the end: %w", err)
+	}
 	c, err := r.world.nodes[0].control.GetClusterStatus(ctx, &adminv1.GetClusterStatusRequest{})
 	if err != nil {
 		return err
@@ -195,7 +215,7 @@ func (r *run) check(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := stopAll(r.world.nodes...); err != nil {
+	if err := stopAll(append(slices.Clone(r.world.nodes), r.world.reporting)...); err != nil {
 		r.log.wrong("%v", err)
 	}
 	if err := stopAll(r.world.orchestrators...); err != nil {

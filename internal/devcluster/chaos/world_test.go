@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -15,6 +16,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/kvasirdb/kvasir/internal/rpc"
+	"github.com/kvasirdb/kvasir/internal/topology"
 	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
 	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
 )
@@ -60,6 +62,7 @@ type world struct {
 	dir           string
 	nodes         []*machine
 	orchestrators []*machine
+	reporting     *machine
 	cuts          cuts
 }
 
@@ -74,6 +77,7 @@ func build(dir string, log *journal) (*world, error) {
 			name: fmt.Sprintf("node%d", i+1), binary: "kvnode", zone: fmt.Sprintf("z%d", i%zoneCount+1), ip: fmt.Sprintf("10.66.0.%d", 11+i),
 		})
 	}
+	w.reporting = &machine{name: "report1", binary: "kvnode", zone: "z1", ip: "10.66.0.61"}
 	if err := makeHub(); err != nil {
 		return nil, err
 	}
@@ -99,7 +103,7 @@ func build(dir string, log *journal) (*world, error) {
 }
 
 func (w *world) machines() []*machine {
-	return append(append([]*machine{}, w.orchestrators...), w.nodes...)
+	return slices.Concat(w.orchestrators, w.nodes, []*machine{w.reporting})
 }
 
 func (w *world) configOf(m *machine) map[string]any {
@@ -117,6 +121,9 @@ func (w *world) configOf(m *machine) map[string]any {
 	}
 	if m.isNode() {
 		c["zone"], c["orchestrators"] = m.zone, addresses
+		if m == w.reporting {
+			c["role"] = topology.Reporting.String()
+		}
 		c["memtable_bytes"], c["cache_bytes"] = memTableBytes, 16<<20
 		return c
 	}
@@ -267,7 +274,7 @@ func (m *machine) nodeStatus(ctx context.Context) (*adminv1.NodeStatus, error) {
 // whole returns why the cluster is not whole, or "": every node serves and reaches
 // all others, and the orchestrators have a leader that holds all nodes for healthy.
 func (w *world) whole(ctx context.Context) string {
-	for _, m := range w.nodes {
+	for _, m := range append(slices.Clone(w.nodes), w.reporting) {
 		s, err := m.nodeStatus(ctx)
 		switch {
 		case err != nil:
@@ -292,8 +299,8 @@ func (w *world) whole(ctx context.Context) string {
 			return fmt.Sprintf("%s is not reached by the leader", o.GetName())
 		}
 	}
-	if len(c.GetNodes()) != nodeCount {
-		return fmt.Sprintf("%d nodes are in the topology, %d are running", len(c.GetNodes()), nodeCount)
+	if len(c.GetNodes()) != nodeCount+1 {
+		return fmt.Sprintf("%d nodes are in the topology, %d are running", len(c.GetNodes()), nodeCount+1)
 	}
 	for _, n := range c.GetNodes() {
 		if n.GetHealth().GetState() != topologyv1.NodeHealth_STATE_HEALTHY {
