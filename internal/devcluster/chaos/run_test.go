@@ -23,8 +23,8 @@ const (
 	settlePatience = 3 * time.Minute
 	// syncPatience is more than a copy stays out that has held writes up again and again.
 	syncPatience = 6 * time.Minute
-	leastFault     = 1500 * time.Millisecond
-	mostFault      = 4 * time.Second
+	leastFault   = 1500 * time.Millisecond
+	mostFault    = 4 * time.Second
 	// afterFault is for how long operations still count for the fault.
 	afterFault = time.Second
 	calm       = 2 * time.Second
