@@ -237,19 +237,27 @@ func (c *Client) watch(ctx context.Context, address string) error {
 const watchSilence = 6 * time.Second
 
 // errCutOff: a watched server reaches too few nodes to judge their health.
-var errCutOff = errors.New("the server reaches less than half of the nodes")
+var errCutOff = errors.New("the server reaches less than half of the data nodes")
 
-// learn takes in what a watched server sent. One that holds half of the nodes or
+// learn takes in what a watched server sent. One that holds half of the data nodes or
 // more for unhealthy is likelier cut off from them than right: its opinion is left,
 // since following it would lead every request to that very server.
 func (c *Client) learn(t *topology.Topology, health []*topologyv1.NodeHealth) error {
 	unhealthy := map[uint64]bool{}
+	serving, down := 0, 0
 	for _, h := range health {
-		if h.GetState() == topologyv1.NodeHealth_STATE_UNHEALTHY {
+		bad := h.GetState() == topologyv1.NodeHealth_STATE_UNHEALTHY
+		if bad {
 			unhealthy[h.GetIncarnation()] = true
 		}
+		if n := t.Node(h.GetIncarnation()); n == nil || n.Role == topology.Data {
+			serving++
+			if bad {
+				down++
+			}
+		}
 	}
-	if n := len(health); n > 2 && 2*len(unhealthy) >= n {
+	if serving > 2 && 2*down >= serving {
 		c.advance(t, nil)
 		return errCutOff
 	}

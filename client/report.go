@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"iter"
@@ -67,8 +66,8 @@ type RowOptions struct {
 
 // ReportRows returns the records of a report in key order. It has no time limit but that
 // of ctx; a node that says nothing for the client's timeout is given up. Errors match
-// ErrNotInSync, ErrNamespaceNotFound, ErrInvalidArgument, ErrUnavailable, ErrOverloaded and
-// ErrTimeout; after one the rows before it are not the whole.
+// ErrNotInSync, ErrNamespaceNotFound, ErrInvalidArgument, ErrUnavailable, ErrOverloaded,
+// ErrTimeout, context.Canceled and ErrClosed; after one the rows before it are not the whole.
 func (c *Client) ReportRows(ctx context.Context, r Report, rows RowOptions, opts ...CallOption) iter.Seq2[Record, error] {
 	return func(yield func(Record, error) bool) {
 		if rows.Limit < 0 {
@@ -218,7 +217,9 @@ func (r *Report) query() (*kvv1.ReportQuery, error) {
 
 // reportRun is a report under way.
 type reportRun struct {
-	ctx     context.Context
+	client  *Client
+	asked   context.Context // of the caller
+	ctx     context.Context // it ends with asked, with the client, and when a node is silent
 	cancel  context.CancelFunc
 	silence time.Duration
 	report  Report
@@ -251,7 +252,13 @@ func (c *Client) startReport(ctx context.Context, r Report, q *kvv1.ReportQuery,
 			return run, nil
 		}
 		e := rpc.AsError(err)
-		if !again(e) || time.Since(began) >= c.cfg.patience || ctx.Err() != nil {
+		if ctx.Err() != nil {
+			return nil, c.timedOut(ctx, e, at, false)
+		}
+		if c.run.Err() != nil {
+			return nil, ErrClosed
+		}
+		if !again(e) || time.Since(began) >= c.cfg.patience {
 			return nil, publicError(e, at, false)
 		}
 		select {
@@ -280,7 +287,7 @@ func (c *Client) tryReport(ctx context.Context, r Report, q *kvv1.ReportQuery, n
 	if err != nil {
 		return nil, "", err
 	}
-	run := &reportRun{silence: c.cfg.timeout, report: r, parts: parts, stats: ReportStats{Nodes: len(parts), InSync: true}}
+	run := &reportRun{client: c, asked: ctx, silence: c.cfg.timeout, report: r, parts: parts, stats: ReportStats{Nodes: len(parts), InSync: true}}
 	var cancel context.CancelFunc
 	run.ctx, cancel = context.WithCancel(ctx)
 	forget := context.AfterFunc(c.run, cancel) // a client that is closed ends what it has begun
@@ -379,10 +386,19 @@ func (run *reportRun) recv(p *reportPart) (*kvv1.ReportResponse, error) {
 	switch e := rpc.AsError(err); {
 	case !silent.Stop() && err != nil:
 		return nil, rpc.Errorf(codes.DeadlineExceeded, rpc.ReasonDeadline, "reporting node %s has said nothing for %s", p.node.Name, run.silence)
+	case err != nil && e.Code == codes.Canceled && run.timed():
+		return nil, rpc.Errorf(codes.DeadlineExceeded, rpc.ReasonDeadline, "reporting node %s was not done when the time was over", p.node.Name)
 	case err != nil && err != io.EOF && e.Reason == rpc.ReasonLinkBroken:
 		return nil, rpc.Errorf(codes.Unavailable, rpc.ReasonLinkBroken, "reporting node %s does not answer: %s", p.node.Name, e.Message)
 	}
 	return resp, err
+}
+
+// timed reports whether the report has a deadline and has not been cancelled here: a node that
+// cancels it has seen the end a moment earlier.
+func (run *reportRun) timed() bool {
+	_, timed := run.asked.Deadline()
+	return timed && run.ctx.Err() == nil
 }
 
 // receive returns a node's next page.
@@ -392,10 +408,15 @@ func (run *reportRun) receive(p *reportPart) (*kvv1.ReportPage, error) {
 		err = rpc.Errorf(codes.Unavailable, rpc.ReasonLinkBroken, "the answer of reporting node %s ends in the middle", p.node.Name)
 	}
 	if err != nil {
-		if ctxErr := run.ctx.Err(); ctxErr != nil && errors.Is(err, context.Canceled) {
-			err = ctxErr
+		switch {
+		case run.asked.Err() != nil:
+			err = run.client.timedOut(run.asked, rpc.AsError(err), p.node.Address, false)
+		case run.client.run.Err() != nil:
+			err = ErrClosed
+		default:
+			err = publicError(rpc.AsError(err), p.node.Address, false)
 		}
-		return nil, publicError(rpc.AsError(err), p.node.Address, false)
+		return nil, err
 	}
 	page := resp.GetPage()
 	p.last = page.GetLast()

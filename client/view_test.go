@@ -50,6 +50,15 @@ func TestClientLeavesTheOpinionOfACutOffNode(t *testing.T) {
 		}
 		return r
 	}
+	// #7 to #9 are reporting nodes.
+	top, err := topology.FromProto(&topologyv1.Topology{ClusterId: "c", Epoch: 1, Vnodes: 16, FoundingNodes: 1, Settings: topology.DefaultSettings().Proto(), Nodes: []*topologyv1.Node{
+		{Incarnation: 7, Name: "r1", Role: topologyv1.Role_ROLE_REPORTING},
+		{Incarnation: 8, Name: "r2", Role: topologyv1.Role_ROLE_REPORTING},
+		{Incarnation: 9, Name: "r3", Role: topologyv1.Role_ROLE_REPORTING},
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, tc := range []struct {
 		name   string
 		answer []*topologyv1.NodeHealth
@@ -60,10 +69,12 @@ func TestClientLeavesTheOpinionOfACutOffNode(t *testing.T) {
 		{"most are gone", health(5, 2, 4, 5), true},
 		{"half are gone", health(4, 2, 4), true},
 		{"one of two is gone", health(2, 2), false},
+		{"the reporting nodes are gone", health(9, 2, 7, 8, 9), false},
+		{"all but the reporting nodes are gone", health(9, 2, 3, 4), true},
 	} {
 		c := &Client{}
-		c.view.Store(&view{topology: &topology.Topology{}, unhealthy: map[uint64]bool{1: true}})
-		err := c.learn(&topology.Topology{}, tc.answer)
+		c.view.Store(&view{topology: top, unhealthy: map[uint64]bool{1: true}})
+		err := c.learn(top, tc.answer)
 		if left := errors.Is(err, errCutOff); left != tc.left || !left && err != nil {
 			t.Errorf("%s: %v", tc.name, err)
 		}
