@@ -42,9 +42,9 @@ var kinds = []kind{
 	{name: "cut-zone", minority: true, hits: cutZone, heals: healPatience},
 	{name: "cut-orch", minority: true, hits: cutOrchestrator, heals: healPatience},
 	// Writes wait for the copies on the reporting node until these are let go of.
-	{name: "kill-report", hits: killReporting, heals: healPatience},
-	{name: "pause-report", hits: pauseReporting, heals: healPatience},
-	{name: "cut-report", hits: cutReporting, heals: healPatience},
+	{name: "kill-report", hits: ofInSync(killReporting), heals: healPatience},
+	{name: "pause-report", hits: ofInSync(pauseReporting), heals: healPatience},
+	{name: "cut-report", hits: ofInSync(cutReporting), heals: healPatience},
 }
 
 // kindsNamed returns the faults of a comma-separated list; all when it is empty.

@@ -2,6 +2,7 @@ package chaos
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"strconv"
@@ -63,10 +64,13 @@ func (p *reports) one(ctx context.Context) error {
 	return nil
 }
 
-// report has the cluster hold copies for reports, of which no acknowledged write is to be
-// missing.
-func (w *world) report(ctx context.Context) error {
+// report has the cluster hold copies for reports, which no acknowledged write is to be
+// missing from. Of a copy that does not answer, it goes on without, or writes fail.
+func (w *world) report(ctx context.Context, block bool) error {
 	policy, copies := topologyv1.ReportingPolicy_REPORTING_POLICY_DEGRADE, uint32(1)
+	if block {
+		policy = topologyv1.ReportingPolicy_REPORTING_POLICY_BLOCK
+	}
 	_, err := w.nodes[0].control.UpdateNamespace(ctx, &adminv1.UpdateNamespaceRequest{Name: topology.DefaultNamespace, Settings: &adminv1.NamespaceSettings{
 		ReportingPolicy: &policy, ReportingCopies: &copies,
 	}})
@@ -85,6 +89,37 @@ func (w *world) inSync(ctx context.Context) string {
 		}
 	}
 	return ""
+}
+
+// ofInSync makes a fault of the reporting node one that hits copies in sync, and during which
+// half the time writes fail that these do not have.
+func ofInSync(hits func(*world, *rand.Rand) (string, func() error, error)) func(*world, *rand.Rand) (string, func() error, error) {
+	return func(w *world, rng *rand.Rand) (string, func() error, error) {
+		ctx := context.Background()
+		if leader := w.leader(); leader != nil && until(ctx, 8*time.Second, w.inSync) != "" {
+			// They stay out for long that have held writes up again and again; a new leader
+			// knows nothing of that.
+			if err := kill(leader); err != nil {
+				return "", nil, err
+			}
+			if err := w.start(leader); err != nil {
+				return "", nil, err
+			}
+			if why := until(ctx, healPatience, w.inSync); why != "" {
+				return "", nil, fmt.Errorf("not in sync within %s: %s", healPatience, why)
+			}
+		}
+		if rng.IntN(2) == 0 {
+			return hits(w, rng)
+		}
+		if err := w.report(ctx, true); err != nil {
+			return "", nil, err
+		}
+		what, heal, err := hits(w, rng)
+		return what + ", which writes wait for", func() error {
+			return errors.Join(heal(), w.report(ctx, false))
+		}, err
+	}
 }
 
 func killReporting(w *world, _ *rand.Rand) (string, func() error, error) {

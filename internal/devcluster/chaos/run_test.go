@@ -68,7 +68,7 @@ func (r *run) all(dir string) (err error) {
 		return err
 	}
 	defer r.client.Close()
-	if err := r.world.report(ctx); err != nil {
+	if err := r.world.report(ctx, false); err != nil {
 		return err
 	}
 	r.ledger = newLedger(callers, keyCount)
