@@ -2,7 +2,6 @@ package cli
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -130,7 +129,10 @@ func (a *App) drainCopies(ctx context.Context, t *topology.Topology, n *topology
 	})
 	copies := copiesOn(t, n.Incarnation)
 	what := fmt.Sprintf("move the %s of %s to the other reporting nodes", copiesText(copies), n.Name)
-	if copies > 0 && !others {
+	switch {
+	case copies == 0:
+		what = "have " + n.Name + " be given no copies for reports"
+	case !others:
 		what = fmt.Sprintf("give up the %s of %s, for there is no other reporting node that is up: reports will be refused", copiesText(copies), n.Name)
 	}
 	if !f.yes {
@@ -176,7 +178,7 @@ func (a *App) followDrain(ctx context.Context, n *topology.Node, had int) (left 
 		}
 		select {
 		case <-ctx.Done():
-			return left, errors.Join(errors.New("the copies go on moving"), ctx.Err())
+			return left, fmt.Errorf("the copies go on moving: %w", ctx.Err())
 		case <-time.After(followEvery):
 		}
 	}
