@@ -163,6 +163,9 @@ func (s controlService) registerNode(ctx context.Context, r *adminv1.RegisterNod
 	}
 	a, err := s.o.change(ctx, func(state *topology.State) (*topologyv1.Command, error) {
 		t := state.Topology
+		if err := launchedOnce(state, n, s.o.cfg.Seams.WallClock(), s.o.cfg.Provision.LaunchTimeout); err != nil {
+			return nil, err
+		}
 		if err := nameFree(t, n, s.o.health.state); err != nil {
 			if inc, perr := strconv.ParseUint(err.Details["incarnation"], 10, 64); perr == nil {
 				s.o.health.hurryOne(inc) // what is known of it may be old
@@ -228,6 +231,26 @@ func nameFree(t *topology.Topology, n *topologyv1.Node, state func(uint64) topol
 			e.RetryAfter = 200 * time.Millisecond
 		}
 		return e.With("incarnation", o.Incarnation)
+	}
+	return nil
+}
+
+// launchedOnce returns nil unless a new data directory comes under the name of a node that
+// was launched a while ago and has registered. A provisioner that launched twice would
+// otherwise have both admitted, where the first is out of reach for a moment, and never end
+// the one that lost: it goes by names. At the address of the first it is that node, wiped.
+func launchedOnce(s *topology.State, n *topologyv1.Node, nowMillis int64, within time.Duration) *rpc.Error {
+	t := s.Topology
+	first := t.Resolve(n.GetName())
+	if first == nil || first.Address == n.GetAddress() || slices.ContainsFunc(t.Nodes, func(o topology.Node) bool { return o.DataID == n.GetDataId() }) {
+		return nil
+	}
+	for _, p := range s.Provisions {
+		if p.Kind == topology.Launch && p.Node == first.Name && (!p.State.Ended() || nowMillis-p.ChangedMillis < within.Milliseconds()) {
+			return rpc.Errorf(codes.AlreadyExists, "NAME_IN_USE",
+				"node %s was launched less than %s ago and has registered, #%d at %s: this one is taken for a second launch of it; give it another name", first.Name, within, first.Incarnation, first.Address).
+				With("incarnation", first.Incarnation)
+		}
 	}
 	return nil
 }

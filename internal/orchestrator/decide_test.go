@@ -112,6 +112,42 @@ func TestNameFree(t *testing.T) {
 	}
 }
 
+// Of what a provisioner launched twice the first to register keeps the name, dead or not,
+// for as long as a launch may take. Wiped, it is known by its address.
+func TestNodesAreLaunchedOnce(t *testing.T) {
+	const within = time.Minute
+	cfg := testConfig(1)
+	s, _ := settle(t, nil, &cfg)
+	apply := func(cmd *topologyv1.Command) {
+		t.Helper()
+		next, _, err := s.Apply(cmd)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s = next
+	}
+	apply(&topologyv1.Command{Mutations: []*topologyv1.Mutation{askProvision(topology.Provision{Kind: topology.Launch, Zone: "z"})}})
+	name := s.Provisions[0].Node
+	at := s.Provisions[0].AtMillis
+	check := func(when string, now int64, dataID, address, want string) {
+		t.Helper()
+		err := launchedOnce(s, &topologyv1.Node{Name: name, DataId: dataID, Address: address}, now, within)
+		if err == nil && want != "" || err != nil && err.Reason != want {
+			t.Errorf("%s: %v, want %q", when, err, want)
+		}
+	}
+	check("the first", at, name+"a", "a:1", "")
+	s = registerNode(t, s, name, "a")
+	address := s.Topology.Resolve(name).Address
+	check("the first, started again elsewhere", at, name+"a", "other:1", "")
+	check("a second, before the first was noted", at, "x", "other:1", "NAME_IN_USE")
+	apply(steered(s, &s.Provisions[0], topology.Provided, s.Topology.Resolve(name).Incarnation, "registered"))
+	at = s.Provisions[0].ChangedMillis
+	check("a second", at+within.Milliseconds()-1, "x", "other:1", "NAME_IN_USE")
+	check("the first, wiped", at, "x", address, "")
+	check("a second, long after", at+within.Milliseconds(), "x", "other:1", "")
+}
+
 func TestDecide(t *testing.T) {
 	cfg := testConfig(3)
 	s, steps := settle(t, nil, &cfg)
