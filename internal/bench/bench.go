@@ -1,6 +1,6 @@
-// Package bench drives a cluster with load through the client library and measures
-// what comes back. It is a closed loop: each caller sends its next operation when
-// the last one has been answered.
+// Package bench drives a store with load and measures what comes back. It knows the core
+// workloads of YCSB. Each thread sends its next operation when the last one has been
+// answered, or, at a target rate, when its time has come, be the last one late or not.
 package bench
 
 import (
@@ -9,37 +9,35 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/HdrHistogram/hdrhistogram-go"
-
-	"github.com/kvasirdb/kvasir/client"
 )
 
 // Config says what load to make. Fields without a default are required.
 type Config struct {
-	Clients []*client.Client
-	// Callers is how many operations are under way at once. Default 16.
-	Callers int
+	// Stores are used by the threads in turn.
+	Stores []Store
+	// Threads is how many operations are under way at once. Default 64.
+	Threads int
 	// Duration and Operations bound the run; the first that is reached ends it. At
 	// least one must be set.
 	Duration   time.Duration
 	Operations int64
-	// ReadRatio, 0 to 1, is the share of gets among the operations.
-	ReadRatio float64
-	// Keys is how many keys there are. Default 100,000.
-	Keys int
-	// ValueBytes is the size of values. Default 1024.
+	Workload   Workload
+	// Target is how many operations are begun a second, in all; 0: as many as are answered.
+	// With a target, an operation is measured from when it was to begin, so that those that
+	// wait for a slow one count.
+	Target float64
+	// Records is how many records there are, 2 or more. Default 100,000.
+	Records int
+	// ValueBytes is the size of values, 0 to 16 MiB.
 	ValueBytes int
-	// Zipfian prefers some keys (exponent 1.01) over others; otherwise all are alike.
-	Zipfian bool
 	// Timeout bounds one operation. Default 2 s.
 	Timeout time.Duration
-	Options []client.CallOption
-	// Seed makes the sequence of keys repeatable.
+	// Seed makes the sequences of operations repeatable.
 	Seed uint64
 }
 
@@ -53,52 +51,54 @@ type Latency struct {
 // Result is what came of a run.
 type Result struct {
 	Elapsed time.Duration
-	// PerSecond is operations that succeeded, by elapsed time.
-	PerSecond    float64
-	Gets, Puts   Latency
-	Errors       int64
-	FirstError   string
-	NotFoundGets int64
-}
-
-// caller is one of the loops.
-type caller struct {
-	gets, puts *hdrhistogram.Histogram
-	missed     int64
+	// Operations succeeded, PerSecond of them by elapsed time.
+	Operations int64
+	PerSecond  float64
+	// Kinds are the latencies of what succeeded, by kind.
+	Kinds      [kinds]Latency
+	Errors     int64
+	FirstError string
+	NotFound   int64
 }
 
 // Validate returns an error for what makes no load.
 func (c *Config) Validate() error {
+	total := 0.0
+	for _, s := range c.Workload.Shares {
+		total += s
+	}
 	switch {
-	case len(c.Clients) == 0:
-		return errors.New("no client")
-	case c.Callers < 1:
-		return fmt.Errorf("callers is %d: want at least 1", c.Callers)
+	case len(c.Stores) == 0:
+		return errors.New("no store")
+	case c.Threads < 1:
+		return fmt.Errorf("threads is %d: want at least 1", c.Threads)
 	case c.Duration <= 0 && c.Operations <= 0:
 		return errors.New("neither a duration nor a number of operations is given")
-	case c.ReadRatio < 0 || c.ReadRatio > 1:
-		return fmt.Errorf("read ratio is %v: want 0 to 1", c.ReadRatio)
-	case c.Keys < 1:
-		return fmt.Errorf("keys is %d: want at least 1", c.Keys)
-	case c.ValueBytes < 0:
-		return fmt.Errorf("value size is %d: want 0 or more", c.ValueBytes)
+	case total < 0.999 || total > 1.001:
+		return fmt.Errorf("the workload's shares add up to %v: want 1", total)
+	case c.Target < 0:
+		return fmt.Errorf("target is %v: want 0 or more", c.Target)
+	case c.Records < 2:
+		return fmt.Errorf("records is %d: want at least 2", c.Records)
+	case c.ValueBytes < 0 || c.ValueBytes > maxValueBytes:
+		return fmt.Errorf("value size is %d: want 0 to %d", c.ValueBytes, maxValueBytes)
 	}
 	return nil
 }
 
 func (c *Config) setDefaults() {
-	if c.Callers == 0 {
-		c.Callers = 16
+	if c.Threads == 0 {
+		c.Threads = 64
 	}
-	if c.Keys == 0 {
-		c.Keys = 100_000
+	if c.Records == 0 {
+		c.Records = 100_000
 	}
 	if c.Timeout == 0 {
 		c.Timeout = 2 * time.Second
 	}
 }
 
-// Fill stores a value under every key, so that gets find something.
+// Fill stores a value under every key, so that reads find something.
 func Fill(ctx context.Context, cfg Config) error {
 	cfg.setDefaults()
 	if err := cfg.Validate(); err != nil {
@@ -107,27 +107,21 @@ func Fill(ctx context.Context, cfg Config) error {
 	const batch = 200
 	var next atomic.Int64
 	var wg sync.WaitGroup
-	errs := make([]error, cfg.Callers)
-	for i := range cfg.Callers {
+	v := newValues(cfg)
+	errs := make([]error, cfg.Threads)
+	for i := range cfg.Threads {
 		wg.Go(func() {
 			rng := rand.New(rand.NewPCG(cfg.Seed, uint64(i)))
-			for ctx.Err() == nil {
+			for ctx.Err() == nil && errs[i] == nil {
 				from := int(next.Add(batch)) - batch
-				if from >= cfg.Keys {
+				if from >= cfg.Records {
 					return
 				}
-				var ops []client.Operation
-				for k := from; k < min(from+batch, cfg.Keys); k++ {
-					ops = append(ops, client.Operation{Key: key(k), Value: value(rng, cfg.ValueBytes)})
+				var keys, values [][]byte
+				for k := from; k < min(from+batch, cfg.Records); k++ {
+					keys, values = append(keys, key(int64(k))), append(values, v.draw(rng))
 				}
-				results, err := cfg.Clients[i%len(cfg.Clients)].Batch(ctx, ops, cfg.Options...)
-				for _, r := range results {
-					err = errors.Join(err, r.Err)
-				}
-				if err != nil {
-					errs[i] = err
-					return
-				}
+				errs[i] = cfg.Stores[i%len(cfg.Stores)].Load(ctx, keys, values)
 			}
 		})
 	}
@@ -136,68 +130,79 @@ func Fill(ctx context.Context, cfg Config) error {
 }
 
 // key spreads numbers over the key space, as users' keys are.
-func key(i int) []byte { return fmt.Appendf(nil, "user%016x", uint64(i)*0x9e3779b97f4a7c15) }
+func key(i int64) []byte { return fmt.Appendf(nil, "user%016x", uint64(i)*0x9e3779b97f4a7c15) }
 
-func value(rng *rand.Rand, size int) []byte {
-	v := make([]byte, size)
-	for i := 0; i+8 <= size; i += 8 {
-		binary.LittleEndian.PutUint64(v[i:], rng.Uint64())
+// maxValueBytes is what the largest value may have.
+const maxValueBytes = 16 << 20
+
+// values are windows on random bytes: no two that follow each other are alike, and none
+// compresses.
+type values struct {
+	random []byte
+	size   int
+}
+
+func newValues(cfg Config) *values {
+	v := &values{random: make([]byte, cfg.ValueBytes+1<<20), size: cfg.ValueBytes}
+	rng := rand.New(rand.NewPCG(cfg.Seed, 1<<32))
+	for i := 0; i+8 <= len(v.random); i += 8 {
+		binary.LittleEndian.PutUint64(v.random[i:], rng.Uint64())
 	}
 	return v
 }
 
-// Run makes the load and returns what was measured. progress, when not nil, is told
-// the number of operations that succeeded so far, once a second.
-func Run(ctx context.Context, cfg Config, progress func(time.Duration, int64)) (Result, error) {
+func (v *values) draw(rng *rand.Rand) []byte {
+	from := rng.IntN(1 << 20)
+	return v.random[from : from+v.size : from+v.size]
+}
+
+// Progress is how far a run is: how long it has lasted, and what has succeeded and failed.
+type Progress struct {
+	Elapsed      time.Duration
+	Done, Failed int64
+}
+
+// run is what the threads of one run share.
+type run struct {
+	cfg                  Config
+	start                time.Time
+	values               *values
+	common               *common
+	done, failed, issued atomic.Int64
+	missed               atomic.Int64
+	firstErr             atomic.Pointer[string]
+}
+
+// Run makes the load and returns what was measured. progress, when not nil, is told how far
+// it is once a second.
+func Run(ctx context.Context, cfg Config, progress func(Progress)) (Result, error) {
 	cfg.setDefaults()
 	if err := cfg.Validate(); err != nil {
 		return Result{}, err
+	}
+	r := &run{cfg: cfg, values: newValues(cfg), common: newCommon(cfg.Workload, int64(cfg.Records))}
+	threads := make([]*thread, cfg.Threads)
+	for i := range threads {
+		threads[i] = r.newThread(i) // before the clock starts: generators take a while
 	}
 	if cfg.Duration > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, cfg.Duration)
 		defer cancel()
 	}
-	var done, failed, issued atomic.Int64
-	var firstErr atomic.Pointer[string]
-	callers := make([]caller, cfg.Callers)
-	start := time.Now()
+	r.start = time.Now()
 	var wg sync.WaitGroup
-	for i := range callers {
-		callers[i] = caller{gets: newHistogram(), puts: newHistogram()}
-		wg.Go(func() {
-			l := newLoop(cfg, uint64(i))
-			c := &callers[i]
-			for ctx.Err() == nil && (cfg.Operations <= 0 || issued.Add(1) <= cfg.Operations) {
-				read, took, err := l.step(ctx)
-				switch {
-				case errors.Is(err, client.ErrNotFound):
-					c.missed++
-				case err != nil && ctx.Err() != nil:
-					return // the run is over
-				case err != nil:
-					text := err.Error()
-					firstErr.CompareAndSwap(nil, &text)
-					failed.Add(1)
-					continue
-				}
-				done.Add(1)
-				h := c.puts
-				if read {
-					h = c.gets
-				}
-				_ = h.RecordValue(min(max(took.Microseconds(), 1), maxLatency)) // within range
-			}
-		})
+	for _, t := range threads {
+		wg.Go(func() { t.loop(ctx) })
 	}
-	stopProgress := tellProgress(progress, start, &done)
+	stopProgress := r.tell(progress)
 	wg.Wait()
-	elapsed := time.Since(start)
+	elapsed := time.Since(r.start)
 	stopProgress()
-	return summarize(callers, elapsed, done.Load(), failed.Load(), firstErr.Load()), nil
+	return r.summarize(threads, elapsed), nil
 }
 
-func tellProgress(progress func(time.Duration, int64), start time.Time, done *atomic.Int64) (stop func()) {
+func (r *run) tell(progress func(Progress)) (stop func()) {
 	if progress == nil {
 		return func() {}
 	}
@@ -211,7 +216,7 @@ func tellProgress(progress func(time.Duration, int64), start time.Time, done *at
 			case <-quit:
 				return
 			case <-tick.C:
-				progress(time.Since(start), done.Load())
+				progress(Progress{time.Since(r.start), r.done.Load(), r.failed.Load()})
 			}
 		}
 	})
@@ -223,57 +228,111 @@ const maxLatency = 60_000_000
 
 func newHistogram() *hdrhistogram.Histogram { return hdrhistogram.New(1, maxLatency, 3) }
 
-// loop is what one caller does again and again.
-type loop struct {
-	cfg    Config
-	client *client.Client
-	rng    *rand.Rand
-	zipf   *rand.Zipf
-	value  []byte
+// thread is one of those that send operations.
+type thread struct {
+	*run
+	number  int
+	store   Store
+	chooser *chooser
+	rng     *rand.Rand
+	took    [kinds]*hdrhistogram.Histogram // of the kinds it has done
 }
 
-func newLoop(cfg Config, i uint64) *loop {
-	l := &loop{cfg: cfg, client: cfg.Clients[int(i)%len(cfg.Clients)], rng: rand.New(rand.NewPCG(cfg.Seed, i+1))}
-	if cfg.Zipfian {
-		l.zipf = rand.NewZipf(l.rng, 1.01, 1, uint64(cfg.Keys-1))
+func (r *run) newThread(i int) *thread {
+	return &thread{
+		run: r, number: i, store: r.cfg.Stores[i%len(r.cfg.Stores)],
+		chooser: newChooser(r.cfg.Workload, r.common, int64(r.cfg.Seed)<<20+int64(i)),
+		rng:     rand.New(rand.NewPCG(r.cfg.Seed, uint64(i)+1)),
 	}
-	l.value = value(l.rng, cfg.ValueBytes)
-	return l
+}
+
+func (t *thread) loop(ctx context.Context) {
+	for k := 0; ctx.Err() == nil && (t.cfg.Operations <= 0 || t.issued.Add(1) <= t.cfg.Operations); k++ {
+		begin := time.Now()
+		if t.cfg.Target > 0 {
+			begin = t.start.Add(time.Duration(float64(k*t.cfg.Threads+t.number) / t.cfg.Target * float64(time.Second)))
+			if !sleepUntil(ctx, begin) {
+				return
+			}
+		}
+		kind, err := t.step(ctx)
+		switch {
+		case errors.Is(err, ErrNotFound):
+			t.missed.Add(1)
+		case err != nil && ctx.Err() != nil:
+			return // the run is over
+		case err != nil:
+			text := err.Error()
+			t.firstErr.CompareAndSwap(nil, &text)
+			t.failed.Add(1)
+			continue
+		}
+		t.done.Add(1)
+		if t.took[kind] == nil {
+			t.took[kind] = newHistogram()
+		}
+		_ = t.took[kind].RecordValue(min(max(time.Since(begin).Microseconds(), 1), maxLatency)) // within range
+	}
+}
+
+// sleepUntil returns false when ctx ends first.
+func sleepUntil(ctx context.Context, at time.Time) bool {
+	wait := time.Until(at)
+	if wait <= 0 {
+		return true
+	}
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
 }
 
 // step does one operation.
-func (l *loop) step(ctx context.Context) (read bool, took time.Duration, err error) {
-	n := 0
-	if l.zipf != nil {
-		n = int(l.zipf.Uint64())
-	} else {
-		n = l.rng.IntN(l.cfg.Keys)
-	}
-	read = l.rng.Float64() < l.cfg.ReadRatio
-	ctx, cancel := context.WithTimeout(ctx, l.cfg.Timeout)
+func (t *thread) step(ctx context.Context) (kind Kind, err error) {
+	kind, record, limit := t.chooser.draw()
+	k := key(record)
+	ctx, cancel := context.WithTimeout(ctx, t.cfg.Timeout)
 	defer cancel()
-	start := time.Now()
-	if read {
-		_, err = l.client.Get(ctx, key(n), l.cfg.Options...)
-	} else {
-		_, err = l.client.Put(ctx, key(n), l.value, l.cfg.Options...)
+	switch kind {
+	case Read:
+		err = t.store.Read(ctx, k)
+	case Scan:
+		err = t.store.Scan(ctx, k, limit)
+	case ReadModifyWrite:
+		if err = t.store.Read(ctx, k); err == nil || errors.Is(err, ErrNotFound) {
+			err = errors.Join(t.store.Write(ctx, k, t.values.draw(t.rng)), err)
+		}
+	default:
+		err = t.store.Write(ctx, k, t.values.draw(t.rng))
 	}
-	return read, time.Since(start), err
+	if kind == Insert && err == nil {
+		t.common.inserted.Add(1)
+	}
+	return kind, err
 }
 
-func summarize(callers []caller, elapsed time.Duration, done, failed int64, firstErr *string) Result {
-	gets, puts := newHistogram(), newHistogram()
-	r := Result{Elapsed: elapsed, PerSecond: float64(done) / elapsed.Seconds(), Errors: failed}
-	for _, c := range slices.All(callers) {
-		gets.Merge(c.gets)
-		puts.Merge(c.puts)
-		r.NotFoundGets += c.missed
+func (r *run) summarize(threads []*thread, elapsed time.Duration) Result {
+	res := Result{
+		Elapsed: elapsed, Operations: r.done.Load(), PerSecond: float64(r.done.Load()) / elapsed.Seconds(),
+		Errors: r.failed.Load(), NotFound: r.missed.Load(),
 	}
-	if firstErr != nil {
-		r.FirstError = *firstErr
+	for k := range kinds {
+		h := newHistogram()
+		for _, t := range threads {
+			if t.took[k] != nil {
+				h.Merge(t.took[k])
+			}
+		}
+		res.Kinds[k] = latency(h)
 	}
-	r.Gets, r.Puts = latency(gets), latency(puts)
-	return r
+	if text := r.firstErr.Load(); text != nil {
+		res.FirstError = *text
+	}
+	return res
 }
 
 func latency(h *hdrhistogram.Histogram) Latency {
