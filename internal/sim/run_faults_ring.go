@@ -7,7 +7,10 @@ import (
 	"slices"
 	"time"
 
+	"google.golang.org/grpc/codes"
+
 	"github.com/kvasirdb/kvasir/internal/placement"
+	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/topology"
 	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
 	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
@@ -124,7 +127,8 @@ func activeOperation(ctx context.Context, by adminv1.ControlServiceClient) (*top
 }
 
 // begin starts an operation. Whoever gets slots by it may have had them before, and has
-// been wiped since; so has whoever was taken for dead, and gets them back by an abort.
+// been wiped since; so has whoever was taken for dead, and gets them back by an abort. It
+// returns false if the operation has not begun; if that is not known, true.
 func (f *faults) begin(ctx context.Context, by adminv1.ControlServiceClient, t *topology.Topology, op *topologyv1.Operation) bool {
 	for _, m := range op.GetMoves() {
 		f.r.checker.Moves(m.GetTo(), m.GetVnode())
@@ -133,7 +137,8 @@ func (f *faults) begin(ctx context.Context, by adminv1.ControlServiceClient, t *
 	resp, err := by.StartOperation(ctx, &adminv1.StartOperationRequest{Epoch: t.Epoch, Operation: op})
 	if err != nil {
 		f.r.history.Note("operation refused: %s: %v", op.GetTitle(), err)
-		return false
+		code := rpc.AsError(err).Code
+		return code == codes.Unavailable || code == codes.DeadlineExceeded
 	}
 	f.note("operation "+op.GetKind(), "%d, %s, %d moves", resp.GetOperation().GetId(), op.GetTitle(), len(op.GetMoves()))
 	return true
