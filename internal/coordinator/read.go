@@ -43,7 +43,9 @@ func (c *Coordinator) Get(ctx context.Context, r *kvv1.GetRequest) (_ *kvv1.GetR
 		return nil, qerr
 	}
 	tr := c.traces.begin(r.GetTrace(), time.Now())
-	tr.add(kvv1.TraceEvent_KIND_RECEIVED, "", "get of a key in vnode %d of namespace %s: R=%d of N=%d", t.VnodeOf(r.GetKey()), ns.Name, spec.Or(ns.R).Need(ns.N), ns.N)
+	if tr != nil {
+		tr.add(kvv1.TraceEvent_KIND_RECEIVED, "", "get of a key in vnode %d of namespace %s: R=%d of N=%d", t.VnodeOf(r.GetKey()), ns.Name, spec.Or(ns.R).Need(ns.N), ns.N)
+	}
 	res, rerr := c.read(ctx, r.GetNamespace(), readJob{
 		key: r.GetKey(), quorum: spec, repair: repairMode(r.GetReadRepair(), ns), trace: tr,
 		least: record.Version{Time: hlc.Timestamp(r.GetMinVersion().GetTimestamp()), Incarnation: r.GetMinVersion().GetIncarnation()},
@@ -60,9 +62,11 @@ func (c *Coordinator) Get(ctx context.Context, r *kvv1.GetRequest) (_ *kvv1.GetR
 		resp.Value = res.winner.Payload
 		resp.ExpiresAtMs = uint64(res.winner.ExpiresAt)
 	}
-	tr.add(kvv1.TraceEvent_KIND_ANSWERED, "", "%s", res.describe(resp.Found))
-	if !res.background {
-		tr.finish()
+	if tr != nil {
+		tr.add(kvv1.TraceEvent_KIND_ANSWERED, "", "%s", res.describe(resp.Found))
+		if !res.background {
+			tr.finish()
+		}
 	}
 	return resp, nil
 }
@@ -328,10 +332,8 @@ func (c *Coordinator) newGather(res *result, order []int) *gather {
 func (g *gather) run(ctx context.Context, want int) (stale, by uint64, _ *rpc.Error) {
 	var lastErr error
 	g.c.latency.earn()
-	hedge := time.NewTimer(g.c.latency.late(g.next(want)))
-	defer hedge.Stop()
-	slow := time.NewTimer(g.c.cfg.SlowRead)
-	defer slow.Stop()
+	var late lateness
+	defer late.stop()
 	for len(g.res.replies) < want {
 		for len(g.res.replies)+g.pending < want && g.asked < len(g.order) {
 			g.ask(ctx, g.fullAsked)
@@ -339,31 +341,68 @@ func (g *gather) run(ctx context.Context, want int) (stale, by uint64, _ *rpc.Er
 		if len(g.res.replies)+g.pending < want {
 			return 0, 0, readFailed(len(g.res.replies), want, len(g.res.slots), lastErr)
 		}
+		var a answer
 		select {
-		case a := <-g.answers:
-			g.pending--
-			if a.err != nil {
-				lastErr = a.err
-				if epoch := refusedEpoch(a.err); epoch > 0 {
-					return epoch, a.node, readFailed(len(g.res.replies), want, len(g.res.slots), a.err)
+		case a = <-g.answers: // this node's own is often here already
+		default:
+			late.start(g, want)
+			select {
+			case a = <-g.answers:
+			case <-late.C:
+				if slow := late.again(g); g.asked < len(g.order) && (slow || g.c.latency.spend()) {
+					g.hedge(ctx)
 				}
-				g.fullAsked = g.fullAsked && !a.full
 				continue
+			case <-ctx.Done():
+				return 0, 0, readFailed(len(g.res.replies), want, len(g.res.slots), ctx.Err())
 			}
-			g.res.replies = append(g.res.replies, a)
-		case <-hedge.C:
-			if g.asked < len(g.order) && g.c.latency.spend() {
-				g.hedge(ctx)
-			}
-		case <-slow.C:
-			if g.asked < len(g.order) {
-				g.hedge(ctx)
-			}
-		case <-ctx.Done():
-			return 0, 0, readFailed(len(g.res.replies), want, len(g.res.slots), ctx.Err())
 		}
+		g.pending--
+		if a.err != nil {
+			lastErr = a.err
+			if epoch := refusedEpoch(a.err); epoch > 0 {
+				return epoch, a.node, readFailed(len(g.res.replies), want, len(g.res.slots), a.err)
+			}
+			g.fullAsked = g.fullAsked && !a.full
+			continue
+		}
+		g.res.replies = append(g.res.replies, a)
 	}
 	return 0, 0, nil
+}
+
+// lateness tells when another replica is to be asked: once when an answer is late by what
+// is known of those that were asked, which takes from the budget, and once after SlowRead.
+// There is no timer before it is waited for.
+type lateness struct {
+	*time.Timer
+	slow bool // the timer is SlowRead's
+}
+
+func (l *lateness) start(g *gather, want int) {
+	if l.Timer != nil {
+		return
+	}
+	after := g.c.latency.late(g.next(want))
+	if l.slow = after >= g.c.cfg.SlowRead; l.slow {
+		after = g.c.cfg.SlowRead
+	}
+	l.Timer = time.NewTimer(after - time.Since(g.began))
+}
+
+// again sets the timer for the next time, and reports whether it was SlowRead's.
+func (l *lateness) again(g *gather) (slow bool) {
+	if slow = l.slow; !slow {
+		l.slow = true
+		l.Reset(g.c.cfg.SlowRead - time.Since(g.began))
+	}
+	return slow
+}
+
+func (l *lateness) stop() {
+	if l.Timer != nil {
+		l.Stop()
+	}
 }
 
 // runAll asks all that have not been asked, and returns when everybody has answered
@@ -417,11 +456,13 @@ func (g *gather) ask(ctx context.Context, headerOnly bool) {
 
 // send sends one read. done is called once and must not block.
 func (g *gather) send(ctx context.Context, node uint64, headerOnly bool, done func(record.Record, []byte, error)) {
-	what := "record"
-	if headerOnly {
-		what = "header"
+	if tr := g.res.job.trace; tr != nil {
+		what := "record"
+		if headerOnly {
+			what = "header"
+		}
+		tr.add(kvv1.TraceEvent_KIND_SENT, g.name(node), "asks for its %s", what)
 	}
-	g.res.job.trace.add(kvv1.TraceEvent_KIND_SENT, g.name(node), "asks for its %s", what)
 	deadline, ok := ctx.Deadline()
 	if !ok {
 		deadline = time.Now().Add(g.c.cfg.RequestTimeout)
@@ -438,9 +479,11 @@ func (g *gather) send(ctx context.Context, node uint64, headerOnly bool, done fu
 		}
 		if err == nil {
 			g.c.latency.observe(node, time.Since(start))
-			g.res.job.trace.add(kvv1.TraceEvent_KIND_REPLIED, g.name(node), "%s", describe(rec))
-		} else {
-			g.res.job.trace.add(kvv1.TraceEvent_KIND_FAILED, g.name(node), "%s", err)
+		}
+		if tr := g.res.job.trace; tr != nil && err == nil {
+			tr.add(kvv1.TraceEvent_KIND_REPLIED, g.name(node), "%s", describe(rec))
+		} else if tr != nil {
+			tr.add(kvv1.TraceEvent_KIND_FAILED, g.name(node), "%s", err)
 		}
 		done(rec, raw, err)
 	}

@@ -6,6 +6,7 @@ import (
 
 	"github.com/HdrHistogram/hdrhistogram-go"
 	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/grpc/codes"
 
 	"github.com/kvasirdb/kvasir/internal/rpc"
 )
@@ -113,7 +114,9 @@ func (s *Stats) Scans() Snapshot { return s.snapshot(opScan) }
 
 // metrics are the coordinator's for Prometheus.
 type metrics struct {
-	requests   *prometheus.HistogramVec
+	requests *prometheus.HistogramVec
+	// succeeded are those of requests with code OK, by operation.
+	succeeded  [operations]prometheus.Observer
 	refused    prometheus.Counter
 	notEnough  prometheus.Counter
 	unknown    prometheus.Counter
@@ -145,13 +148,16 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		hedged:       counter("hedged_reads_total", "Reads for which one more replica was asked because another was late."),
 	}
 	reg.MustRegister(m.requests)
+	for op := range operations {
+		m.succeeded[op] = m.requests.WithLabelValues(op.String(), codes.OK.String())
+	}
 	return m
 }
 
 func (m *metrics) observe(op operation, took time.Duration, err error) {
-	code := "OK"
-	if err != nil {
-		code = rpc.AsError(err).Code.String()
+	if err == nil {
+		m.succeeded[op].Observe(took.Seconds())
+		return
 	}
-	m.requests.WithLabelValues(op.String(), code).Observe(took.Seconds())
+	m.requests.WithLabelValues(op.String(), rpc.AsError(err).Code.String()).Observe(took.Seconds())
 }

@@ -74,7 +74,8 @@ func (tr *trace) mark(e *rpc.Error) *rpc.Error {
 	return e.With(rpc.DetailTrace, tr.id)
 }
 
-// add notes an event.
+// add notes an event. Callers that have to work for the text look whether the trace is nil
+// before that.
 func (tr *trace) add(kind kvv1.TraceEvent_Kind, node, format string, args ...any) {
 	if tr == nil {
 		return

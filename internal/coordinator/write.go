@@ -69,7 +69,9 @@ func (c *Coordinator) writeOne(ctx context.Context, r request, w string, op *kvv
 		return nil, err
 	}
 	tr := c.traces.begin(r.trace, time.Now())
-	tr.add(kvv1.TraceEvent_KIND_RECEIVED, "", "%s of a key in vnode %d of namespace %s: W=%d of N=%d", verb(op), t.VnodeOf(op.GetKey()), ns.Name, ns.Writes(spec)[0].Need, ns.N)
+	if tr != nil {
+		tr.add(kvv1.TraceEvent_KIND_RECEIVED, "", "%s of a key in vnode %d of namespace %s: W=%d of N=%d", verb(op), t.VnodeOf(op.GetKey()), ns.Name, ns.Writes(spec)[0].Need, ns.N)
+	}
 	var tries attempts
 	werr := tries.follow(ctx, c, renew, func() (*write, *rpc.Error) {
 		t, ns, err := c.namespace(r.namespace)
@@ -94,7 +96,9 @@ func (c *Coordinator) writeOne(ctx context.Context, r request, w string, op *kvv
 	receipt := tries[len(tries)-1].receipt(version)
 	receipt.Coordinator = t.NodeName(c.cfg.Self)
 	receipt.TraceId = tr.identifier()
-	tr.add(kvv1.TraceEvent_KIND_ANSWERED, "", "version %s, %d of %d slots have it", version, receipt.GetAcknowledged(), receipt.GetN())
+	if tr != nil {
+		tr.add(kvv1.TraceEvent_KIND_ANSWERED, "", "version %s, %d of %d slots have it", version, receipt.GetAcknowledged(), receipt.GetN())
+	}
 	return receipt, nil
 }
 
@@ -415,7 +419,7 @@ func (w *write) answered(node uint64, err error) {
 			w.trace.add(kvv1.TraceEvent_KIND_LATE, w.name(node), "acknowledged after the answer")
 		} else {
 			w.trace.add(kvv1.TraceEvent_KIND_ACKNOWLEDGED, w.name(node), "")
-			if reached {
+			if reached && w.trace != nil {
 				w.trace.add(kvv1.TraceEvent_KIND_QUORUM_REACHED, "", "%d of %d slots", w.mu.counter.Acked(), w.goals[0].N)
 			}
 		}
