@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"math/rand/v2"
 	"slices"
 	"time"
@@ -68,7 +69,7 @@ func (c *Client) do(ctx context.Context, req request) (answered, error) {
 	began := time.Now()
 	for {
 		refused := 0 // for want of live replicas, in this round
-		for _, address := range c.candidates(req) {
+		for address := range c.round(req) {
 			a, err := c.attempt(ctx, req, address)
 			if err == nil {
 				a.maybeDone = maybeDone
@@ -163,6 +164,57 @@ func retriable(e *rpc.Error, idempotent bool) bool {
 	return idempotent || e.NothingDone()
 }
 
+// round yields the addresses to try in turn. The first is mostly all that is needed, and the
+// others are looked for only when it has failed.
+func (c *Client) round(req request) iter.Seq[string] {
+	return func(yield func(string) bool) {
+		first := c.nearest(req)
+		if first != "" && !yield(first) {
+			return
+		}
+		for _, address := range c.candidates(req) {
+			if address != first && !yield(address) {
+				return
+			}
+		}
+	}
+}
+
+// nearest returns the first of the candidates, if that is a replica of the key which is
+// known to answer, or "".
+func (c *Client) nearest(req request) (address string) {
+	v := c.view.Load()
+	if req.only != "" || req.key == nil || !v.topology.Formed() {
+		return req.only
+	}
+	var best candidate
+	c.replicas(v, req, func(n *topology.Node) {
+		l := c.known(n.Address)
+		if l == nil || !l.Up() || v.unhealthy[n.Incarnation] {
+			return
+		}
+		cand := candidate{address: n.Address, load: l.Pending(), tie: rand.Uint32()}
+		if best.address == "" || cand.compare(best) < 0 {
+			best = cand
+		}
+	})
+	return best.address
+}
+
+// replicas visits the nodes that are read for a key.
+func (c *Client) replicas(v *view, req request, visit func(*topology.Node)) {
+	t := v.topology
+	n := t.Width()
+	if ns := t.Namespace(req.namespace); ns != nil {
+		n = ns.N
+	}
+	for _, s := range t.Slots(t.VnodeOf(req.key), n) {
+		if node := t.Node(s.Read); node != nil {
+			visit(node)
+		}
+	}
+}
+
 // candidates returns the addresses to try, the best first: replicas of the key that
 // answer, other nodes that do, then those of which nothing good is known.
 func (c *Client) candidates(req request) []string {
@@ -197,15 +249,7 @@ func (c *Client) candidates(req request) []string {
 	}
 	t := v.topology
 	if req.key != nil && t.Formed() {
-		n := t.Width()
-		if ns := t.Namespace(req.namespace); ns != nil {
-			n = ns.N
-		}
-		for _, s := range t.Slots(t.VnodeOf(req.key), n) {
-			if node := t.Node(s.Read); node != nil {
-				add(node.Address, 0, v.unhealthy[node.Incarnation])
-			}
-		}
+		c.replicas(v, req, func(n *topology.Node) { add(n.Address, 0, v.unhealthy[n.Incarnation]) })
 	}
 	reporting := map[string]bool{}
 	for i := range t.Nodes {
@@ -257,37 +301,75 @@ func (c *Client) attempt(ctx context.Context, req request, address string) (answ
 	if !req.hedge {
 		return c.send(ctx, req, address)
 	}
-	type outcome struct {
-		answered
-		err error
+	deadline, _ := ctx.Deadline()
+	var t tries
+	defer t.forget()
+	if err := t.start(c, req, address, deadline); err != nil {
+		return answered{}, err
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	outcomes := make(chan outcome, 2)
-	launch := func(address string) {
-		a, err := c.send(ctx, req, address)
-		outcomes <- outcome{a, err}
-	}
-	go launch(address)
 	late := time.NewTimer(hedgeAfter)
 	defer late.Stop()
-	running := 1
-	for {
+	for running := 1; ; {
 		select {
-		case o := <-outcomes:
+		case o := <-t.outcomes:
 			running--
 			if o.err == nil || running == 0 {
-				return o.answered, o.err
+				return c.take(o.reply, o.address, o.err)
 			}
 		case <-late.C:
 			others := c.candidates(req)
 			i := slices.IndexFunc(others, func(a string) bool { return a != address })
-			if i >= 0 && c.budget.spend() {
+			if i >= 0 && c.budget.spend() && t.start(c, req, others[i], deadline) == nil {
 				running++
-				go launch(others[i])
 			}
+		case <-ctx.Done():
+			return answered{}, rpc.AsError(ctx.Err())
 		}
 	}
+}
+
+// tries are the calls of one attempt, two at most.
+type tries struct {
+	outcomes chan outcome
+	links    [2]*link
+	calls    [2]uint64
+	n        int
+}
+
+type outcome struct {
+	reply   *kvv1.SessionReply
+	address string
+	err     error
+}
+
+func (t *tries) start(c *Client, req request, address string, deadline time.Time) error {
+	l, err := c.link(address)
+	if err != nil {
+		return err
+	}
+	if t.outcomes == nil {
+		t.outcomes = make(chan outcome, len(t.calls))
+	}
+	outcomes := t.outcomes
+	id, err := l.Start(c.message(req), deadline, func(reply *kvv1.SessionReply, err error) { outcomes <- outcome{reply, address, err} })
+	if err != nil {
+		return err
+	}
+	t.links[t.n], t.calls[t.n] = l, id
+	t.n++
+	return nil
+}
+
+// forget gives up what has not been answered.
+func (t *tries) forget() {
+	for i := range t.n {
+		t.links[i].Forget(t.calls[i])
+	}
+}
+
+// message returns the message of an attempt.
+func (c *Client) message(req request) *kvv1.SessionCall {
+	return req.make(c.view.Load().topology.Epoch, c.token.Load())
 }
 
 // send sends a request to one address and takes in what the reply tells.
@@ -296,8 +378,12 @@ func (c *Client) send(ctx context.Context, req request, address string) (answere
 	if err != nil {
 		return answered{}, err
 	}
-	epoch := c.view.Load().topology.Epoch
-	reply, err := l.Do(ctx, req.make(epoch, c.token.Load()))
+	reply, err := l.Do(ctx, c.message(req))
+	return c.take(reply, address, err)
+}
+
+// take takes in what a reply tells.
+func (c *Client) take(reply *kvv1.SessionReply, address string, err error) (answered, error) {
 	if err != nil {
 		if unimplemented(err) {
 			err = rpc.Errorf(codes.Unavailable, rpc.ReasonNotSent, "%s serves no keys", address)

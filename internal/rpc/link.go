@@ -156,12 +156,12 @@ func (l *Link[C, R]) Conn() *grpc.ClientConn {
 // or given to done, are *Error; ReasonNotSent and ReasonOverloaded mean that the
 // peer never saw the call.
 func (l *Link[C, R]) Go(call C, deadline time.Time, done func(R, error)) error {
-	_, err := l.start(call, deadline, done)
+	_, err := l.Start(call, deadline, done)
 	return err
 }
 
-// start is Go; it returns the call's number.
-func (l *Link[C, R]) start(call C, deadline time.Time, done func(R, error)) (uint64, error) {
+// Start is Go; it returns the call's number, for Forget.
+func (l *Link[C, R]) Start(call C, deadline time.Time, done func(R, error)) (uint64, error) {
 	p := &pending[C, R]{call: call, size: l.proto.Size(call), deadline: deadline, done: done}
 	l.mu.Lock()
 	q := l.mu.queue
@@ -185,7 +185,7 @@ func (l *Link[C, R]) start(call C, deadline time.Time, done func(R, error)) (uin
 	if !q.push(p) {
 		// The stream ended in between, and failed all pending calls, this one too
 		// unless it came too late for that.
-		if l.forget(p.id) {
+		if l.Forget(p.id) {
 			return 0, l.notSent(nil)
 		}
 	}
@@ -204,7 +204,7 @@ func (l *Link[C, R]) Do(ctx context.Context, call C) (R, error) {
 		deadline = time.Now().Add(defaultTimeout)
 	}
 	c := make(chan result, 1)
-	id, err := l.start(call, deadline, func(r R, err error) { c <- result{r, err} })
+	id, err := l.Start(call, deadline, func(r R, err error) { c <- result{r, err} })
 	if err != nil {
 		return zero, err
 	}
@@ -212,7 +212,7 @@ func (l *Link[C, R]) Do(ctx context.Context, call C) (R, error) {
 	case r := <-c:
 		return r.reply, r.err
 	case <-ctx.Done():
-		l.forget(id)
+		l.Forget(id)
 		return zero, AsError(ctx.Err())
 	}
 }
@@ -228,8 +228,9 @@ func (l *Link[C, R]) notSent(cause error) *Error {
 	return e.With("peer", l.cfg.Peer)
 }
 
-// forget removes a pending call and reports whether it was there.
-func (l *Link[C, R]) forget(id uint64) bool {
+// Forget gives up a call that nobody waits for any more: its done is not called, unless
+// it is being called already, when Forget reports false.
+func (l *Link[C, R]) Forget(id uint64) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	_, ok := l.mu.pending[id]
