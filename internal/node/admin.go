@@ -69,6 +69,15 @@ func (n *Node) describe(reg prometheus.Registerer) {
 	}, func() float64 { return n.store.Stalled().Seconds() }))
 	gauge("storage", "wal_bytes", "Size of the write-ahead log.", func() float64 { return float64(n.store.Metrics().WAL.Size) })
 	gauge("storage", "memtable_bytes", "Size of the memtables.", func() float64 { return float64(n.store.Metrics().MemTable.Size) })
+	for source, count := range map[string]func() uint64{
+		"cache": func() uint64 { n, _ := n.store.Reads(); return n },
+		"store": func() uint64 { _, n := n.store.Reads(); return n },
+	} {
+		reg.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{
+			Namespace: "kvasir", Subsystem: "storage", Name: "reads_total", Help: "Reads of one record, by where it was: in the cache of records, or the store.",
+			ConstLabels: prometheus.Labels{"source": source},
+		}, func() float64 { return float64(count()) }))
+	}
 	gauge("storage", "read_amplification", "Levels a read may look into.", func() float64 { return float64(n.store.Metrics().ReadAmp()) })
 	gauge("storage", "compaction_debt_bytes", "Bytes that compactions have yet to move.", func() float64 { return float64(n.store.Metrics().Compact.EstimatedDebt) })
 }

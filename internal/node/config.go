@@ -45,9 +45,11 @@ type Config struct {
 	Advertise       string `yaml:"advertise" help:"host:port others reach listen by (default: listen)"`
 	AdminAdvertise  string `yaml:"admin_advertise" help:"host:port others reach admin_listen by"`
 	GossipAdvertise string `yaml:"gossip_advertise" help:"host:port others reach gossip_listen by"`
-	// CacheBytes is the size of the block cache, MemTableBytes of one memtable.
-	CacheBytes    int64 `yaml:"cache_bytes" help:"block cache, in bytes"`
-	MemTableBytes int64 `yaml:"memtable_bytes" help:"one memtable, in bytes"`
+	// CacheBytes is the size of the block cache, RecordCacheBytes of the cache of records
+	// that are read often, MemTableBytes of one memtable.
+	CacheBytes       int64 `yaml:"cache_bytes" help:"block cache, in bytes"`
+	RecordCacheBytes int64 `yaml:"record_cache_bytes" help:"cache of records that are read often, in bytes; 0: none"`
+	MemTableBytes    int64 `yaml:"memtable_bytes" help:"one memtable, in bytes"`
 	// CPULimit is the number of cores that count as full use; 0: the control group's
 	// quota, or else the machine's cores.
 	CPULimit float64 `yaml:"cpu_limit" help:"cores that count as full use; 0: the control group's quota, or all cores"`
@@ -114,7 +116,7 @@ func Defaults() Config {
 	return Config{
 		Zone: "default", Role: topology.Data.String(),
 		Listen: "0.0.0.0:7400", AdminListen: "0.0.0.0:7401", GossipListen: "0.0.0.0:7402",
-		CacheBytes: 64 << 20, MemTableBytes: 32 << 20,
+		CacheBytes: 64 << 20, RecordCacheBytes: 64 << 20, MemTableBytes: 32 << 20,
 		ScrubCycle: 7 * 24 * time.Hour, ScrubBytesPerSecond: 4 << 20,
 		MoveBytesPerSecond: 64 << 20, MoveCommitDelay: 2 * time.Millisecond,
 		DiskStallAfter: 10 * time.Second, DrainTimeout: 10 * time.Second,
@@ -162,6 +164,9 @@ func (c *Config) Validate() error {
 	bad("advertise", rpc.CheckAddress(c.Advertise, true))
 	bad("admin_advertise", rpc.CheckAddress(c.AdminAdvertise, true))
 	bad("gossip_advertise", rpc.CheckAddress(c.GossipAdvertise, true))
+	if c.RecordCacheBytes < 0 {
+		bad("record_cache_bytes", fmt.Errorf("%d: want 0 or more", c.RecordCacheBytes))
+	}
 	if c.CacheBytes < 1<<20 {
 		bad("cache_bytes", fmt.Errorf("%d: want at least 1048576", c.CacheBytes))
 	}

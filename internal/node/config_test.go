@@ -36,6 +36,7 @@ func TestConfig(t *testing.T) {
 		"advertise":           func(c *Config) { c.Advertise = "0.0.0.0:1" },
 		"gossip_advertise":    func(c *Config) { c.GossipAdvertise = ":1" },
 		"cache_bytes":         func(c *Config) { c.CacheBytes = 1 },
+		"record_cache_bytes":  func(c *Config) { c.RecordCacheBytes = -1 },
 		"memtable_bytes":      func(c *Config) { c.MemTableBytes = 1 << 40 },
 		"min_free_disk_bytes": func(c *Config) { c.MinFreeDiskBytes = -1 },
 		"disk_stall_after":    func(c *Config) { c.DiskStallAfter = time.Millisecond },
@@ -118,7 +119,7 @@ func TestConfigHash(t *testing.T) {
 		}
 	}
 	for name, change := range map[string]func(*Config){
-		"cache_bytes": func(c *Config) { c.CacheBytes++ }, "cpu_limit": func(c *Config) { c.CPULimit = 2 },
+		"cache_bytes": func(c *Config) { c.CacheBytes++ }, "record_cache_bytes": func(c *Config) { c.RecordCacheBytes++ }, "cpu_limit": func(c *Config) { c.CPULimit = 2 },
 		"scrub_cycle": func(c *Config) { c.ScrubCycle *= 2 }, "orchestrators": func(c *Config) { c.Orchestrators = c.Orchestrators[:1] },
 		"gossip_key": func(c *Config) { c.GossipKey = "MDEyMzQ1Njc4OWFiY2RlZg==" }, "tls": func(c *Config) { c.TLS.CA = "ca.pem" },
 	} {

@@ -212,7 +212,7 @@ func (n *Node) openStore() error {
 func (n *Node) readDirectory() error {
 	var err error
 	n.store, err = storage.Open(storage.Config{
-		FS: n.cfg.Seams.FS, Dir: n.cfg.DataDir, CacheBytes: n.cfg.CacheBytes, MemTableBytes: uint64(n.cfg.MemTableBytes),
+		FS: n.cfg.Seams.FS, Dir: n.cfg.DataDir, CacheBytes: n.cfg.CacheBytes, RecordCacheBytes: n.cfg.RecordCacheBytes, MemTableBytes: uint64(n.cfg.MemTableBytes),
 		MinFreeBytes: uint64(n.cfg.MinFreeDiskBytes), Logger: n.cfg.Logger, Fatal: n.cfg.Fatal,
 		SyncDelay: n.cfg.Seams.SyncDelay,
 	})
@@ -329,7 +329,7 @@ func (n *Node) serve(run context.Context) error {
 		n.replica.Handle(ctx, cfg.Advertise, calls, reply)
 	})
 	n.peers = &peers{
-		self: n.id.Incarnation, cluster: n.id.ClusterID, address: cfg.Advertise, clock: n.clock, loop: n.loop, health: n.topologies.observed,
+		self: n.id.Incarnation, cluster: n.id.ClusterID, address: cfg.Advertise, clock: n.clock, loop: n.loop, cached: n.replica.ReadCached, health: n.topologies.observed,
 		cfg: rpc.LinkConfig{Transport: n.transport, WallClock: cfg.Seams.WallClock},
 	}
 	n.peers.links.Store(&map[uint64]*replicaLink{})

@@ -117,11 +117,13 @@ func (r *Replica) Handle(ctx context.Context, address string, calls []*replicav1
 		case *replicav1.Call_Apply:
 			f.applies = append(f.applies, c)
 		case *replicav1.Call_Read:
-			if len(calls) == 1 {
+			switch {
+			case f.readCached(c, op.Read):
+			case len(calls) == 1:
 				f.read(c, op.Read)
-				continue
+			default:
+				reads.Go(func() { f.read(c, op.Read) })
 			}
-			reads.Go(func() { f.read(c, op.Read) })
 		case *replicav1.Call_Scan:
 			reads.Go(func() { f.scan(c, op.Scan) })
 		case *replicav1.Call_Collect:
@@ -137,6 +139,22 @@ func (r *Replica) Handle(ctx context.Context, address string, calls []*replicav1
 	}
 	f.apply()
 	reads.Wait()
+}
+
+// ReadCached answers this node's own call when it reads a record that is cached, and nothing
+// has to be waited for. Otherwise, and where there is anything to refuse, it returns nil.
+func (r *Replica) ReadCached(call *replicav1.Call) (reply *replicav1.Reply) {
+	op := call.GetRead()
+	if op == nil || r.cfg.Refuse() != nil || call.GetEpoch() > r.cfg.Fence.Topology().Epoch {
+		return nil
+	}
+	lease := r.cfg.Fence.enter()
+	defer lease.leave()
+	f := frame{Replica: r, topology: lease.topology, sender: r.cfg.Address, reply: func(r *replicav1.Reply) { reply = r }}
+	if f.readCached(call, op) && reply.GetError() != nil {
+		return nil
+	}
+	return reply
 }
 
 // admit begins a frame under the present topology, after catching up with the
@@ -384,6 +402,22 @@ func storeError(err error) *rpc.Error {
 	return rpc.Errorf(codes.Internal, rpc.ReasonInternal, "storage: %s", err)
 }
 
+// readCached serves a read that has to wait for nothing, and reports whether it did.
+func (f *frame) readCached(c *replicav1.Call, op *replicav1.Read) bool {
+	reading := f.cfg.Store.Reading()
+	rec := f.cfg.Store.Cached(op.GetNamespace(), op.GetVnode(), op.GetKey())
+	if rec == nil {
+		return false
+	}
+	err := f.check(c, op.GetNamespace(), op.GetVnode(), toRead)
+	var res *replicav1.ReadResult
+	if err == nil {
+		res, err = found(rec, op.GetHeaderOnly())
+	}
+	f.answerRead(c, op, reading, res, err)
+	return true
+}
+
 func (f *frame) read(c *replicav1.Call, op *replicav1.Read) {
 	if err := f.check(c, op.GetNamespace(), op.GetVnode(), toRead); err != nil {
 		f.fail(c, err)
@@ -391,6 +425,11 @@ func (f *frame) read(c *replicav1.Call, op *replicav1.Read) {
 	}
 	reading := f.cfg.Store.Reading()
 	res, err := f.Get(op.GetNamespace(), op.GetVnode(), op.GetKey(), op.GetHeaderOnly())
+	f.answerRead(c, op, reading, res, err)
+}
+
+// answerRead replies with what was read since reading, if it is to be trusted.
+func (f *frame) answerRead(c *replicav1.Call, op *replicav1.Read, reading uint64, res *replicav1.ReadResult, err *rpc.Error) {
 	if err == nil {
 		err = f.trust(reading, op.GetNamespace(), op.GetVnode())
 	}
@@ -426,7 +465,13 @@ func (r *Replica) Get(namespace, vnode uint32, key []byte, headerOnly bool) (*re
 	if err != nil {
 		return nil, storeError(err)
 	}
+	return found(b, headerOnly)
+}
+
+// found is the result of a read that found an encoded record.
+func found(b []byte, headerOnly bool) (*replicav1.ReadResult, *rpc.Error) {
 	if headerOnly {
+		var err error
 		if b, err = header(b); err != nil {
 			return nil, storeError(err)
 		}

@@ -62,6 +62,7 @@ var reportMutants = [][2]string{
 	{"lease-not-awaited", "the leader does not wait for the end of a lease"},
 	{"stale-as-in-sync", "copies that are behind answer as if they were in sync"},
 	{"join-unchecked", "a copy joins without being compared with what was written before"},
+	{"cached-record-kept", "a cached record outlives a write to its key"},
 }
 
 // hintMutants take several hints of one key, after newer writes and a restart: they are looked

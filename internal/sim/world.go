@@ -209,7 +209,7 @@ func (w *World) AddNode(name, zone string) {
 			cfg.Role = p.role
 		}
 		cfg.Listen, cfg.AdminListen, cfg.GossipListen = host+":7400", host+":7401", host+":7402"
-		cfg.CacheBytes, cfg.MemTableBytes = 1<<20, 1<<20
+		cfg.CacheBytes, cfg.RecordCacheBytes, cfg.MemTableBytes = 1<<20, 1<<20, 1<<20
 		for i := range w.cfg.Orchestrators {
 			cfg.Orchestrators = append(cfg.Orchestrators, fmt.Sprintf("10.0.1.%d:7390", i+1))
 		}

@@ -103,7 +103,7 @@ func (s *Store) apply(c *Commit, set *stripeSet, recs []record.Record, writes []
 			continue
 		}
 		before := c.batch.Count()
-		if err := s.decide(c, c.keys[i], recs[i].Version, w.Record); err != nil {
+		if err := s.decide(c, c.keys[i], recs[i], w.Record); err != nil {
 			s.forget(c.keys[:i+1])
 			return errors.Join(err, c.batch.Close())
 		}
@@ -139,11 +139,11 @@ func (s *Store) apply(c *Commit, set *stripeSet, recs []record.Record, writes []
 	return nil
 }
 
-// forget removes the cached versions of keys whose decisions were not carried out.
+// forget removes what is cached of keys whose decisions were not carried out.
 // REQUIRES: the latches of keys are held.
 func (s *Store) forget(keys []string) {
 	for _, k := range keys {
-		s.latches.of([]byte(k)).mu.versions.Remove(k)
+		s.latches.of([]byte(k)).drop(k)
 	}
 }
 
@@ -151,18 +151,22 @@ func (s *Store) forget(keys []string) {
 // to be lower, not at all where it is known to be higher, and as a Merge
 // otherwise.
 // REQUIRES: the latch of key is held.
-func (s *Store) decide(c *Commit, key string, v record.Version, rec []byte) error {
+func (s *Store) decide(c *Commit, key string, rec record.Record, encoded []byte) error {
 	st := s.latches.of([]byte(key))
 	if !s.latches.cacheable(key) {
-		st.mu.versions.Remove(key)
-		return c.batch.Merge([]byte(key), rec, nil)
+		st.drop(key)
+		return c.batch.Merge([]byte(key), encoded, nil)
+	}
+	merge := func() error {
+		st.mu.records.remove(key)
+		return c.batch.Merge([]byte(key), encoded, nil)
 	}
 	e, _ := st.mu.versions.Get(key)
 	if !e.exact && e.blind >= blindLimit {
 		stored, err := s.storedVersion(c.batch, key)
 		if err != nil {
 			// A merge needs no read; others in the batch must not fail for this key.
-			return c.batch.Merge([]byte(key), rec, nil)
+			return merge()
 		}
 		e = entry{version: stored, exact: true}
 		st.mu.versions.Add(key, e)
@@ -170,18 +174,19 @@ func (s *Store) decide(c *Commit, key string, v record.Version, rec []byte) erro
 	if !e.exact {
 		e.blind++
 		if mutant.On("cache-from-blind-merge") {
-			e = entry{version: v, exact: true}
+			e = entry{version: rec.Version, exact: true}
 		}
 		st.mu.versions.Add(key, e)
-		return c.batch.Merge([]byte(key), rec, nil)
+		return merge()
 	}
-	switch e.version.Compare(v) {
+	switch e.version.Compare(rec.Version) {
 	case -1:
-		st.mu.versions.Add(key, entry{version: v, exact: true})
-		return c.batch.Set([]byte(key), rec, nil)
+		st.mu.versions.Add(key, entry{version: rec.Version, exact: true})
+		st.mu.records.replaced(key, rec, encoded)
+		return c.batch.Set([]byte(key), encoded, nil)
 	case 0:
 		// Equal versions may still differ in kind, expiry or bytes.
-		return c.batch.Merge([]byte(key), rec, nil)
+		return merge()
 	}
 	if p := st.mu.unsynced[key]; p != nil {
 		c.behind = append(c.behind, p)

@@ -110,7 +110,7 @@ func (s *Store) collect(namespace, vnode uint32, keys [][]byte) (int, error) {
 			return 0, err
 		}
 		// Gone before the record is, and the latch keeps others from learning it again.
-		s.latches.of(k).mu.versions.Remove(string(k))
+		s.latches.of(k).drop(string(k))
 	}
 	n := int(b.Count())
 	if n == 0 {

@@ -14,24 +14,32 @@ import (
 	"github.com/kvasirdb/kvasir/internal/record"
 )
 
-// Get returns a copy of a key's record in storage encoding, after waiting until
-// it is on disk. Errors are ErrNotFound, ErrCorrupt or Pebble's.
+// Get returns a key's record in storage encoding, after waiting until it is on disk. It
+// must not be changed. Errors are ErrNotFound, ErrCorrupt or Pebble's.
 func (s *Store) Get(namespace, vnode uint32, key []byte) ([]byte, error) {
 	var scratch [128]byte
 	k := appendRecordKey(scratch[:0], namespace, vnode, key)
 	st := s.latches.of(k)
-	before := st.generation.Load()
-	value, err := s.get(k)
-	if err != nil && !errors.Is(err, ErrNotFound) {
-		return nil, err
+	value, unsynced := s.cached(st, k)
+	var err error
+	if value != nil {
+		s.reads.cached.Add(1)
+	} else {
+		s.reads.stored.Add(1)
+		before := st.generation.Load()
+		value, err = s.get(k)
+		if err != nil && !errors.Is(err, ErrNotFound) {
+			return nil, err
+		}
+		if err == nil {
+			s.learn(st, k, value, before)
+		}
+		// A record is visible before it is synced. Its commit was registered before it
+		// became visible, so looking for the commit after the read cannot miss it.
+		unsynced = st.pending(k)
 	}
-	if err == nil {
-		s.learn(st, k, value, before)
-	}
-	// A record is visible before it is synced. Its commit was registered before it
-	// became visible, so looking for the commit after the read cannot miss it.
-	if c := st.pending(k); c != nil && !mutant.On("reply-before-sync") {
-		if err := c.wait(); err != nil {
+	if unsynced != nil && !mutant.On("reply-before-sync") {
+		if err := unsynced.wait(); err != nil {
 			return nil, err
 		}
 	}
@@ -40,6 +48,37 @@ func (s *Store) Get(namespace, vnode uint32, key []byte) ([]byte, error) {
 		return nil, failed
 	}
 	return value, err
+}
+
+// Cached returns a key's record, which must not be changed, if that is in the cache and on
+// disk, or nil. It never waits.
+func (s *Store) Cached(namespace, vnode uint32, key []byte) []byte {
+	var scratch [128]byte
+	k := appendRecordKey(scratch[:0], namespace, vnode, key)
+	rec, unsynced := s.cached(s.latches.of(k), k)
+	if rec == nil || unsynced != nil || s.failure() != nil {
+		return nil
+	}
+	s.reads.cached.Add(1)
+	return rec
+}
+
+// Reads returns how many reads of a key were answered from the cache of records, and how
+// many from the store.
+func (s *Store) Reads() (cached, stored uint64) { return s.reads.cached.Load(), s.reads.stored.Load() }
+
+// cached returns a record from the cache, and the commit that whoever is told of it must
+// wait for. It gives way to writers, who may be waiting for the disk.
+func (s *Store) cached(st *stripe, k []byte) ([]byte, *Commit) {
+	if !st.mu.TryLock() {
+		return nil, nil
+	}
+	defer st.mu.Unlock()
+	rec := st.mu.records.get(k)
+	if rec == nil || !s.latches.cacheable(view(k)) {
+		return nil, nil
+	}
+	return rec, st.mu.unsynced[string(k)]
 }
 
 func (s *Store) get(k []byte) ([]byte, error) {
@@ -54,21 +93,22 @@ func (s *Store) get(k []byte) ([]byte, error) {
 	return out, closer.Close()
 }
 
-// learn makes the entry of a key exact that has gathered blind merges, when no
-// writer was active in its stripe since before.
+// learn caches what was read of a key when no writer was active in its stripe since
+// before, and makes the entry of a key exact that has gathered blind merges.
 func (s *Store) learn(st *stripe, k, value []byte, before uint64) {
 	if before%2 != 0 || len(k) > maxCachedKeyBytes || !st.mu.TryLock() {
 		return
 	}
 	defer st.mu.Unlock()
-	if st.generation.Load() != before {
+	if st.generation.Load() != before || !s.latches.cacheable(view(k)) {
 		return
 	}
-	e, ok := st.mu.versions.Peek(string(k))
-	if !ok || e.exact || !s.latches.cacheable(string(k)) {
+	rec, err := record.Decode(value)
+	if err != nil {
 		return
 	}
-	if rec, err := record.Decode(value); err == nil {
+	st.mu.records.learn(k, rec, value)
+	if e, ok := st.mu.versions.Peek(string(k)); ok && !e.exact {
 		st.mu.versions.Add(string(k), entry{version: rec.Version, exact: true})
 	}
 }

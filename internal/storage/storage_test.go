@@ -27,7 +27,7 @@ type testingT interface {
 
 func testConfig(t testingT, fs vfs.FS) Config {
 	return Config{
-		FS: fs, Dir: "data", CacheBytes: 1 << 20, MemTableBytes: 256 << 10,
+		FS: fs, Dir: "data", CacheBytes: 1 << 20, RecordCacheBytes: 1 << 20, MemTableBytes: 256 << 10,
 		Logger: slog.New(slog.DiscardHandler),
 		Fatal:  func(err error) { panic(err) },
 	}

@@ -64,6 +64,8 @@ type Config struct {
 	Dir string
 	// CacheBytes is the size of the block cache. Default 64 MiB.
 	CacheBytes int64
+	// RecordCacheBytes is the size of the cache of records that are read often. 0: none.
+	RecordCacheBytes int64
 	// MemTableBytes is the size of one memtable. Default 32 MiB.
 	MemTableBytes uint64
 	// VersionCacheEntries bounds the cache of versions. Default 131072.
@@ -141,6 +143,8 @@ type Store struct {
 	}
 	quarantines quarantines
 	attention   chan struct{}
+	// reads counts those of one key.
+	reads struct{ cached, stored atomic.Uint64 }
 	// rewriting holds a token while a table is written anew, stopRewrite ends that.
 	rewriting   chan struct{}
 	stopRewrite atomic.Pointer[context.CancelCauseFunc]
@@ -182,7 +186,7 @@ func Open(cfg Config) (*Store, error) {
 	case err != nil:
 		return nil, fmt.Errorf("%w: %s (%w)", ErrInUse, cfg.Dir, err)
 	}
-	s := &Store{cfg: cfg, disk: cfg.FS, lock: lock, latches: newLatches(cfg.VersionCacheEntries), stop: make(chan struct{}), damaged: make(chan struct{}), attention: make(chan struct{}, 1), rewriting: make(chan struct{}, 1)}
+	s := &Store{cfg: cfg, disk: cfg.FS, lock: lock, latches: newLatches(cfg.VersionCacheEntries, cfg.RecordCacheBytes), stop: make(chan struct{}), damaged: make(chan struct{}), attention: make(chan struct{}, 1), rewriting: make(chan struct{}, 1)}
 	s.suspects.tables = map[string]string{}
 	s.inflight.commits = map[*Commit]time.Time{}
 	s.trees.maxLeaves, s.trees.byVnode = cfg.TreeLeaves, map[vnodeID]*tree{}

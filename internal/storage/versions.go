@@ -46,6 +46,7 @@ type stripe struct {
 	mu    struct {
 		sync.Mutex
 		versions *simplelru.LRU[string, entry]
+		records  recordCache
 		// unsynced holds the newest commit of every key with one that is visible but
 		// perhaps not on disk.
 		unsynced map[string]*Commit
@@ -71,7 +72,14 @@ func rangeOf(p Place) keyRange {
 
 func (r keyRange) contains(key string) bool { return key >= r.lower && key < r.upper }
 
-func newLatches(entries int) *latches {
+// drop forgets what is known of a key.
+// REQUIRES: the latch is held.
+func (s *stripe) drop(key string) {
+	s.mu.versions.Remove(key)
+	s.mu.records.remove(key)
+}
+
+func newLatches(entries int, recordBytes int64) *latches {
 	l := &latches{}
 	l.off.Store(&[]keyRange{})
 	for i := range l.stripes {
@@ -81,6 +89,7 @@ func newLatches(entries int) *latches {
 			panic(err) // the size is positive
 		}
 		s.mu.versions = lru
+		s.mu.records = newRecordCache(recordBytes / stripes)
 		s.mu.unsynced = map[string]*Commit{}
 	}
 	return l
@@ -142,7 +151,7 @@ func (s *suspension) resumeKeys(keys iter.Seq[[]byte]) {
 	for k := range keys {
 		st := s.latches.of(k)
 		st.mu.Lock()
-		st.mu.versions.Remove(string(k))
+		st.drop(string(k))
 		st.generation.Add(2)
 		st.mu.Unlock()
 	}
@@ -167,10 +176,10 @@ func (l *latches) purge(ranges ...keyRange) {
 	for i := range l.stripes {
 		s := &l.stripes[i]
 		s.mu.Lock()
-		for _, k := range s.mu.versions.Keys() {
+		for _, k := range append(s.mu.versions.Keys(), s.mu.records.keys()...) {
 			at := sort.Search(len(ranges), func(i int) bool { return ranges[i].lower > k })
 			if at > 0 && ranges[at-1].contains(k) {
-				s.mu.versions.Remove(k)
+				s.drop(k)
 			}
 		}
 		s.mu.Unlock()
