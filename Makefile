@@ -4,6 +4,7 @@ GO       ?= go
 # Pure Go zstd halves the build; everything works without a C compiler.
 TAGS     := pebblegozstd
 BIN      := bin
+PEERS    := internal/bench/peers
 BUF      := $(GO) tool -modfile=proto/buf.mod buf
 FUZZTIME ?= 20s
 FIRST    ?= 1
@@ -13,7 +14,7 @@ IMAGE    ?= kvasir:dev
 AUTONOMY ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test lint race sim sim-long sim-mutants day e2e chaos fuzz proto check-proto image compose-up compose-down test-compose test-prometheus clean
+.PHONY: help build run test lint race sim sim-long sim-mutants day e2e chaos fuzz proto check-proto image compose-up compose-down test-compose test-prometheus bench-peers clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -89,6 +90,14 @@ test-compose: ## Test the compose cluster; skipped where no Docker engine answer
 
 test-prometheus: ## Test the alerts, and scrape a real cluster with Prometheus (from Debian's package where there is none)
 	@GO="$(GO)" TAGS="$(TAGS)" deploy/prometheus/test.sh
+
+bench-peers: build ## Measure Kvasir against etcd, NATS, Olric and Redis (SYSTEMS=a,b WORKLOADS=a,c ROUNDS=3 RECORDS= THREADS= DURATION=20s JSON=file DIR=on-a-disk)
+	@echo "building the peers into $(BIN)/peers/ (the first time this takes a few minutes) ..."
+	@cd $(PEERS) && $(GO) vet ./... && $(GO) build -o $(CURDIR)/$(BIN)/peers/bench-peers . && \
+		$(GO) build -o $(CURDIR)/$(BIN)/peers/etcd go.etcd.io/etcd/server/v3 && \
+		$(GO) build -o $(CURDIR)/$(BIN)/peers/nats-server github.com/nats-io/nats-server/v2 && \
+		$(GO) build -o $(CURDIR)/$(BIN)/peers/olricd github.com/buraksezer/olric/cmd/olricd
+	@exec $(BIN)/peers/bench-peers $(foreach o,SYSTEMS WORKLOADS ROUNDS RECORDS THREADS DURATION JSON DIR,$(if $($o),-$(shell echo $o | tr A-Z a-z) "$($o)"))
 
 clean: ## Delete what was built
 	rm -rf $(BIN)
