@@ -23,8 +23,9 @@ var etcdKind = kind{
 	create:  func(p place) system { return &etcd{place: p} },
 }
 
-// etcd is three members with default settings; only the quota is higher than the default,
-// which a long run could fill with old revisions.
+// etcd is three members with default settings, but for two things: the quota is higher, as a
+// long run could fill the default with old revisions, and HTTP has a port of its own, which
+// etcd asks for in production.
 type etcd struct {
 	place
 	fleet
@@ -33,12 +34,12 @@ type etcd struct {
 }
 
 func (e *etcd) start(ctx context.Context) error {
-	port, err := freePorts(2 * replicas)
+	port, err := freePorts(3 * replicas)
 	if err != nil {
 		return err
 	}
 	var members []string
-	url := func(i int) string { return "http://" + address(port+i) } // clients' first, then peers'
+	url := func(i int) string { return "http://" + address(port+i) } // clients' first, then peers', then HTTP's
 	for i := range replicas {
 		members = append(members, fmt.Sprintf("etcd%d=%s", i+1, url(replicas+i)))
 		e.endpoints = append(e.endpoints, address(port+i))
@@ -47,7 +48,7 @@ func (e *etcd) start(ctx context.Context) error {
 		name := fmt.Sprintf("etcd%d", i+1)
 		err := e.launch(e.dir, name, filepath.Join(e.peers, "etcd"),
 			"--name", name, "--data-dir", filepath.Join(e.dir, name),
-			"--listen-client-urls", url(i), "--advertise-client-urls", url(i),
+			"--listen-client-urls", url(i), "--advertise-client-urls", url(i), "--listen-client-http-urls", url(2*replicas+i),
 			"--listen-peer-urls", url(replicas+i), "--initial-advertise-peer-urls", url(replicas+i),
 			"--initial-cluster", strings.Join(members, ","), "--initial-cluster-token", filepath.Base(e.dir),
 			"--quota-backend-bytes", fmt.Sprint(8<<30), "--log-level", "warn")

@@ -23,14 +23,19 @@ var kvasirKind = kind{
 		Write: "synced to disk on 2 of 3 replicas (W=2)",
 		Read:  "compares 2 of 3 replicas (R=2): sees every write acknowledged before it",
 	},
-	version: func(p place) (string, error) { return moduleVersion(filepath.Join(p.bin, "kvnode")) },
-	create:  func(p place) system { return &kvasir{place: p} },
+	version: func(p place) (string, error) {
+		v, err := moduleVersion(filepath.Join(p.bin, "kvnode"))
+		if v == "(devel)" {
+			v = "of this checkout"
+		}
+		return v, err
+	},
+	create: func(p place) system { return &kvasir{place: p} },
 }
 
 // kvasir is three nodes and one orchestrator, which kvctl starts and stops.
 type kvasir struct {
 	place
-	tried  bool
 	client *client.Client
 	procs  []server
 }
@@ -41,7 +46,6 @@ func (k *kvasir) start(ctx context.Context) error {
 		return err
 	}
 	port := first + 10 // node i has ports from here + 10(i-1), the orchestrator those from 10 below
-	k.tried = true
 	if err := k.kvctl(ctx, "--nodes", strconv.Itoa(replicas), "--port", strconv.Itoa(port), "--detach"); err != nil {
 		return err
 	}
@@ -58,6 +62,8 @@ func (k *kvasir) start(ctx context.Context) error {
 
 func (k *kvasir) data() string { return filepath.Join(k.dir, "cluster") }
 
+func (k *kvasir) state() string { return filepath.Join(k.data(), "dev.json") }
+
 // kvctl runs `kvctl dev`, with contexts of its own: the user's stay as they are.
 func (k *kvasir) kvctl(ctx context.Context, args ...string) error {
 	cmd := exec.CommandContext(ctx, filepath.Join(k.bin, "kvctl"), append([]string{"dev", "--data", k.data()}, args...)...)
@@ -73,8 +79,7 @@ func (k *kvasir) kvctl(ctx context.Context, args ...string) error {
 
 // readProcesses takes the processes from the cluster's state.
 func (k *kvasir) readProcesses() error {
-	path := filepath.Join(k.data(), "dev.json")
-	b, err := os.ReadFile(path)
+	b, err := os.ReadFile(k.state())
 	if err != nil {
 		return fmt.Errorf("find the processes: %w", err)
 	}
@@ -85,7 +90,7 @@ func (k *kvasir) readProcesses() error {
 		} `json:"processes"`
 	}
 	if err := json.Unmarshal(b, &state); err != nil {
-		return fmt.Errorf("find the processes: %s: %w", path, err)
+		return fmt.Errorf("find the processes: %s: %w", k.state(), err)
 	}
 	held := 0
 	for _, p := range state.Processes {
@@ -96,7 +101,7 @@ func (k *kvasir) readProcesses() error {
 		}
 	}
 	if held != replicas {
-		return fmt.Errorf("find the processes: %s has %d nodes, want %d", path, held, replicas)
+		return fmt.Errorf("find the processes: %s has %d nodes, want %d", k.state(), held, replicas)
 	}
 	return nil
 }
@@ -123,10 +128,20 @@ func (k *kvasir) stop() error {
 	if k.client != nil {
 		k.client.Close()
 	}
-	if _, err := os.Stat(k.data()); !k.tried || errors.Is(err, os.ErrNotExist) {
-		return nil
+	if _, err := os.Stat(k.state()); errors.Is(err, os.ErrNotExist) {
+		return nil // nothing was started
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	return k.kvctl(ctx, "stop")
+	err := k.kvctl(ctx, "stop")
+	if err != nil && len(k.procs) > 0 {
+		kill := []string{"kill"}
+		for _, p := range k.procs {
+			kill = append(kill, p.name)
+		}
+		if k.kvctl(context.Background(), kill...) == nil {
+			return nil
+		}
+	}
+	return err
 }

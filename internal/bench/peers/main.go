@@ -35,8 +35,8 @@ func main() {
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 		os.Exit(2)
-	case ctx.Err() != nil:
-		fmt.Fprintln(os.Stderr, "bench-peers: interrupted; every process has been ended, and their data removed")
+	case ctx.Err() != nil && err == nil:
+		fmt.Fprintln(os.Stderr, "\nbench-peers: interrupted; every server has been ended, and its data removed")
 		os.Exit(130)
 	case err != nil:
 		fmt.Fprintln(os.Stderr, "bench-peers:", err)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -91,6 +92,65 @@ func parseResident(text string) (int64, error) {
 		}
 	}
 	return 0, fmt.Errorf("no VmRSS: the process has ended")
+}
+
+// activity is what a machine does.
+type activity struct {
+	// Busy is the part of all cores that is in use, 0 to 1.
+	Busy    float64 `json:"cpu_busy"`
+	Flushes float64 `json:"flushes_per_second"`
+}
+
+// String describes it.
+func (a activity) String() string {
+	return fmt.Sprintf("%.0f%% of its cores in use and %s flushes/s", 100*a.Busy, number(a.Flushes))
+}
+
+// watch returns what the machine does for a while.
+func watch(ctx context.Context, d disk, wait time.Duration) (activity, error) {
+	var idle, total, flushes [2]int64
+	for i := range 2 {
+		if i > 0 {
+			if err := rest(ctx, wait); err != nil {
+				return activity{}, err
+			}
+		}
+		b, err := os.ReadFile("/proc/stat")
+		if err != nil {
+			return activity{}, err
+		}
+		if idle[i], total[i], err = parseCPU(string(b)); err != nil {
+			return activity{}, err
+		}
+		if flushes[i], err = d.flushes(); err != nil {
+			return activity{}, err
+		}
+	}
+	return activity{
+		Busy:    1 - float64(idle[1]-idle[0])/float64(max(total[1]-total[0], 1)),
+		Flushes: float64(flushes[1]-flushes[0]) / wait.Seconds(),
+	}, nil
+}
+
+// parseCPU returns the ticks of all cores from /proc/stat: those without work, and all.
+func parseCPU(text string) (idle, total int64, err error) {
+	line, _, _ := strings.Cut(text, "\n")
+	fields := strings.Fields(line)
+	const most = 9 // user, nice, system, idle, iowait, irq, softirq, steal; guests are users
+	if len(fields) < most || fields[0] != "cpu" {
+		return 0, 0, fmt.Errorf("/proc/stat: unexpected content %q", line)
+	}
+	for i, field := range fields[1:most] {
+		n, err := strconv.ParseInt(field, 10, 64)
+		if err != nil {
+			return 0, 0, fmt.Errorf("/proc/stat: unexpected content %q", line)
+		}
+		total += n
+		if i == 3 || i == 4 {
+			idle += n
+		}
+	}
+	return idle, total, nil
 }
 
 // disk is the block device that data lie on.

@@ -14,13 +14,14 @@ import (
 // report prints a table for each workload, and what the numbers were had for. Tables are
 // Markdown that can be read as it is.
 func (h *harness) report(w io.Writer) {
-	fmt.Fprintf(w, "\n%d records of %d bytes, %d threads, %v a run; medians of %d rounds, each on fresh servers.\n",
+	fmt.Fprintf(w, "\n%d records of %d bytes, %d threads, %v a run; medians of what %d round(s) gave, each on fresh servers.\n",
 		h.records, h.valueBytes, h.threads, h.duration, h.settings.rounds)
 	var versions []string
 	for _, k := range h.kinds {
 		versions = append(versions, k.name+" "+h.versions[k.name])
 	}
-	fmt.Fprintf(w, "%s. Flushes are those of %s, whoever asked for them.\n", strings.Join(versions, ", "), h.disk.name)
+	fmt.Fprintf(w, "%s.\nFlushes are those of %s, whoever asked for them. Before the first server ran, the machine showed %s.\n",
+		strings.Join(versions, ", "), h.disk.name, h.others)
 	for _, letter := range h.workloads {
 		fmt.Fprintf(w, "\nWorkload %s:\n\n", strings.ToUpper(letter))
 		h.workloadTable(letter).write(w)
@@ -28,7 +29,7 @@ func (h *harness) report(w io.Writer) {
 	fmt.Fprintf(w, "\nWhat was given for it:\n\n")
 	h.guaranteeTable().write(w)
 	if len(h.troubles) > 0 {
-		fmt.Fprintf(w, "\nNot as it should be:\n")
+		fmt.Fprintf(w, "\nBeside the numbers:\n")
 		for _, t := range h.troubles {
 			fmt.Fprintf(w, "- %s\n", t)
 		}

@@ -31,8 +31,8 @@ type result struct {
 	NotFound   int64  `json:"reads_not_found"`
 	Errors     int64  `json:"errors"`
 	FirstError string `json:"first_error,omitempty"`
-	// Kinds are the latencies in microseconds, by kind of operation.
-	Kinds map[string]bench.Latency `json:"latencies_us"`
+	// Kinds are the latencies by kind of operation.
+	Kinds map[string]latency `json:"latencies_us"`
 	// CPUMicros is what all servers used for an operation, Flushes how many requests to
 	// flush the device completed in a second, whoever sent them.
 	CPUMicros float64 `json:"server_cpu_us_per_operation"`
@@ -42,33 +42,58 @@ type result struct {
 	Memory memory `json:"memory"`
 }
 
+// latency is a distribution, in microseconds.
+type latency struct {
+	Count int64   `json:"count"`
+	Mean  float64 `json:"mean"`
+	P50   int64   `json:"p50"`
+	P90   int64   `json:"p90"`
+	P99   int64   `json:"p99"`
+	P999  int64   `json:"p999"`
+	Max   int64   `json:"max"`
+}
+
 // harness is a whole benchmark.
 type harness struct {
 	settings
 	kinds    []kind
 	versions map[string]string
 	disk     disk
-	results  []result
+	// others are what else the machine did before the first server ran.
+	others  activity
+	results []result
 	// troubles are what a reader must know of, beside the numbers.
 	troubles []string
+	// leftover is what could not be ended or removed.
+	leftover error
 }
 
-// benchmark measures, and prints what came of it.
+// benchmark measures, and prints what came of it. When ctx ends, it returns what could not
+// be cleaned up, if anything.
 func benchmark(ctx context.Context, cfg settings) error {
 	h := &harness{settings: cfg, versions: map[string]string{}}
 	var err error
 	if h.disk, err = diskOf(cfg.dir); err != nil {
 		return err
 	}
-	if _, err := h.disk.flushes(); err != nil {
-		return err
-	}
 	if err := h.choose(); err != nil {
 		return err
 	}
+	if h.others, err = watch(ctx, h.disk, settle); err != nil {
+		if ctx.Err() != nil {
+			return nil
+		}
+		return err
+	}
+	if h.others.Busy > 0.1 || h.others.Flushes > 10 {
+		h.trouble("the machine was busy with other things before the first server ran: %s", h.others)
+	}
 	failed := h.rounds(ctx)
 	if ctx.Err() != nil {
-		return ctx.Err()
+		return h.leftover
+	}
+	if len(h.results) == 0 {
+		return failed
 	}
 	h.report(os.Stdout)
 	if cfg.json != "" {
@@ -116,9 +141,6 @@ func (h *harness) rounds(ctx context.Context) error {
 		for _, k := range h.kinds {
 			err := h.measure(ctx, round, k)
 			if ctx.Err() != nil {
-				if err != nil && !errors.Is(err, ctx.Err()) {
-					fmt.Fprintln(os.Stderr, err) // what could not be stopped
-				}
 				return ctx.Err()
 			}
 			if err != nil {
@@ -127,30 +149,27 @@ func (h *harness) rounds(ctx context.Context) error {
 			}
 		}
 	}
-	var missing []string
+	var incomplete []string
 	for _, k := range h.kinds {
 		if failed[k.name] {
-			missing = append(missing, k.name)
+			incomplete = append(incomplete, k.name)
 		}
 	}
-	if len(missing) > 0 {
-		return fmt.Errorf("not everything could be measured: %s failed", strings.Join(missing, ", "))
+	if len(incomplete) > 0 {
+		return errors.Join(fmt.Errorf("not everything could be measured: %s failed", strings.Join(incomplete, ", ")), h.leftover)
 	}
-	return nil
+	return h.leftover
 }
 
 // measure starts a system anew, stores the records, runs each workload, and removes what
 // the system has left.
-func (h *harness) measure(ctx context.Context, round int, k kind) (err error) {
+func (h *harness) measure(ctx context.Context, round int, k kind) error {
 	dir, err := os.MkdirTemp(h.dir, "kvasir-bench-peers-"+k.name+"-")
 	if err != nil {
 		return err
 	}
 	s := k.create(place{bin: h.bin, peers: h.peers, dir: dir, threads: h.threads})
-	defer func() {
-		err = errors.Join(err, s.stop(), os.RemoveAll(dir))
-		syscall.Sync() // lest the next one pay for what this one has left to write
-	}()
+	defer h.clean(s, k.name, dir)
 	fmt.Fprintf(os.Stderr, "round %d of %d, %s: starting ...", round, h.settings.rounds, k.name)
 	if err := s.start(ctx); err != nil {
 		fmt.Fprintln(os.Stderr)
@@ -171,7 +190,7 @@ func (h *harness) measure(ctx context.Context, round int, k kind) (err error) {
 	load.Workload, _ = bench.Core("c") // to be valid: it is not looked at
 	if err := bench.Fill(ctx, load); err != nil {
 		first, _, _ := strings.Cut(err.Error(), "\n") // each thread has one
-		return errors.Join(fmt.Errorf("store the records: %s", first), s.check())
+		return errors.Join(s.check(), fmt.Errorf("store the records: %s", first))
 	}
 	for _, letter := range h.workloads {
 		if load.Workload, err = bench.Core(letter); err != nil {
@@ -182,12 +201,24 @@ func (h *harness) measure(ctx context.Context, round int, k kind) (err error) {
 		}
 		res, err := h.runOne(ctx, s, load)
 		if err != nil {
-			return errors.Join(err, s.check())
+			return errors.Join(s.check(), err)
 		}
 		res.Round, res.System, res.Workload, res.Idle = round, k.name, letter, idle
 		h.take(res)
 	}
 	return nil
+}
+
+// clean ends the servers and removes their data, or notes what it could not.
+func (h *harness) clean(s system, name, dir string) {
+	err := s.stop()
+	if err != nil {
+		err = fmt.Errorf("stop %s, whose data stay in %s: %w", name, dir, err)
+	} else {
+		err = os.RemoveAll(dir)
+	}
+	h.leftover = errors.Join(h.leftover, err)
+	syscall.Sync() // lest the next one pay for what this one has left to write
 }
 
 // runOne runs one workload, and watches what it costs the servers and the disk.
@@ -221,13 +252,13 @@ func (h *harness) runOne(ctx context.Context, s system, load bench.Config) (resu
 	}
 	out := result{
 		PerSecond: res.PerSecond, Operations: res.Operations, NotFound: res.NotFound,
-		Errors: res.Errors, FirstError: res.FirstError, Kinds: map[string]bench.Latency{}, Memory: mem,
+		Errors: res.Errors, FirstError: res.FirstError, Kinds: map[string]latency{}, Memory: mem,
 		CPUMicros: float64((cpuAfter - cpu).Microseconds()) / float64(max(res.Operations, 1)),
 		Flushes:   float64(flushesAfter-flushes) / res.Elapsed.Seconds(),
 	}
 	for k, l := range res.Kinds {
 		if l.Count > 0 {
-			out.Kinds[bench.Kind(k).String()] = l
+			out.Kinds[bench.Kind(k).String()] = latency(l)
 		}
 	}
 	return out, s.check()
@@ -241,7 +272,11 @@ func (h *harness) take(r result) {
 		h.trouble("%s: %d operations failed; the first: %s", where, r.Errors, r.FirstError)
 	}
 	if r.NotFound > 0 {
-		h.trouble("%s: %d reads found nothing", where, r.NotFound)
+		why := ""
+		if r.Kinds[bench.Insert.String()].Count > 0 {
+			why = ", as the newest records may be read before they are there"
+		}
+		h.trouble("%s: %d reads found nothing%s", where, r.NotFound, why)
 	}
 }
 
@@ -255,7 +290,7 @@ func (h *harness) writeJSON() error {
 		systems[k.name] = measured{h.versions[k.name], k.guarantees}
 	}
 	b, err := json.MarshalIndent(map[string]any{
-		"systems": systems, "results": h.results, "troubles": h.troubles,
+		"systems": systems, "machine_before": h.others, "results": h.results, "troubles": h.troubles,
 		"records": h.records, "value_bytes": h.valueBytes, "threads": h.threads, "duration_s": h.duration.Seconds(),
 	}, "", "  ")
 	if err != nil {
