@@ -185,15 +185,16 @@ func Run(ctx context.Context, cfg Config, progress func(Progress)) (Result, erro
 	for i := range threads {
 		threads[i] = r.newThread(i) // before the clock starts: generators take a while
 	}
+	running := ctx // what is under way in the end is waited for, and counts
 	if cfg.Duration > 0 {
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, cfg.Duration)
+		running, cancel = context.WithTimeout(ctx, cfg.Duration)
 		defer cancel()
 	}
 	r.start = time.Now()
 	var wg sync.WaitGroup
 	for _, t := range threads {
-		wg.Go(func() { t.loop(ctx) })
+		wg.Go(func() { t.loop(running, ctx) })
 	}
 	stopProgress := r.tell(progress)
 	wg.Wait()
@@ -246,12 +247,13 @@ func (r *run) newThread(i int) *thread {
 	}
 }
 
-func (t *thread) loop(ctx context.Context) {
-	for k := 0; ctx.Err() == nil && (t.cfg.Operations <= 0 || t.issued.Add(1) <= t.cfg.Operations); k++ {
+// loop begins operations until running ends; ctx is that of each.
+func (t *thread) loop(running, ctx context.Context) {
+	for k := 0; running.Err() == nil && (t.cfg.Operations <= 0 || t.issued.Add(1) <= t.cfg.Operations); k++ {
 		begin := time.Now()
 		if t.cfg.Target > 0 {
 			begin = t.start.Add(time.Duration(float64(k*t.cfg.Threads+t.number) / t.cfg.Target * float64(time.Second)))
-			if !sleepUntil(ctx, begin) {
+			if !sleepUntil(running, begin) {
 				return
 			}
 		}
@@ -260,7 +262,7 @@ func (t *thread) loop(ctx context.Context) {
 		case errors.Is(err, ErrNotFound):
 			t.missed.Add(1)
 		case err != nil && ctx.Err() != nil:
-			return // the run is over
+			return // it was cancelled
 		case err != nil:
 			text := err.Error()
 			t.firstErr.CompareAndSwap(nil, &text)

@@ -1,8 +1,9 @@
 package rpc
 
 import (
-	"runtime"
 	"sync"
+
+	"github.com/kvasirdb/kvasir/internal/sched"
 )
 
 // Limits of one frame. The first item always fits.
@@ -49,12 +50,13 @@ func (q *queue[T]) signal() {
 	}
 }
 
-// take returns up to one frame of items, after letting other goroutines that are
-// about to push run first. It returns nil when woken without items.
+// take returns up to one frame of items, after letting others run first that are about to
+// push: goroutines, and, where processes share the cores, whoever sends to them. It returns
+// nil when woken without items.
 func (q *queue[T]) take(size func(T) int) []T {
 	// One yield before draining multiplies the items per frame under load and costs
 	// nothing when alone.
-	runtime.Gosched()
+	sched.Yield()
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	n, bytes := 0, 0
