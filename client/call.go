@@ -189,8 +189,9 @@ func (c *Client) nearest(req request) (address string) {
 	}
 	var best candidate
 	c.replicas(v, req, func(n *topology.Node) {
-		l := c.known(n.Address)
-		if l == nil || !l.Up() || v.unhealthy[n.Incarnation] {
+		// All replicas share the load, so that of one which was not asked yet is opened.
+		l, err := c.link(n.Address)
+		if err != nil || !l.Up() || v.unhealthy[n.Incarnation] {
 			return
 		}
 		cand := candidate{address: n.Address, load: l.Pending(), tie: rand.Uint32()}

@@ -83,6 +83,28 @@ func TestTypedErrors(t *testing.T) {
 	})
 }
 
+// A client that knows one node by its endpoint spreads its calls over all replicas.
+func TestCallsAreSpreadOverReplicas(t *testing.T) {
+	world(t, sim.Config{Seed: 1, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		c, err := client.New(context.Background(), []string{w.Host("node1") + ":7400"}, client.WithDialer(w.Net.Dialer("10.0.2.99")))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		served := map[string]int{}
+		for i := range 300 {
+			receipt, err := c.Put(context.Background(), fmt.Appendf(nil, "k%d", i), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			served[receipt.Coordinator]++
+		}
+		if len(served) != 3 || min(served["node1"], served["node2"], served["node3"]) < 60 {
+			t.Errorf("calls by node: %v", served)
+		}
+	})
+}
+
 func TestNoCluster(t *testing.T) {
 	world(t, sim.Config{Seed: 1, Nodes: 1, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
 		dial := client.WithDialer(w.Net.Dialer("10.0.2.1"))
