@@ -134,7 +134,7 @@ type commandGroup struct {
 func (a *App) commands() []commandGroup {
 	return []commandGroup{
 		{"Records", []*cobra.Command{a.putCommand(), a.getCommand(), a.delCommand(), a.scanCommand(), a.importCommand(), a.exportCommand(), a.reportCommand()}},
-		{"Cluster", []*cobra.Command{a.clusterCommand(), a.nodeCommand(), a.ringCommand(), a.operationCommand(), a.namespaceCommand(), a.configCommand(), a.healthCommand(), a.eventsCommand(), a.capacityCommand(), a.hintsCommand(), a.repairCommand(), a.gcCommand(), a.reportingCommand(), a.recoverCommand()}},
+		{"Cluster", []*cobra.Command{a.clusterCommand(), a.nodeCommand(), a.ringCommand(), a.operationCommand(), a.namespaceCommand(), a.configCommand(), a.healthCommand(), a.topCommand(), a.eventsCommand(), a.capacityCommand(), a.hintsCommand(), a.repairCommand(), a.gcCommand(), a.reportingCommand(), a.recoverCommand()}},
 		{"This machine", []*cobra.Command{a.devCommand(), a.benchCommand(), a.contextCommand(), a.versionCommand()}},
 	}
 }

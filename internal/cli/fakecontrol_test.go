@@ -308,6 +308,15 @@ func (f *fake) holds() {
 	f.mu.holds = true
 }
 
+// GetHotKeys says that a key of everybody's has 10 reads a second for each node, and one of
+// the node's own 5 writes.
+func (n *fakeNode) GetHotKeys(context.Context, *adminv1.GetHotKeysRequest) (*adminv1.GetHotKeysResponse, error) {
+	return &adminv1.GetHotKeysResponse{PerSecond: 100, WindowMs: 10_000, Keys: []*adminv1.HotKey{
+		{NamespaceId: 1, Key: []byte("front page"), KeyBytes: 10, ReadsPerSecond: 10},
+		{NamespaceId: 1, Key: fmt.Append(nil, "counter of #", n.incarnation), KeyBytes: 1000, WritesPerSecond: 5},
+	}}, nil
+}
+
 func (n *fakeNode) GetNodeUse(context.Context, *adminv1.GetNodeUseRequest) (*adminv1.GetNodeUseResponse, error) {
 	f := n.f
 	f.mu.Lock()

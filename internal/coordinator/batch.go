@@ -39,6 +39,7 @@ func (c *Coordinator) Batch(ctx context.Context, r *kvv1.BatchRequest) (_ *kvv1.
 	groups := map[uint32]*group{}
 	var first record.Version
 	for i, op := range r.GetOperations() {
+		c.hot.note(ns.ID, op.GetKey(), true)
 		entry, version, err := c.entry(op, ns)
 		if err != nil {
 			return nil, err

@@ -106,6 +106,7 @@ type Coordinator struct {
 	background sync.WaitGroup
 	checks     *semaphore.Weighted // repair checks beyond R
 	latency    latencies
+	hot        hotKeys
 	traces     traces
 	stats      *Stats
 	metrics    *metrics
@@ -124,6 +125,9 @@ func New(cfg Config) *Coordinator {
 		metrics:  newMetrics(cfg.Metrics),
 	}
 	c.traces.byID = map[uint64]*trace{}
+	cfg.Metrics.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Namespace: "kvasir", Subsystem: "coordinator", Name: "hottest_key_ratio", Help: "Share of the keys asked for that is one and the same key, over the last ten seconds or so.",
+	}, c.hot.hottest))
 	return c
 }
 

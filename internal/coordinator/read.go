@@ -32,6 +32,7 @@ func (c *Coordinator) Get(ctx context.Context, r *kvv1.GetRequest) (_ *kvv1.GetR
 	if nerr != nil {
 		return nil, nerr
 	}
+	c.hot.note(ns.ID, r.GetKey(), false)
 	if r.GetReplica() != "" {
 		return c.getOwnCopy(ctx, r, t, ns)
 	}

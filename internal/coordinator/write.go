@@ -55,6 +55,7 @@ func (c *Coordinator) writeOne(ctx context.Context, r request, w string, op *kvv
 	if err := checkOperation(op, t); err != nil {
 		return nil, err
 	}
+	c.hot.note(ns.ID, op.GetKey(), true)
 	spec, qerr := quorumOf("write_quorum", w, ns)
 	if qerr != nil {
 		return nil, qerr

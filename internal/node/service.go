@@ -306,6 +306,27 @@ func (s statusService) GetNodeStatus(context.Context, *adminv1.GetNodeStatusRequ
 	return &adminv1.GetNodeStatusResponse{Status: s.node.status()}, nil
 }
 
+// hotKeysDefault is how many keys are named where no limit is asked for, hotKeysMost at most.
+const (
+	hotKeysDefault = 20
+	hotKeysMost    = 256
+)
+
+func (s statusService) GetHotKeys(_ context.Context, r *adminv1.GetHotKeysRequest) (*adminv1.GetHotKeysResponse, error) {
+	limit := min(int(r.GetLimit()), hotKeysMost)
+	if limit == 0 {
+		limit = hotKeysDefault
+	}
+	keys, perSecond, window := s.node.coordinator.HotKeys(limit)
+	resp := &adminv1.GetHotKeysResponse{PerSecond: perSecond, WindowMs: uint64(window.Milliseconds())}
+	for _, k := range keys {
+		resp.Keys = append(resp.Keys, &adminv1.HotKey{
+			NamespaceId: k.Namespace, Key: k.Key, KeyBytes: uint32(k.Bytes), ReadsPerSecond: k.ReadsPerSecond, WritesPerSecond: k.WritesPerSecond,
+		})
+	}
+	return resp, nil
+}
+
 func (s statusService) GetNodeUse(context.Context, *adminv1.GetNodeUseRequest) (*adminv1.GetNodeUseResponse, error) {
 	resp := &adminv1.GetNodeUseResponse{}
 	s.node.use(func(p storage.Place, u storage.Use) {

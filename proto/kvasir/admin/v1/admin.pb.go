@@ -84,7 +84,7 @@ func (x NodeStatus_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use NodeStatus_State.Descriptor instead.
 func (NodeStatus_State) EnumDescriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{43, 0}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{46, 0}
 }
 
 type VnodeRepair_State int32
@@ -144,7 +144,7 @@ func (x VnodeRepair_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use VnodeRepair_State.Descriptor instead.
 func (VnodeRepair_State) EnumDescriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{58, 0}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{61, 0}
 }
 
 type GrantLeaseRequest struct {
@@ -2443,6 +2443,193 @@ func (x *MoveProgress) GetWaitsFor() string {
 	return ""
 }
 
+type GetHotKeysRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// At most so many keys, the most popular first; 0 is 20.
+	Limit         uint32 `protobuf:"varint,1,opt,name=limit,proto3" json:"limit,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetHotKeysRequest) Reset() {
+	*x = GetHotKeysRequest{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetHotKeysRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetHotKeysRequest) ProtoMessage() {}
+
+func (x *GetHotKeysRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetHotKeysRequest.ProtoReflect.Descriptor instead.
+func (*GetHotKeysRequest) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *GetHotKeysRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+// GetHotKeysResponse names the keys that many of the requests were for which the node
+// coordinated lately. It counts a sample.
+type GetHotKeysResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Keys  []*HotKey              `protobuf:"bytes,1,rep,name=keys,proto3" json:"keys,omitempty"`
+	// How long the window was that the rates are of, and how many keys a second it was asked
+	// for in all.
+	WindowMs      uint64  `protobuf:"varint,2,opt,name=window_ms,json=windowMs,proto3" json:"window_ms,omitempty"`
+	PerSecond     float64 `protobuf:"fixed64,3,opt,name=per_second,json=perSecond,proto3" json:"per_second,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetHotKeysResponse) Reset() {
+	*x = GetHotKeysResponse{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetHotKeysResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetHotKeysResponse) ProtoMessage() {}
+
+func (x *GetHotKeysResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetHotKeysResponse.ProtoReflect.Descriptor instead.
+func (*GetHotKeysResponse) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *GetHotKeysResponse) GetKeys() []*HotKey {
+	if x != nil {
+		return x.Keys
+	}
+	return nil
+}
+
+func (x *GetHotKeysResponse) GetWindowMs() uint64 {
+	if x != nil {
+		return x.WindowMs
+	}
+	return 0
+}
+
+func (x *GetHotKeysResponse) GetPerSecond() float64 {
+	if x != nil {
+		return x.PerSecond
+	}
+	return 0
+}
+
+type HotKey struct {
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	NamespaceId uint32                 `protobuf:"varint,1,opt,name=namespace_id,json=namespaceId,proto3" json:"namespace_id,omitempty"`
+	// The key, or its first 256 bytes, and how many it has.
+	Key      []byte `protobuf:"bytes,2,opt,name=key,proto3" json:"key,omitempty"`
+	KeyBytes uint32 `protobuf:"varint,3,opt,name=key_bytes,json=keyBytes,proto3" json:"key_bytes,omitempty"`
+	// At least.
+	ReadsPerSecond  float64 `protobuf:"fixed64,4,opt,name=reads_per_second,json=readsPerSecond,proto3" json:"reads_per_second,omitempty"`
+	WritesPerSecond float64 `protobuf:"fixed64,5,opt,name=writes_per_second,json=writesPerSecond,proto3" json:"writes_per_second,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *HotKey) Reset() {
+	*x = HotKey{}
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *HotKey) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*HotKey) ProtoMessage() {}
+
+func (x *HotKey) ProtoReflect() protoreflect.Message {
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use HotKey.ProtoReflect.Descriptor instead.
+func (*HotKey) Descriptor() ([]byte, []int) {
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *HotKey) GetNamespaceId() uint32 {
+	if x != nil {
+		return x.NamespaceId
+	}
+	return 0
+}
+
+func (x *HotKey) GetKey() []byte {
+	if x != nil {
+		return x.Key
+	}
+	return nil
+}
+
+func (x *HotKey) GetKeyBytes() uint32 {
+	if x != nil {
+		return x.KeyBytes
+	}
+	return 0
+}
+
+func (x *HotKey) GetReadsPerSecond() float64 {
+	if x != nil {
+		return x.ReadsPerSecond
+	}
+	return 0
+}
+
+func (x *HotKey) GetWritesPerSecond() float64 {
+	if x != nil {
+		return x.WritesPerSecond
+	}
+	return 0
+}
+
 type GetNodeUseRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2451,7 +2638,7 @@ type GetNodeUseRequest struct {
 
 func (x *GetNodeUseRequest) Reset() {
 	*x = GetNodeUseRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[37]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2463,7 +2650,7 @@ func (x *GetNodeUseRequest) String() string {
 func (*GetNodeUseRequest) ProtoMessage() {}
 
 func (x *GetNodeUseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[37]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2476,7 +2663,7 @@ func (x *GetNodeUseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetNodeUseRequest.ProtoReflect.Descriptor instead.
 func (*GetNodeUseRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{37}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{40}
 }
 
 // GetNodeUseResponse says what a node holds of the vnodes that it is an endpoint of.
@@ -2489,7 +2676,7 @@ type GetNodeUseResponse struct {
 
 func (x *GetNodeUseResponse) Reset() {
 	*x = GetNodeUseResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[38]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2501,7 +2688,7 @@ func (x *GetNodeUseResponse) String() string {
 func (*GetNodeUseResponse) ProtoMessage() {}
 
 func (x *GetNodeUseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[38]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2514,7 +2701,7 @@ func (x *GetNodeUseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetNodeUseResponse.ProtoReflect.Descriptor instead.
 func (*GetNodeUseResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{38}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *GetNodeUseResponse) GetVnodes() []*VnodeUse {
@@ -2540,7 +2727,7 @@ type VnodeUse struct {
 
 func (x *VnodeUse) Reset() {
 	*x = VnodeUse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[39]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2552,7 +2739,7 @@ func (x *VnodeUse) String() string {
 func (*VnodeUse) ProtoMessage() {}
 
 func (x *VnodeUse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[39]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2565,7 +2752,7 @@ func (x *VnodeUse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VnodeUse.ProtoReflect.Descriptor instead.
 func (*VnodeUse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{39}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *VnodeUse) GetNamespaceId() uint32 {
@@ -2604,7 +2791,7 @@ type GetNodeStatusRequest struct {
 
 func (x *GetNodeStatusRequest) Reset() {
 	*x = GetNodeStatusRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[40]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2616,7 +2803,7 @@ func (x *GetNodeStatusRequest) String() string {
 func (*GetNodeStatusRequest) ProtoMessage() {}
 
 func (x *GetNodeStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[40]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2629,7 +2816,7 @@ func (x *GetNodeStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetNodeStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetNodeStatusRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{40}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{43}
 }
 
 type OperationStats struct {
@@ -2645,7 +2832,7 @@ type OperationStats struct {
 
 func (x *OperationStats) Reset() {
 	*x = OperationStats{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[41]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2657,7 +2844,7 @@ func (x *OperationStats) String() string {
 func (*OperationStats) ProtoMessage() {}
 
 func (x *OperationStats) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[41]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2670,7 +2857,7 @@ func (x *OperationStats) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OperationStats.ProtoReflect.Descriptor instead.
 func (*OperationStats) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{41}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *OperationStats) GetPerSecond() float64 {
@@ -2720,7 +2907,7 @@ type HintBacklog struct {
 
 func (x *HintBacklog) Reset() {
 	*x = HintBacklog{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[42]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2732,7 +2919,7 @@ func (x *HintBacklog) String() string {
 func (*HintBacklog) ProtoMessage() {}
 
 func (x *HintBacklog) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[42]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2745,7 +2932,7 @@ func (x *HintBacklog) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HintBacklog.ProtoReflect.Descriptor instead.
 func (*HintBacklog) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{42}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *HintBacklog) GetTarget() uint64 {
@@ -2833,7 +3020,7 @@ type NodeStatus struct {
 
 func (x *NodeStatus) Reset() {
 	*x = NodeStatus{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[43]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2845,7 +3032,7 @@ func (x *NodeStatus) String() string {
 func (*NodeStatus) ProtoMessage() {}
 
 func (x *NodeStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[43]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2858,7 +3045,7 @@ func (x *NodeStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeStatus.ProtoReflect.Descriptor instead.
 func (*NodeStatus) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{43}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *NodeStatus) GetIncarnation() uint64 {
@@ -3105,7 +3292,7 @@ type CopyProgress struct {
 
 func (x *CopyProgress) Reset() {
 	*x = CopyProgress{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[44]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3117,7 +3304,7 @@ func (x *CopyProgress) String() string {
 func (*CopyProgress) ProtoMessage() {}
 
 func (x *CopyProgress) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[44]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3130,7 +3317,7 @@ func (x *CopyProgress) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyProgress.ProtoReflect.Descriptor instead.
 func (*CopyProgress) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{44}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *CopyProgress) GetVnode() uint32 {
@@ -3194,7 +3381,7 @@ type Filling struct {
 
 func (x *Filling) Reset() {
 	*x = Filling{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[45]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3206,7 +3393,7 @@ func (x *Filling) String() string {
 func (*Filling) ProtoMessage() {}
 
 func (x *Filling) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[45]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3219,7 +3406,7 @@ func (x *Filling) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Filling.ProtoReflect.Descriptor instead.
 func (*Filling) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{45}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *Filling) GetVnode() uint32 {
@@ -3282,7 +3469,7 @@ type QueueDepth struct {
 
 func (x *QueueDepth) Reset() {
 	*x = QueueDepth{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[46]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3294,7 +3481,7 @@ func (x *QueueDepth) String() string {
 func (*QueueDepth) ProtoMessage() {}
 
 func (x *QueueDepth) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[46]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3307,7 +3494,7 @@ func (x *QueueDepth) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueueDepth.ProtoReflect.Descriptor instead.
 func (*QueueDepth) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{46}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *QueueDepth) GetName() string {
@@ -3340,7 +3527,7 @@ type GetNodeStatusResponse struct {
 
 func (x *GetNodeStatusResponse) Reset() {
 	*x = GetNodeStatusResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[47]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3352,7 +3539,7 @@ func (x *GetNodeStatusResponse) String() string {
 func (*GetNodeStatusResponse) ProtoMessage() {}
 
 func (x *GetNodeStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[47]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3365,7 +3552,7 @@ func (x *GetNodeStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetNodeStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetNodeStatusResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{47}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *GetNodeStatusResponse) GetStatus() *NodeStatus {
@@ -3383,7 +3570,7 @@ type GetOrchestratorStatusRequest struct {
 
 func (x *GetOrchestratorStatusRequest) Reset() {
 	*x = GetOrchestratorStatusRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[48]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3395,7 +3582,7 @@ func (x *GetOrchestratorStatusRequest) String() string {
 func (*GetOrchestratorStatusRequest) ProtoMessage() {}
 
 func (x *GetOrchestratorStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[48]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3408,7 +3595,7 @@ func (x *GetOrchestratorStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOrchestratorStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetOrchestratorStatusRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{48}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{51}
 }
 
 type OrchestratorStatus struct {
@@ -3430,7 +3617,7 @@ type OrchestratorStatus struct {
 
 func (x *OrchestratorStatus) Reset() {
 	*x = OrchestratorStatus{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[49]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3442,7 +3629,7 @@ func (x *OrchestratorStatus) String() string {
 func (*OrchestratorStatus) ProtoMessage() {}
 
 func (x *OrchestratorStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[49]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3455,7 +3642,7 @@ func (x *OrchestratorStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OrchestratorStatus.ProtoReflect.Descriptor instead.
 func (*OrchestratorStatus) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{49}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *OrchestratorStatus) GetName() string {
@@ -3530,7 +3717,7 @@ type GetOrchestratorStatusResponse struct {
 
 func (x *GetOrchestratorStatusResponse) Reset() {
 	*x = GetOrchestratorStatusResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[50]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3542,7 +3729,7 @@ func (x *GetOrchestratorStatusResponse) String() string {
 func (*GetOrchestratorStatusResponse) ProtoMessage() {}
 
 func (x *GetOrchestratorStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[50]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3555,7 +3742,7 @@ func (x *GetOrchestratorStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetOrchestratorStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetOrchestratorStatusResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{50}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *GetOrchestratorStatusResponse) GetStatus() *OrchestratorStatus {
@@ -3573,7 +3760,7 @@ type GetClusterStatusRequest struct {
 
 func (x *GetClusterStatusRequest) Reset() {
 	*x = GetClusterStatusRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[51]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3585,7 +3772,7 @@ func (x *GetClusterStatusRequest) String() string {
 func (*GetClusterStatusRequest) ProtoMessage() {}
 
 func (x *GetClusterStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[51]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3598,7 +3785,7 @@ func (x *GetClusterStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetClusterStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetClusterStatusRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{51}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{54}
 }
 
 type ObservedNode struct {
@@ -3618,7 +3805,7 @@ type ObservedNode struct {
 
 func (x *ObservedNode) Reset() {
 	*x = ObservedNode{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[52]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3630,7 +3817,7 @@ func (x *ObservedNode) String() string {
 func (*ObservedNode) ProtoMessage() {}
 
 func (x *ObservedNode) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[52]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3643,7 +3830,7 @@ func (x *ObservedNode) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObservedNode.ProtoReflect.Descriptor instead.
 func (*ObservedNode) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{52}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ObservedNode) GetHealth() *v1.NodeHealth {
@@ -3695,7 +3882,7 @@ type HealthCheck struct {
 
 func (x *HealthCheck) Reset() {
 	*x = HealthCheck{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[53]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3707,7 +3894,7 @@ func (x *HealthCheck) String() string {
 func (*HealthCheck) ProtoMessage() {}
 
 func (x *HealthCheck) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[53]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3720,7 +3907,7 @@ func (x *HealthCheck) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HealthCheck.ProtoReflect.Descriptor instead.
 func (*HealthCheck) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{53}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *HealthCheck) GetAgeMs() uint64 {
@@ -3762,7 +3949,7 @@ type ObservedOrchestrator struct {
 
 func (x *ObservedOrchestrator) Reset() {
 	*x = ObservedOrchestrator{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[54]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3774,7 +3961,7 @@ func (x *ObservedOrchestrator) String() string {
 func (*ObservedOrchestrator) ProtoMessage() {}
 
 func (x *ObservedOrchestrator) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[54]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3787,7 +3974,7 @@ func (x *ObservedOrchestrator) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ObservedOrchestrator.ProtoReflect.Descriptor instead.
 func (*ObservedOrchestrator) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{54}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ObservedOrchestrator) GetName() string {
@@ -3833,7 +4020,7 @@ type GetClusterStatusResponse struct {
 
 func (x *GetClusterStatusResponse) Reset() {
 	*x = GetClusterStatusResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[55]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3845,7 +4032,7 @@ func (x *GetClusterStatusResponse) String() string {
 func (*GetClusterStatusResponse) ProtoMessage() {}
 
 func (x *GetClusterStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[55]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3858,7 +4045,7 @@ func (x *GetClusterStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetClusterStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetClusterStatusResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{55}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *GetClusterStatusResponse) GetTopology() *v1.Topology {
@@ -3934,7 +4121,7 @@ type GetRepairStatusRequest struct {
 
 func (x *GetRepairStatusRequest) Reset() {
 	*x = GetRepairStatusRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[56]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3946,7 +4133,7 @@ func (x *GetRepairStatusRequest) String() string {
 func (*GetRepairStatusRequest) ProtoMessage() {}
 
 func (x *GetRepairStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[56]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3959,7 +4146,7 @@ func (x *GetRepairStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRepairStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetRepairStatusRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{56}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *GetRepairStatusRequest) GetVnodes() bool {
@@ -3994,7 +4181,7 @@ type GetRepairStatusResponse struct {
 
 func (x *GetRepairStatusResponse) Reset() {
 	*x = GetRepairStatusResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[57]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4006,7 +4193,7 @@ func (x *GetRepairStatusResponse) String() string {
 func (*GetRepairStatusResponse) ProtoMessage() {}
 
 func (x *GetRepairStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[57]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4019,7 +4206,7 @@ func (x *GetRepairStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRepairStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetRepairStatusResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{57}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *GetRepairStatusResponse) GetPaused() bool {
@@ -4134,7 +4321,7 @@ type VnodeRepair struct {
 
 func (x *VnodeRepair) Reset() {
 	*x = VnodeRepair{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[58]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4146,7 +4333,7 @@ func (x *VnodeRepair) String() string {
 func (*VnodeRepair) ProtoMessage() {}
 
 func (x *VnodeRepair) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[58]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4159,7 +4346,7 @@ func (x *VnodeRepair) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VnodeRepair.ProtoReflect.Descriptor instead.
 func (*VnodeRepair) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{58}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *VnodeRepair) GetNamespace() string {
@@ -4256,7 +4443,7 @@ type StartRepairRequest struct {
 
 func (x *StartRepairRequest) Reset() {
 	*x = StartRepairRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[59]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4268,7 +4455,7 @@ func (x *StartRepairRequest) String() string {
 func (*StartRepairRequest) ProtoMessage() {}
 
 func (x *StartRepairRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[59]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4281,7 +4468,7 @@ func (x *StartRepairRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRepairRequest.ProtoReflect.Descriptor instead.
 func (*StartRepairRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{59}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{62}
 }
 
 func (x *StartRepairRequest) GetScrub() bool {
@@ -4299,7 +4486,7 @@ type StartRepairResponse struct {
 
 func (x *StartRepairResponse) Reset() {
 	*x = StartRepairResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[60]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4311,7 +4498,7 @@ func (x *StartRepairResponse) String() string {
 func (*StartRepairResponse) ProtoMessage() {}
 
 func (x *StartRepairResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[60]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4324,7 +4511,7 @@ func (x *StartRepairResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartRepairResponse.ProtoReflect.Descriptor instead.
 func (*StartRepairResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{60}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{63}
 }
 
 type PauseRepairRequest struct {
@@ -4335,7 +4522,7 @@ type PauseRepairRequest struct {
 
 func (x *PauseRepairRequest) Reset() {
 	*x = PauseRepairRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[61]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4347,7 +4534,7 @@ func (x *PauseRepairRequest) String() string {
 func (*PauseRepairRequest) ProtoMessage() {}
 
 func (x *PauseRepairRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[61]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4360,7 +4547,7 @@ func (x *PauseRepairRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseRepairRequest.ProtoReflect.Descriptor instead.
 func (*PauseRepairRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{61}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{64}
 }
 
 type PauseRepairResponse struct {
@@ -4371,7 +4558,7 @@ type PauseRepairResponse struct {
 
 func (x *PauseRepairResponse) Reset() {
 	*x = PauseRepairResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[62]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[65]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4383,7 +4570,7 @@ func (x *PauseRepairResponse) String() string {
 func (*PauseRepairResponse) ProtoMessage() {}
 
 func (x *PauseRepairResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[62]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[65]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4396,7 +4583,7 @@ func (x *PauseRepairResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PauseRepairResponse.ProtoReflect.Descriptor instead.
 func (*PauseRepairResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{62}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{65}
 }
 
 type ExplainCollectionRequest struct {
@@ -4413,7 +4600,7 @@ type ExplainCollectionRequest struct {
 
 func (x *ExplainCollectionRequest) Reset() {
 	*x = ExplainCollectionRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[63]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[66]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4425,7 +4612,7 @@ func (x *ExplainCollectionRequest) String() string {
 func (*ExplainCollectionRequest) ProtoMessage() {}
 
 func (x *ExplainCollectionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[63]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[66]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4438,7 +4625,7 @@ func (x *ExplainCollectionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainCollectionRequest.ProtoReflect.Descriptor instead.
 func (*ExplainCollectionRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{63}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{66}
 }
 
 func (x *ExplainCollectionRequest) GetNamespace() string {
@@ -4506,7 +4693,7 @@ type ExplainCollectionResponse struct {
 
 func (x *ExplainCollectionResponse) Reset() {
 	*x = ExplainCollectionResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[64]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[67]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4518,7 +4705,7 @@ func (x *ExplainCollectionResponse) String() string {
 func (*ExplainCollectionResponse) ProtoMessage() {}
 
 func (x *ExplainCollectionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[64]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[67]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4531,7 +4718,7 @@ func (x *ExplainCollectionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExplainCollectionResponse.ProtoReflect.Descriptor instead.
 func (*ExplainCollectionResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{64}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{67}
 }
 
 func (x *ExplainCollectionResponse) GetVnode() uint32 {
@@ -4592,7 +4779,7 @@ type CollectionReplica struct {
 
 func (x *CollectionReplica) Reset() {
 	*x = CollectionReplica{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[65]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[68]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4604,7 +4791,7 @@ func (x *CollectionReplica) String() string {
 func (*CollectionReplica) ProtoMessage() {}
 
 func (x *CollectionReplica) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[65]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[68]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4617,7 +4804,7 @@ func (x *CollectionReplica) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CollectionReplica.ProtoReflect.Descriptor instead.
 func (*CollectionReplica) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{65}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{68}
 }
 
 func (x *CollectionReplica) GetIncarnation() uint64 {
@@ -4686,7 +4873,7 @@ type ListHintsRequest struct {
 
 func (x *ListHintsRequest) Reset() {
 	*x = ListHintsRequest{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[66]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[69]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4698,7 +4885,7 @@ func (x *ListHintsRequest) String() string {
 func (*ListHintsRequest) ProtoMessage() {}
 
 func (x *ListHintsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[66]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[69]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4711,7 +4898,7 @@ func (x *ListHintsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHintsRequest.ProtoReflect.Descriptor instead.
 func (*ListHintsRequest) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{66}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{69}
 }
 
 func (x *ListHintsRequest) GetTarget() uint64 {
@@ -4740,7 +4927,7 @@ type ListHintsResponse struct {
 
 func (x *ListHintsResponse) Reset() {
 	*x = ListHintsResponse{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[67]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[70]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4752,7 +4939,7 @@ func (x *ListHintsResponse) String() string {
 func (*ListHintsResponse) ProtoMessage() {}
 
 func (x *ListHintsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[67]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[70]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4765,7 +4952,7 @@ func (x *ListHintsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListHintsResponse.ProtoReflect.Descriptor instead.
 func (*ListHintsResponse) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{67}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{70}
 }
 
 func (x *ListHintsResponse) GetGroups() []*HintGroup {
@@ -4846,7 +5033,7 @@ type HintGroup struct {
 
 func (x *HintGroup) Reset() {
 	*x = HintGroup{}
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[68]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[71]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -4858,7 +5045,7 @@ func (x *HintGroup) String() string {
 func (*HintGroup) ProtoMessage() {}
 
 func (x *HintGroup) ProtoReflect() protoreflect.Message {
-	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[68]
+	mi := &file_kvasir_admin_v1_admin_proto_msgTypes[71]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -4871,7 +5058,7 @@ func (x *HintGroup) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HintGroup.ProtoReflect.Descriptor instead.
 func (*HintGroup) Descriptor() ([]byte, []int) {
-	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{68}
+	return file_kvasir_admin_v1_admin_proto_rawDescGZIP(), []int{71}
 }
 
 func (x *HintGroup) GetTarget() uint64 {
@@ -5104,7 +5291,20 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\x05phase\x18\x02 \x01(\x0e2\x19.kvasir.topology.v1.PhaseR\x05phase\x12\x18\n" +
 	"\arecords\x18\x03 \x01(\x04R\arecords\x12\x14\n" +
 	"\x05bytes\x18\x04 \x01(\x04R\x05bytes\x12\x1b\n" +
-	"\twaits_for\x18\x05 \x01(\tR\bwaitsFor\"\x13\n" +
+	"\twaits_for\x18\x05 \x01(\tR\bwaitsFor\")\n" +
+	"\x11GetHotKeysRequest\x12\x14\n" +
+	"\x05limit\x18\x01 \x01(\rR\x05limit\"}\n" +
+	"\x12GetHotKeysResponse\x12+\n" +
+	"\x04keys\x18\x01 \x03(\v2\x17.kvasir.admin.v1.HotKeyR\x04keys\x12\x1b\n" +
+	"\twindow_ms\x18\x02 \x01(\x04R\bwindowMs\x12\x1d\n" +
+	"\n" +
+	"per_second\x18\x03 \x01(\x01R\tperSecond\"\xb0\x01\n" +
+	"\x06HotKey\x12!\n" +
+	"\fnamespace_id\x18\x01 \x01(\rR\vnamespaceId\x12\x10\n" +
+	"\x03key\x18\x02 \x01(\fR\x03key\x12\x1b\n" +
+	"\tkey_bytes\x18\x03 \x01(\rR\bkeyBytes\x12(\n" +
+	"\x10reads_per_second\x18\x04 \x01(\x01R\x0ereadsPerSecond\x12*\n" +
+	"\x11writes_per_second\x18\x05 \x01(\x01R\x0fwritesPerSecond\"\x13\n" +
 	"\x11GetNodeUseRequest\"G\n" +
 	"\x12GetNodeUseResponse\x121\n" +
 	"\x06vnodes\x18\x01 \x03(\v2\x19.kvasir.admin.v1.VnodeUseR\x06vnodes\"s\n" +
@@ -5344,12 +5544,14 @@ const file_kvasir_admin_v1_admin_proto_rawDesc = "" +
 	"\n" +
 	"GrantLease\x12\".kvasir.admin.v1.GrantLeaseRequest\x1a#.kvasir.admin.v1.GrantLeaseResponse\x12X\n" +
 	"\vEvictCopies\x12#.kvasir.admin.v1.EvictCopiesRequest\x1a$.kvasir.admin.v1.EvictCopiesResponse\x12O\n" +
-	"\bHoldBack\x12 .kvasir.admin.v1.HoldBackRequest\x1a!.kvasir.admin.v1.HoldBackResponse2\xbe\x02\n" +
+	"\bHoldBack\x12 .kvasir.admin.v1.HoldBackRequest\x1a!.kvasir.admin.v1.HoldBackResponse2\x95\x03\n" +
 	"\rStatusService\x12^\n" +
 	"\rGetNodeStatus\x12%.kvasir.admin.v1.GetNodeStatusRequest\x1a&.kvasir.admin.v1.GetNodeStatusResponse\x12v\n" +
 	"\x15GetOrchestratorStatus\x12-.kvasir.admin.v1.GetOrchestratorStatusRequest\x1a..kvasir.admin.v1.GetOrchestratorStatusResponse\x12U\n" +
 	"\n" +
-	"GetNodeUse\x12\".kvasir.admin.v1.GetNodeUseRequest\x1a#.kvasir.admin.v1.GetNodeUseResponse2\xe9\x03\n" +
+	"GetNodeUse\x12\".kvasir.admin.v1.GetNodeUseRequest\x1a#.kvasir.admin.v1.GetNodeUseResponse\x12U\n" +
+	"\n" +
+	"GetHotKeys\x12\".kvasir.admin.v1.GetHotKeysRequest\x1a#.kvasir.admin.v1.GetHotKeysResponse2\xe9\x03\n" +
 	"\rRepairService\x12d\n" +
 	"\x0fGetRepairStatus\x12'.kvasir.admin.v1.GetRepairStatusRequest\x1a(.kvasir.admin.v1.GetRepairStatusResponse\x12X\n" +
 	"\vStartRepair\x12#.kvasir.admin.v1.StartRepairRequest\x1a$.kvasir.admin.v1.StartRepairResponse\x12X\n" +
@@ -5370,7 +5572,7 @@ func file_kvasir_admin_v1_admin_proto_rawDescGZIP() []byte {
 }
 
 var file_kvasir_admin_v1_admin_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_kvasir_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 70)
+var file_kvasir_admin_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 73)
 var file_kvasir_admin_v1_admin_proto_goTypes = []any{
 	(NodeStatus_State)(0),                 // 0: kvasir.admin.v1.NodeStatus.State
 	(VnodeRepair_State)(0),                // 1: kvasir.admin.v1.VnodeRepair.State
@@ -5411,167 +5613,173 @@ var file_kvasir_admin_v1_admin_proto_goTypes = []any{
 	(*ListOperationsResponse)(nil),        // 36: kvasir.admin.v1.ListOperationsResponse
 	(*ObservedOperation)(nil),             // 37: kvasir.admin.v1.ObservedOperation
 	(*MoveProgress)(nil),                  // 38: kvasir.admin.v1.MoveProgress
-	(*GetNodeUseRequest)(nil),             // 39: kvasir.admin.v1.GetNodeUseRequest
-	(*GetNodeUseResponse)(nil),            // 40: kvasir.admin.v1.GetNodeUseResponse
-	(*VnodeUse)(nil),                      // 41: kvasir.admin.v1.VnodeUse
-	(*GetNodeStatusRequest)(nil),          // 42: kvasir.admin.v1.GetNodeStatusRequest
-	(*OperationStats)(nil),                // 43: kvasir.admin.v1.OperationStats
-	(*HintBacklog)(nil),                   // 44: kvasir.admin.v1.HintBacklog
-	(*NodeStatus)(nil),                    // 45: kvasir.admin.v1.NodeStatus
-	(*CopyProgress)(nil),                  // 46: kvasir.admin.v1.CopyProgress
-	(*Filling)(nil),                       // 47: kvasir.admin.v1.Filling
-	(*QueueDepth)(nil),                    // 48: kvasir.admin.v1.QueueDepth
-	(*GetNodeStatusResponse)(nil),         // 49: kvasir.admin.v1.GetNodeStatusResponse
-	(*GetOrchestratorStatusRequest)(nil),  // 50: kvasir.admin.v1.GetOrchestratorStatusRequest
-	(*OrchestratorStatus)(nil),            // 51: kvasir.admin.v1.OrchestratorStatus
-	(*GetOrchestratorStatusResponse)(nil), // 52: kvasir.admin.v1.GetOrchestratorStatusResponse
-	(*GetClusterStatusRequest)(nil),       // 53: kvasir.admin.v1.GetClusterStatusRequest
-	(*ObservedNode)(nil),                  // 54: kvasir.admin.v1.ObservedNode
-	(*HealthCheck)(nil),                   // 55: kvasir.admin.v1.HealthCheck
-	(*ObservedOrchestrator)(nil),          // 56: kvasir.admin.v1.ObservedOrchestrator
-	(*GetClusterStatusResponse)(nil),      // 57: kvasir.admin.v1.GetClusterStatusResponse
-	(*GetRepairStatusRequest)(nil),        // 58: kvasir.admin.v1.GetRepairStatusRequest
-	(*GetRepairStatusResponse)(nil),       // 59: kvasir.admin.v1.GetRepairStatusResponse
-	(*VnodeRepair)(nil),                   // 60: kvasir.admin.v1.VnodeRepair
-	(*StartRepairRequest)(nil),            // 61: kvasir.admin.v1.StartRepairRequest
-	(*StartRepairResponse)(nil),           // 62: kvasir.admin.v1.StartRepairResponse
-	(*PauseRepairRequest)(nil),            // 63: kvasir.admin.v1.PauseRepairRequest
-	(*PauseRepairResponse)(nil),           // 64: kvasir.admin.v1.PauseRepairResponse
-	(*ExplainCollectionRequest)(nil),      // 65: kvasir.admin.v1.ExplainCollectionRequest
-	(*ExplainCollectionResponse)(nil),     // 66: kvasir.admin.v1.ExplainCollectionResponse
-	(*CollectionReplica)(nil),             // 67: kvasir.admin.v1.CollectionReplica
-	(*ListHintsRequest)(nil),              // 68: kvasir.admin.v1.ListHintsRequest
-	(*ListHintsResponse)(nil),             // 69: kvasir.admin.v1.ListHintsResponse
-	(*HintGroup)(nil),                     // 70: kvasir.admin.v1.HintGroup
-	nil,                                   // 71: kvasir.admin.v1.UpdateSettingsRequest.ValuesEntry
-	(v1.Role)(0),                          // 72: kvasir.topology.v1.Role
-	(*v1.Topology)(nil),                   // 73: kvasir.topology.v1.Topology
-	(v1.ReadRepairMode)(0),                // 74: kvasir.topology.v1.ReadRepairMode
-	(v1.ReportingPolicy)(0),               // 75: kvasir.topology.v1.ReportingPolicy
-	(*v1.Namespace)(nil),                  // 76: kvasir.topology.v1.Namespace
-	(*v1.Operation)(nil),                  // 77: kvasir.topology.v1.Operation
-	(*v1.SettingsVersion)(nil),            // 78: kvasir.topology.v1.SettingsVersion
-	(*v1.Settings)(nil),                   // 79: kvasir.topology.v1.Settings
-	(*v1.Provision)(nil),                  // 80: kvasir.topology.v1.Provision
-	(*v1.Loss)(nil),                       // 81: kvasir.topology.v1.Loss
-	(*v1.Change)(nil),                     // 82: kvasir.topology.v1.Change
-	(v1.Operation_State)(0),               // 83: kvasir.topology.v1.Operation.State
-	(*v1.Move)(nil),                       // 84: kvasir.topology.v1.Move
-	(v1.Phase)(0),                         // 85: kvasir.topology.v1.Phase
-	(*v1.NodeHealth)(nil),                 // 86: kvasir.topology.v1.NodeHealth
-	(*v1.Condition)(nil),                  // 87: kvasir.topology.v1.Condition
-	(*v1.FoundHealth)(nil),                // 88: kvasir.topology.v1.FoundHealth
+	(*GetHotKeysRequest)(nil),             // 39: kvasir.admin.v1.GetHotKeysRequest
+	(*GetHotKeysResponse)(nil),            // 40: kvasir.admin.v1.GetHotKeysResponse
+	(*HotKey)(nil),                        // 41: kvasir.admin.v1.HotKey
+	(*GetNodeUseRequest)(nil),             // 42: kvasir.admin.v1.GetNodeUseRequest
+	(*GetNodeUseResponse)(nil),            // 43: kvasir.admin.v1.GetNodeUseResponse
+	(*VnodeUse)(nil),                      // 44: kvasir.admin.v1.VnodeUse
+	(*GetNodeStatusRequest)(nil),          // 45: kvasir.admin.v1.GetNodeStatusRequest
+	(*OperationStats)(nil),                // 46: kvasir.admin.v1.OperationStats
+	(*HintBacklog)(nil),                   // 47: kvasir.admin.v1.HintBacklog
+	(*NodeStatus)(nil),                    // 48: kvasir.admin.v1.NodeStatus
+	(*CopyProgress)(nil),                  // 49: kvasir.admin.v1.CopyProgress
+	(*Filling)(nil),                       // 50: kvasir.admin.v1.Filling
+	(*QueueDepth)(nil),                    // 51: kvasir.admin.v1.QueueDepth
+	(*GetNodeStatusResponse)(nil),         // 52: kvasir.admin.v1.GetNodeStatusResponse
+	(*GetOrchestratorStatusRequest)(nil),  // 53: kvasir.admin.v1.GetOrchestratorStatusRequest
+	(*OrchestratorStatus)(nil),            // 54: kvasir.admin.v1.OrchestratorStatus
+	(*GetOrchestratorStatusResponse)(nil), // 55: kvasir.admin.v1.GetOrchestratorStatusResponse
+	(*GetClusterStatusRequest)(nil),       // 56: kvasir.admin.v1.GetClusterStatusRequest
+	(*ObservedNode)(nil),                  // 57: kvasir.admin.v1.ObservedNode
+	(*HealthCheck)(nil),                   // 58: kvasir.admin.v1.HealthCheck
+	(*ObservedOrchestrator)(nil),          // 59: kvasir.admin.v1.ObservedOrchestrator
+	(*GetClusterStatusResponse)(nil),      // 60: kvasir.admin.v1.GetClusterStatusResponse
+	(*GetRepairStatusRequest)(nil),        // 61: kvasir.admin.v1.GetRepairStatusRequest
+	(*GetRepairStatusResponse)(nil),       // 62: kvasir.admin.v1.GetRepairStatusResponse
+	(*VnodeRepair)(nil),                   // 63: kvasir.admin.v1.VnodeRepair
+	(*StartRepairRequest)(nil),            // 64: kvasir.admin.v1.StartRepairRequest
+	(*StartRepairResponse)(nil),           // 65: kvasir.admin.v1.StartRepairResponse
+	(*PauseRepairRequest)(nil),            // 66: kvasir.admin.v1.PauseRepairRequest
+	(*PauseRepairResponse)(nil),           // 67: kvasir.admin.v1.PauseRepairResponse
+	(*ExplainCollectionRequest)(nil),      // 68: kvasir.admin.v1.ExplainCollectionRequest
+	(*ExplainCollectionResponse)(nil),     // 69: kvasir.admin.v1.ExplainCollectionResponse
+	(*CollectionReplica)(nil),             // 70: kvasir.admin.v1.CollectionReplica
+	(*ListHintsRequest)(nil),              // 71: kvasir.admin.v1.ListHintsRequest
+	(*ListHintsResponse)(nil),             // 72: kvasir.admin.v1.ListHintsResponse
+	(*HintGroup)(nil),                     // 73: kvasir.admin.v1.HintGroup
+	nil,                                   // 74: kvasir.admin.v1.UpdateSettingsRequest.ValuesEntry
+	(v1.Role)(0),                          // 75: kvasir.topology.v1.Role
+	(*v1.Topology)(nil),                   // 76: kvasir.topology.v1.Topology
+	(v1.ReadRepairMode)(0),                // 77: kvasir.topology.v1.ReadRepairMode
+	(v1.ReportingPolicy)(0),               // 78: kvasir.topology.v1.ReportingPolicy
+	(*v1.Namespace)(nil),                  // 79: kvasir.topology.v1.Namespace
+	(*v1.Operation)(nil),                  // 80: kvasir.topology.v1.Operation
+	(*v1.SettingsVersion)(nil),            // 81: kvasir.topology.v1.SettingsVersion
+	(*v1.Settings)(nil),                   // 82: kvasir.topology.v1.Settings
+	(*v1.Provision)(nil),                  // 83: kvasir.topology.v1.Provision
+	(*v1.Loss)(nil),                       // 84: kvasir.topology.v1.Loss
+	(*v1.Change)(nil),                     // 85: kvasir.topology.v1.Change
+	(v1.Operation_State)(0),               // 86: kvasir.topology.v1.Operation.State
+	(*v1.Move)(nil),                       // 87: kvasir.topology.v1.Move
+	(v1.Phase)(0),                         // 88: kvasir.topology.v1.Phase
+	(*v1.NodeHealth)(nil),                 // 89: kvasir.topology.v1.NodeHealth
+	(*v1.Condition)(nil),                  // 90: kvasir.topology.v1.Condition
+	(*v1.FoundHealth)(nil),                // 91: kvasir.topology.v1.FoundHealth
 }
 var file_kvasir_admin_v1_admin_proto_depIdxs = []int32{
-	72, // 0: kvasir.admin.v1.RegisterNodeRequest.role:type_name -> kvasir.topology.v1.Role
-	73, // 1: kvasir.admin.v1.RegisterNodeResponse.topology:type_name -> kvasir.topology.v1.Topology
-	74, // 2: kvasir.admin.v1.NamespaceSettings.read_repair:type_name -> kvasir.topology.v1.ReadRepairMode
-	75, // 3: kvasir.admin.v1.NamespaceSettings.reporting_policy:type_name -> kvasir.topology.v1.ReportingPolicy
+	75, // 0: kvasir.admin.v1.RegisterNodeRequest.role:type_name -> kvasir.topology.v1.Role
+	76, // 1: kvasir.admin.v1.RegisterNodeResponse.topology:type_name -> kvasir.topology.v1.Topology
+	77, // 2: kvasir.admin.v1.NamespaceSettings.read_repair:type_name -> kvasir.topology.v1.ReadRepairMode
+	78, // 3: kvasir.admin.v1.NamespaceSettings.reporting_policy:type_name -> kvasir.topology.v1.ReportingPolicy
 	10, // 4: kvasir.admin.v1.CreateNamespaceRequest.settings:type_name -> kvasir.admin.v1.NamespaceSettings
-	76, // 5: kvasir.admin.v1.CreateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
+	79, // 5: kvasir.admin.v1.CreateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
 	10, // 6: kvasir.admin.v1.UpdateNamespaceRequest.settings:type_name -> kvasir.admin.v1.NamespaceSettings
-	76, // 7: kvasir.admin.v1.UpdateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
-	77, // 8: kvasir.admin.v1.UpdateNamespaceResponse.operation:type_name -> kvasir.topology.v1.Operation
-	71, // 9: kvasir.admin.v1.UpdateSettingsRequest.values:type_name -> kvasir.admin.v1.UpdateSettingsRequest.ValuesEntry
-	78, // 10: kvasir.admin.v1.UpdateSettingsResponse.before:type_name -> kvasir.topology.v1.SettingsVersion
-	78, // 11: kvasir.admin.v1.UpdateSettingsResponse.after:type_name -> kvasir.topology.v1.SettingsVersion
-	78, // 12: kvasir.admin.v1.ListSettingsResponse.versions:type_name -> kvasir.topology.v1.SettingsVersion
-	79, // 13: kvasir.admin.v1.GetCapacityResponse.settings:type_name -> kvasir.topology.v1.Settings
+	79, // 7: kvasir.admin.v1.UpdateNamespaceResponse.namespace:type_name -> kvasir.topology.v1.Namespace
+	80, // 8: kvasir.admin.v1.UpdateNamespaceResponse.operation:type_name -> kvasir.topology.v1.Operation
+	74, // 9: kvasir.admin.v1.UpdateSettingsRequest.values:type_name -> kvasir.admin.v1.UpdateSettingsRequest.ValuesEntry
+	81, // 10: kvasir.admin.v1.UpdateSettingsResponse.before:type_name -> kvasir.topology.v1.SettingsVersion
+	81, // 11: kvasir.admin.v1.UpdateSettingsResponse.after:type_name -> kvasir.topology.v1.SettingsVersion
+	81, // 12: kvasir.admin.v1.ListSettingsResponse.versions:type_name -> kvasir.topology.v1.SettingsVersion
+	82, // 13: kvasir.admin.v1.GetCapacityResponse.settings:type_name -> kvasir.topology.v1.Settings
 	23, // 14: kvasir.admin.v1.GetCapacityResponse.nodes:type_name -> kvasir.admin.v1.CapacityNode
-	80, // 15: kvasir.admin.v1.GetCapacityResponse.launching:type_name -> kvasir.topology.v1.Provision
+	83, // 15: kvasir.admin.v1.GetCapacityResponse.launching:type_name -> kvasir.topology.v1.Provision
 	24, // 16: kvasir.admin.v1.GetCapacityResponse.signals:type_name -> kvasir.admin.v1.CapacitySignal
-	80, // 17: kvasir.admin.v1.ListProvisionsResponse.provisions:type_name -> kvasir.topology.v1.Provision
-	81, // 18: kvasir.admin.v1.AcceptLossResponse.loss:type_name -> kvasir.topology.v1.Loss
-	82, // 19: kvasir.admin.v1.ListChangesResponse.changes:type_name -> kvasir.topology.v1.Change
-	77, // 20: kvasir.admin.v1.StartOperationRequest.operation:type_name -> kvasir.topology.v1.Operation
-	77, // 21: kvasir.admin.v1.StartOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
-	83, // 22: kvasir.admin.v1.SteerOperationRequest.state:type_name -> kvasir.topology.v1.Operation.State
-	77, // 23: kvasir.admin.v1.SteerOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
+	83, // 17: kvasir.admin.v1.ListProvisionsResponse.provisions:type_name -> kvasir.topology.v1.Provision
+	84, // 18: kvasir.admin.v1.AcceptLossResponse.loss:type_name -> kvasir.topology.v1.Loss
+	85, // 19: kvasir.admin.v1.ListChangesResponse.changes:type_name -> kvasir.topology.v1.Change
+	80, // 20: kvasir.admin.v1.StartOperationRequest.operation:type_name -> kvasir.topology.v1.Operation
+	80, // 21: kvasir.admin.v1.StartOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
+	86, // 22: kvasir.admin.v1.SteerOperationRequest.state:type_name -> kvasir.topology.v1.Operation.State
+	80, // 23: kvasir.admin.v1.SteerOperationResponse.operation:type_name -> kvasir.topology.v1.Operation
 	37, // 24: kvasir.admin.v1.ListOperationsResponse.operations:type_name -> kvasir.admin.v1.ObservedOperation
-	77, // 25: kvasir.admin.v1.ObservedOperation.operation:type_name -> kvasir.topology.v1.Operation
+	80, // 25: kvasir.admin.v1.ObservedOperation.operation:type_name -> kvasir.topology.v1.Operation
 	38, // 26: kvasir.admin.v1.ObservedOperation.moving:type_name -> kvasir.admin.v1.MoveProgress
-	84, // 27: kvasir.admin.v1.MoveProgress.move:type_name -> kvasir.topology.v1.Move
-	85, // 28: kvasir.admin.v1.MoveProgress.phase:type_name -> kvasir.topology.v1.Phase
-	41, // 29: kvasir.admin.v1.GetNodeUseResponse.vnodes:type_name -> kvasir.admin.v1.VnodeUse
-	0,  // 30: kvasir.admin.v1.NodeStatus.state:type_name -> kvasir.admin.v1.NodeStatus.State
-	43, // 31: kvasir.admin.v1.NodeStatus.get:type_name -> kvasir.admin.v1.OperationStats
-	43, // 32: kvasir.admin.v1.NodeStatus.put:type_name -> kvasir.admin.v1.OperationStats
-	43, // 33: kvasir.admin.v1.NodeStatus.scan:type_name -> kvasir.admin.v1.OperationStats
-	44, // 34: kvasir.admin.v1.NodeStatus.hints:type_name -> kvasir.admin.v1.HintBacklog
-	48, // 35: kvasir.admin.v1.NodeStatus.queues:type_name -> kvasir.admin.v1.QueueDepth
-	47, // 36: kvasir.admin.v1.NodeStatus.fillings:type_name -> kvasir.admin.v1.Filling
-	46, // 37: kvasir.admin.v1.NodeStatus.copies:type_name -> kvasir.admin.v1.CopyProgress
-	45, // 38: kvasir.admin.v1.GetNodeStatusResponse.status:type_name -> kvasir.admin.v1.NodeStatus
-	51, // 39: kvasir.admin.v1.GetOrchestratorStatusResponse.status:type_name -> kvasir.admin.v1.OrchestratorStatus
-	86, // 40: kvasir.admin.v1.ObservedNode.health:type_name -> kvasir.topology.v1.NodeHealth
-	45, // 41: kvasir.admin.v1.ObservedNode.status:type_name -> kvasir.admin.v1.NodeStatus
-	55, // 42: kvasir.admin.v1.ObservedNode.checks:type_name -> kvasir.admin.v1.HealthCheck
-	51, // 43: kvasir.admin.v1.ObservedOrchestrator.status:type_name -> kvasir.admin.v1.OrchestratorStatus
-	73, // 44: kvasir.admin.v1.GetClusterStatusResponse.topology:type_name -> kvasir.topology.v1.Topology
-	54, // 45: kvasir.admin.v1.GetClusterStatusResponse.nodes:type_name -> kvasir.admin.v1.ObservedNode
-	56, // 46: kvasir.admin.v1.GetClusterStatusResponse.orchestrators:type_name -> kvasir.admin.v1.ObservedOrchestrator
-	87, // 47: kvasir.admin.v1.GetClusterStatusResponse.conditions:type_name -> kvasir.topology.v1.Condition
-	88, // 48: kvasir.admin.v1.GetClusterStatusResponse.found:type_name -> kvasir.topology.v1.FoundHealth
-	81, // 49: kvasir.admin.v1.GetClusterStatusResponse.losses:type_name -> kvasir.topology.v1.Loss
-	60, // 50: kvasir.admin.v1.GetRepairStatusResponse.vnodes:type_name -> kvasir.admin.v1.VnodeRepair
-	1,  // 51: kvasir.admin.v1.VnodeRepair.state:type_name -> kvasir.admin.v1.VnodeRepair.State
-	67, // 52: kvasir.admin.v1.ExplainCollectionResponse.replicas:type_name -> kvasir.admin.v1.CollectionReplica
-	70, // 53: kvasir.admin.v1.ListHintsResponse.groups:type_name -> kvasir.admin.v1.HintGroup
-	8,  // 54: kvasir.admin.v1.ControlService.RegisterNode:input_type -> kvasir.admin.v1.RegisterNodeRequest
-	11, // 55: kvasir.admin.v1.ControlService.CreateNamespace:input_type -> kvasir.admin.v1.CreateNamespaceRequest
-	13, // 56: kvasir.admin.v1.ControlService.UpdateNamespace:input_type -> kvasir.admin.v1.UpdateNamespaceRequest
-	15, // 57: kvasir.admin.v1.ControlService.DropNamespace:input_type -> kvasir.admin.v1.DropNamespaceRequest
-	29, // 58: kvasir.admin.v1.ControlService.ListChanges:input_type -> kvasir.admin.v1.ListChangesRequest
-	53, // 59: kvasir.admin.v1.ControlService.GetClusterStatus:input_type -> kvasir.admin.v1.GetClusterStatusRequest
-	31, // 60: kvasir.admin.v1.ControlService.StartOperation:input_type -> kvasir.admin.v1.StartOperationRequest
-	33, // 61: kvasir.admin.v1.ControlService.SteerOperation:input_type -> kvasir.admin.v1.SteerOperationRequest
-	35, // 62: kvasir.admin.v1.ControlService.ListOperations:input_type -> kvasir.admin.v1.ListOperationsRequest
-	17, // 63: kvasir.admin.v1.ControlService.UpdateSettings:input_type -> kvasir.admin.v1.UpdateSettingsRequest
-	19, // 64: kvasir.admin.v1.ControlService.ListSettings:input_type -> kvasir.admin.v1.ListSettingsRequest
-	21, // 65: kvasir.admin.v1.ControlService.GetCapacity:input_type -> kvasir.admin.v1.GetCapacityRequest
-	25, // 66: kvasir.admin.v1.ControlService.ListProvisions:input_type -> kvasir.admin.v1.ListProvisionsRequest
-	27, // 67: kvasir.admin.v1.ControlService.AcceptLoss:input_type -> kvasir.admin.v1.AcceptLossRequest
-	2,  // 68: kvasir.admin.v1.ControlService.GrantLease:input_type -> kvasir.admin.v1.GrantLeaseRequest
-	4,  // 69: kvasir.admin.v1.ControlService.EvictCopies:input_type -> kvasir.admin.v1.EvictCopiesRequest
-	6,  // 70: kvasir.admin.v1.ControlService.HoldBack:input_type -> kvasir.admin.v1.HoldBackRequest
-	42, // 71: kvasir.admin.v1.StatusService.GetNodeStatus:input_type -> kvasir.admin.v1.GetNodeStatusRequest
-	50, // 72: kvasir.admin.v1.StatusService.GetOrchestratorStatus:input_type -> kvasir.admin.v1.GetOrchestratorStatusRequest
-	39, // 73: kvasir.admin.v1.StatusService.GetNodeUse:input_type -> kvasir.admin.v1.GetNodeUseRequest
-	58, // 74: kvasir.admin.v1.RepairService.GetRepairStatus:input_type -> kvasir.admin.v1.GetRepairStatusRequest
-	61, // 75: kvasir.admin.v1.RepairService.StartRepair:input_type -> kvasir.admin.v1.StartRepairRequest
-	63, // 76: kvasir.admin.v1.RepairService.PauseRepair:input_type -> kvasir.admin.v1.PauseRepairRequest
-	65, // 77: kvasir.admin.v1.RepairService.ExplainCollection:input_type -> kvasir.admin.v1.ExplainCollectionRequest
-	68, // 78: kvasir.admin.v1.RepairService.ListHints:input_type -> kvasir.admin.v1.ListHintsRequest
-	9,  // 79: kvasir.admin.v1.ControlService.RegisterNode:output_type -> kvasir.admin.v1.RegisterNodeResponse
-	12, // 80: kvasir.admin.v1.ControlService.CreateNamespace:output_type -> kvasir.admin.v1.CreateNamespaceResponse
-	14, // 81: kvasir.admin.v1.ControlService.UpdateNamespace:output_type -> kvasir.admin.v1.UpdateNamespaceResponse
-	16, // 82: kvasir.admin.v1.ControlService.DropNamespace:output_type -> kvasir.admin.v1.DropNamespaceResponse
-	30, // 83: kvasir.admin.v1.ControlService.ListChanges:output_type -> kvasir.admin.v1.ListChangesResponse
-	57, // 84: kvasir.admin.v1.ControlService.GetClusterStatus:output_type -> kvasir.admin.v1.GetClusterStatusResponse
-	32, // 85: kvasir.admin.v1.ControlService.StartOperation:output_type -> kvasir.admin.v1.StartOperationResponse
-	34, // 86: kvasir.admin.v1.ControlService.SteerOperation:output_type -> kvasir.admin.v1.SteerOperationResponse
-	36, // 87: kvasir.admin.v1.ControlService.ListOperations:output_type -> kvasir.admin.v1.ListOperationsResponse
-	18, // 88: kvasir.admin.v1.ControlService.UpdateSettings:output_type -> kvasir.admin.v1.UpdateSettingsResponse
-	20, // 89: kvasir.admin.v1.ControlService.ListSettings:output_type -> kvasir.admin.v1.ListSettingsResponse
-	22, // 90: kvasir.admin.v1.ControlService.GetCapacity:output_type -> kvasir.admin.v1.GetCapacityResponse
-	26, // 91: kvasir.admin.v1.ControlService.ListProvisions:output_type -> kvasir.admin.v1.ListProvisionsResponse
-	28, // 92: kvasir.admin.v1.ControlService.AcceptLoss:output_type -> kvasir.admin.v1.AcceptLossResponse
-	3,  // 93: kvasir.admin.v1.ControlService.GrantLease:output_type -> kvasir.admin.v1.GrantLeaseResponse
-	5,  // 94: kvasir.admin.v1.ControlService.EvictCopies:output_type -> kvasir.admin.v1.EvictCopiesResponse
-	7,  // 95: kvasir.admin.v1.ControlService.HoldBack:output_type -> kvasir.admin.v1.HoldBackResponse
-	49, // 96: kvasir.admin.v1.StatusService.GetNodeStatus:output_type -> kvasir.admin.v1.GetNodeStatusResponse
-	52, // 97: kvasir.admin.v1.StatusService.GetOrchestratorStatus:output_type -> kvasir.admin.v1.GetOrchestratorStatusResponse
-	40, // 98: kvasir.admin.v1.StatusService.GetNodeUse:output_type -> kvasir.admin.v1.GetNodeUseResponse
-	59, // 99: kvasir.admin.v1.RepairService.GetRepairStatus:output_type -> kvasir.admin.v1.GetRepairStatusResponse
-	62, // 100: kvasir.admin.v1.RepairService.StartRepair:output_type -> kvasir.admin.v1.StartRepairResponse
-	64, // 101: kvasir.admin.v1.RepairService.PauseRepair:output_type -> kvasir.admin.v1.PauseRepairResponse
-	66, // 102: kvasir.admin.v1.RepairService.ExplainCollection:output_type -> kvasir.admin.v1.ExplainCollectionResponse
-	69, // 103: kvasir.admin.v1.RepairService.ListHints:output_type -> kvasir.admin.v1.ListHintsResponse
-	79, // [79:104] is the sub-list for method output_type
-	54, // [54:79] is the sub-list for method input_type
-	54, // [54:54] is the sub-list for extension type_name
-	54, // [54:54] is the sub-list for extension extendee
-	0,  // [0:54] is the sub-list for field type_name
+	87, // 27: kvasir.admin.v1.MoveProgress.move:type_name -> kvasir.topology.v1.Move
+	88, // 28: kvasir.admin.v1.MoveProgress.phase:type_name -> kvasir.topology.v1.Phase
+	41, // 29: kvasir.admin.v1.GetHotKeysResponse.keys:type_name -> kvasir.admin.v1.HotKey
+	44, // 30: kvasir.admin.v1.GetNodeUseResponse.vnodes:type_name -> kvasir.admin.v1.VnodeUse
+	0,  // 31: kvasir.admin.v1.NodeStatus.state:type_name -> kvasir.admin.v1.NodeStatus.State
+	46, // 32: kvasir.admin.v1.NodeStatus.get:type_name -> kvasir.admin.v1.OperationStats
+	46, // 33: kvasir.admin.v1.NodeStatus.put:type_name -> kvasir.admin.v1.OperationStats
+	46, // 34: kvasir.admin.v1.NodeStatus.scan:type_name -> kvasir.admin.v1.OperationStats
+	47, // 35: kvasir.admin.v1.NodeStatus.hints:type_name -> kvasir.admin.v1.HintBacklog
+	51, // 36: kvasir.admin.v1.NodeStatus.queues:type_name -> kvasir.admin.v1.QueueDepth
+	50, // 37: kvasir.admin.v1.NodeStatus.fillings:type_name -> kvasir.admin.v1.Filling
+	49, // 38: kvasir.admin.v1.NodeStatus.copies:type_name -> kvasir.admin.v1.CopyProgress
+	48, // 39: kvasir.admin.v1.GetNodeStatusResponse.status:type_name -> kvasir.admin.v1.NodeStatus
+	54, // 40: kvasir.admin.v1.GetOrchestratorStatusResponse.status:type_name -> kvasir.admin.v1.OrchestratorStatus
+	89, // 41: kvasir.admin.v1.ObservedNode.health:type_name -> kvasir.topology.v1.NodeHealth
+	48, // 42: kvasir.admin.v1.ObservedNode.status:type_name -> kvasir.admin.v1.NodeStatus
+	58, // 43: kvasir.admin.v1.ObservedNode.checks:type_name -> kvasir.admin.v1.HealthCheck
+	54, // 44: kvasir.admin.v1.ObservedOrchestrator.status:type_name -> kvasir.admin.v1.OrchestratorStatus
+	76, // 45: kvasir.admin.v1.GetClusterStatusResponse.topology:type_name -> kvasir.topology.v1.Topology
+	57, // 46: kvasir.admin.v1.GetClusterStatusResponse.nodes:type_name -> kvasir.admin.v1.ObservedNode
+	59, // 47: kvasir.admin.v1.GetClusterStatusResponse.orchestrators:type_name -> kvasir.admin.v1.ObservedOrchestrator
+	90, // 48: kvasir.admin.v1.GetClusterStatusResponse.conditions:type_name -> kvasir.topology.v1.Condition
+	91, // 49: kvasir.admin.v1.GetClusterStatusResponse.found:type_name -> kvasir.topology.v1.FoundHealth
+	84, // 50: kvasir.admin.v1.GetClusterStatusResponse.losses:type_name -> kvasir.topology.v1.Loss
+	63, // 51: kvasir.admin.v1.GetRepairStatusResponse.vnodes:type_name -> kvasir.admin.v1.VnodeRepair
+	1,  // 52: kvasir.admin.v1.VnodeRepair.state:type_name -> kvasir.admin.v1.VnodeRepair.State
+	70, // 53: kvasir.admin.v1.ExplainCollectionResponse.replicas:type_name -> kvasir.admin.v1.CollectionReplica
+	73, // 54: kvasir.admin.v1.ListHintsResponse.groups:type_name -> kvasir.admin.v1.HintGroup
+	8,  // 55: kvasir.admin.v1.ControlService.RegisterNode:input_type -> kvasir.admin.v1.RegisterNodeRequest
+	11, // 56: kvasir.admin.v1.ControlService.CreateNamespace:input_type -> kvasir.admin.v1.CreateNamespaceRequest
+	13, // 57: kvasir.admin.v1.ControlService.UpdateNamespace:input_type -> kvasir.admin.v1.UpdateNamespaceRequest
+	15, // 58: kvasir.admin.v1.ControlService.DropNamespace:input_type -> kvasir.admin.v1.DropNamespaceRequest
+	29, // 59: kvasir.admin.v1.ControlService.ListChanges:input_type -> kvasir.admin.v1.ListChangesRequest
+	56, // 60: kvasir.admin.v1.ControlService.GetClusterStatus:input_type -> kvasir.admin.v1.GetClusterStatusRequest
+	31, // 61: kvasir.admin.v1.ControlService.StartOperation:input_type -> kvasir.admin.v1.StartOperationRequest
+	33, // 62: kvasir.admin.v1.ControlService.SteerOperation:input_type -> kvasir.admin.v1.SteerOperationRequest
+	35, // 63: kvasir.admin.v1.ControlService.ListOperations:input_type -> kvasir.admin.v1.ListOperationsRequest
+	17, // 64: kvasir.admin.v1.ControlService.UpdateSettings:input_type -> kvasir.admin.v1.UpdateSettingsRequest
+	19, // 65: kvasir.admin.v1.ControlService.ListSettings:input_type -> kvasir.admin.v1.ListSettingsRequest
+	21, // 66: kvasir.admin.v1.ControlService.GetCapacity:input_type -> kvasir.admin.v1.GetCapacityRequest
+	25, // 67: kvasir.admin.v1.ControlService.ListProvisions:input_type -> kvasir.admin.v1.ListProvisionsRequest
+	27, // 68: kvasir.admin.v1.ControlService.AcceptLoss:input_type -> kvasir.admin.v1.AcceptLossRequest
+	2,  // 69: kvasir.admin.v1.ControlService.GrantLease:input_type -> kvasir.admin.v1.GrantLeaseRequest
+	4,  // 70: kvasir.admin.v1.ControlService.EvictCopies:input_type -> kvasir.admin.v1.EvictCopiesRequest
+	6,  // 71: kvasir.admin.v1.ControlService.HoldBack:input_type -> kvasir.admin.v1.HoldBackRequest
+	45, // 72: kvasir.admin.v1.StatusService.GetNodeStatus:input_type -> kvasir.admin.v1.GetNodeStatusRequest
+	53, // 73: kvasir.admin.v1.StatusService.GetOrchestratorStatus:input_type -> kvasir.admin.v1.GetOrchestratorStatusRequest
+	42, // 74: kvasir.admin.v1.StatusService.GetNodeUse:input_type -> kvasir.admin.v1.GetNodeUseRequest
+	39, // 75: kvasir.admin.v1.StatusService.GetHotKeys:input_type -> kvasir.admin.v1.GetHotKeysRequest
+	61, // 76: kvasir.admin.v1.RepairService.GetRepairStatus:input_type -> kvasir.admin.v1.GetRepairStatusRequest
+	64, // 77: kvasir.admin.v1.RepairService.StartRepair:input_type -> kvasir.admin.v1.StartRepairRequest
+	66, // 78: kvasir.admin.v1.RepairService.PauseRepair:input_type -> kvasir.admin.v1.PauseRepairRequest
+	68, // 79: kvasir.admin.v1.RepairService.ExplainCollection:input_type -> kvasir.admin.v1.ExplainCollectionRequest
+	71, // 80: kvasir.admin.v1.RepairService.ListHints:input_type -> kvasir.admin.v1.ListHintsRequest
+	9,  // 81: kvasir.admin.v1.ControlService.RegisterNode:output_type -> kvasir.admin.v1.RegisterNodeResponse
+	12, // 82: kvasir.admin.v1.ControlService.CreateNamespace:output_type -> kvasir.admin.v1.CreateNamespaceResponse
+	14, // 83: kvasir.admin.v1.ControlService.UpdateNamespace:output_type -> kvasir.admin.v1.UpdateNamespaceResponse
+	16, // 84: kvasir.admin.v1.ControlService.DropNamespace:output_type -> kvasir.admin.v1.DropNamespaceResponse
+	30, // 85: kvasir.admin.v1.ControlService.ListChanges:output_type -> kvasir.admin.v1.ListChangesResponse
+	60, // 86: kvasir.admin.v1.ControlService.GetClusterStatus:output_type -> kvasir.admin.v1.GetClusterStatusResponse
+	32, // 87: kvasir.admin.v1.ControlService.StartOperation:output_type -> kvasir.admin.v1.StartOperationResponse
+	34, // 88: kvasir.admin.v1.ControlService.SteerOperation:output_type -> kvasir.admin.v1.SteerOperationResponse
+	36, // 89: kvasir.admin.v1.ControlService.ListOperations:output_type -> kvasir.admin.v1.ListOperationsResponse
+	18, // 90: kvasir.admin.v1.ControlService.UpdateSettings:output_type -> kvasir.admin.v1.UpdateSettingsResponse
+	20, // 91: kvasir.admin.v1.ControlService.ListSettings:output_type -> kvasir.admin.v1.ListSettingsResponse
+	22, // 92: kvasir.admin.v1.ControlService.GetCapacity:output_type -> kvasir.admin.v1.GetCapacityResponse
+	26, // 93: kvasir.admin.v1.ControlService.ListProvisions:output_type -> kvasir.admin.v1.ListProvisionsResponse
+	28, // 94: kvasir.admin.v1.ControlService.AcceptLoss:output_type -> kvasir.admin.v1.AcceptLossResponse
+	3,  // 95: kvasir.admin.v1.ControlService.GrantLease:output_type -> kvasir.admin.v1.GrantLeaseResponse
+	5,  // 96: kvasir.admin.v1.ControlService.EvictCopies:output_type -> kvasir.admin.v1.EvictCopiesResponse
+	7,  // 97: kvasir.admin.v1.ControlService.HoldBack:output_type -> kvasir.admin.v1.HoldBackResponse
+	52, // 98: kvasir.admin.v1.StatusService.GetNodeStatus:output_type -> kvasir.admin.v1.GetNodeStatusResponse
+	55, // 99: kvasir.admin.v1.StatusService.GetOrchestratorStatus:output_type -> kvasir.admin.v1.GetOrchestratorStatusResponse
+	43, // 100: kvasir.admin.v1.StatusService.GetNodeUse:output_type -> kvasir.admin.v1.GetNodeUseResponse
+	40, // 101: kvasir.admin.v1.StatusService.GetHotKeys:output_type -> kvasir.admin.v1.GetHotKeysResponse
+	62, // 102: kvasir.admin.v1.RepairService.GetRepairStatus:output_type -> kvasir.admin.v1.GetRepairStatusResponse
+	65, // 103: kvasir.admin.v1.RepairService.StartRepair:output_type -> kvasir.admin.v1.StartRepairResponse
+	67, // 104: kvasir.admin.v1.RepairService.PauseRepair:output_type -> kvasir.admin.v1.PauseRepairResponse
+	69, // 105: kvasir.admin.v1.RepairService.ExplainCollection:output_type -> kvasir.admin.v1.ExplainCollectionResponse
+	72, // 106: kvasir.admin.v1.RepairService.ListHints:output_type -> kvasir.admin.v1.ListHintsResponse
+	81, // [81:107] is the sub-list for method output_type
+	55, // [55:81] is the sub-list for method input_type
+	55, // [55:55] is the sub-list for extension type_name
+	55, // [55:55] is the sub-list for extension extendee
+	0,  // [0:55] is the sub-list for field type_name
 }
 
 func init() { file_kvasir_admin_v1_admin_proto_init() }
@@ -5580,7 +5788,7 @@ func file_kvasir_admin_v1_admin_proto_init() {
 		return
 	}
 	file_kvasir_admin_v1_admin_proto_msgTypes[8].OneofWrappers = []any{}
-	file_kvasir_admin_v1_admin_proto_msgTypes[63].OneofWrappers = []any{
+	file_kvasir_admin_v1_admin_proto_msgTypes[66].OneofWrappers = []any{
 		(*ExplainCollectionRequest_Key)(nil),
 		(*ExplainCollectionRequest_Vnode)(nil),
 	}
@@ -5590,7 +5798,7 @@ func file_kvasir_admin_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_kvasir_admin_v1_admin_proto_rawDesc), len(file_kvasir_admin_v1_admin_proto_rawDesc)),
 			NumEnums:      2,
-			NumMessages:   70,
+			NumMessages:   73,
 			NumExtensions: 0,
 			NumServices:   3,
 		},

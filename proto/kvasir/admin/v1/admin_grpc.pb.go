@@ -752,6 +752,7 @@ const (
 	StatusService_GetNodeStatus_FullMethodName         = "/kvasir.admin.v1.StatusService/GetNodeStatus"
 	StatusService_GetOrchestratorStatus_FullMethodName = "/kvasir.admin.v1.StatusService/GetOrchestratorStatus"
 	StatusService_GetNodeUse_FullMethodName            = "/kvasir.admin.v1.StatusService/GetNodeUse"
+	StatusService_GetHotKeys_FullMethodName            = "/kvasir.admin.v1.StatusService/GetHotKeys"
 )
 
 // StatusServiceClient is the client API for StatusService service.
@@ -763,6 +764,7 @@ type StatusServiceClient interface {
 	GetNodeStatus(ctx context.Context, in *GetNodeStatusRequest, opts ...grpc.CallOption) (*GetNodeStatusResponse, error)
 	GetOrchestratorStatus(ctx context.Context, in *GetOrchestratorStatusRequest, opts ...grpc.CallOption) (*GetOrchestratorStatusResponse, error)
 	GetNodeUse(ctx context.Context, in *GetNodeUseRequest, opts ...grpc.CallOption) (*GetNodeUseResponse, error)
+	GetHotKeys(ctx context.Context, in *GetHotKeysRequest, opts ...grpc.CallOption) (*GetHotKeysResponse, error)
 }
 
 type statusServiceClient struct {
@@ -803,6 +805,16 @@ func (c *statusServiceClient) GetNodeUse(ctx context.Context, in *GetNodeUseRequ
 	return out, nil
 }
 
+func (c *statusServiceClient) GetHotKeys(ctx context.Context, in *GetHotKeysRequest, opts ...grpc.CallOption) (*GetHotKeysResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(GetHotKeysResponse)
+	err := c.cc.Invoke(ctx, StatusService_GetHotKeys_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // StatusServiceServer is the server API for StatusService service.
 // All implementations must embed UnimplementedStatusServiceServer
 // for forward compatibility.
@@ -812,6 +824,7 @@ type StatusServiceServer interface {
 	GetNodeStatus(context.Context, *GetNodeStatusRequest) (*GetNodeStatusResponse, error)
 	GetOrchestratorStatus(context.Context, *GetOrchestratorStatusRequest) (*GetOrchestratorStatusResponse, error)
 	GetNodeUse(context.Context, *GetNodeUseRequest) (*GetNodeUseResponse, error)
+	GetHotKeys(context.Context, *GetHotKeysRequest) (*GetHotKeysResponse, error)
 	mustEmbedUnimplementedStatusServiceServer()
 }
 
@@ -830,6 +843,9 @@ func (UnimplementedStatusServiceServer) GetOrchestratorStatus(context.Context, *
 }
 func (UnimplementedStatusServiceServer) GetNodeUse(context.Context, *GetNodeUseRequest) (*GetNodeUseResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetNodeUse not implemented")
+}
+func (UnimplementedStatusServiceServer) GetHotKeys(context.Context, *GetHotKeysRequest) (*GetHotKeysResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method GetHotKeys not implemented")
 }
 func (UnimplementedStatusServiceServer) mustEmbedUnimplementedStatusServiceServer() {}
 func (UnimplementedStatusServiceServer) testEmbeddedByValue()                       {}
@@ -906,6 +922,24 @@ func _StatusService_GetNodeUse_Handler(srv interface{}, ctx context.Context, dec
 	return interceptor(ctx, in, info, handler)
 }
 
+func _StatusService_GetHotKeys_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(GetHotKeysRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(StatusServiceServer).GetHotKeys(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: StatusService_GetHotKeys_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(StatusServiceServer).GetHotKeys(ctx, req.(*GetHotKeysRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // StatusService_ServiceDesc is the grpc.ServiceDesc for StatusService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -924,6 +958,10 @@ var StatusService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "GetNodeUse",
 			Handler:    _StatusService_GetNodeUse_Handler,
+		},
+		{
+			MethodName: "GetHotKeys",
+			Handler:    _StatusService_GetHotKeys_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
