@@ -94,7 +94,7 @@ func flatten(n *yaml.Node, name string, values map[string]string) error {
 var (
 	nodeSettings = []string{
 		"name", "zone", "role", "data_dir", "orchestrators", "listen", "admin_listen", "gossip_listen", "advertise", "admin_advertise", "gossip_advertise",
-		"cache_bytes", "memtable_bytes", "cpu_limit", "min_free_disk_bytes", "scrub_cycle", "scrub_bytes_per_second",
+		"cache_bytes", "record_cache_bytes", "memtable_bytes", "cpu_limit", "min_free_disk_bytes", "scrub_cycle", "scrub_bytes_per_second",
 		"move_bytes_per_second", "move_commit_delay", "drain_timeout", "disk_stall_after", "tls.", "gossip_key", "log.",
 	}
 	orchestratorSettings = []string{
