@@ -14,7 +14,7 @@ IMAGE    ?= kvasir:dev
 AUTONOMY ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test lint race sim sim-long sim-mutants day e2e chaos fuzz proto check-proto image compose-up compose-down test-compose test-prometheus bench-peers bench-floors clean
+.PHONY: help build run test lint race sim sim-long sim-mutants day e2e chaos fuzz proto check-proto image compose-up compose-down test-compose test-prometheus bench-peers bench-floors bench-scale clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -102,6 +102,9 @@ bench-peers: build ## Measure Kvasir against etcd, NATS, Olric and Redis (SYSTEM
 bench-floors: build ## Measure what operations are made of, alone, and how far above that Kvasir is (DURATION=2s for each, three times)
 	KVASIR_FLOORS=$(or $(DURATION),2s) KVASIR_BIN=$(CURDIR)/$(BIN) $(GO) test -tags $(TAGS) -count=1 -timeout 30m -v -run '^TestFloors$$' ./internal/bench
 	KVASIR_MOVE_MIB=128 $(GO) test -tags $(TAGS) -count=1 -timeout 30m -v -run '^TestMoveRate$$' ./internal/handoff
+
+bench-scale: ## Measure what grows with nodes: plans, topologies, links
+	KVASIR_SCALE=1 $(GO) test -tags $(TAGS) -count=1 -timeout 30m -v -run '^TestScale$$' ./internal/bench
 
 clean: ## Delete what was built
 	rm -rf $(BIN)
