@@ -189,9 +189,11 @@ func (c *Client) nearest(req request) (address string) {
 	}
 	var best candidate
 	c.replicas(v, req, func(n *topology.Node) {
-		// All replicas share the load, so that of one which was not asked yet is opened.
-		l, err := c.link(n.Address)
-		if err != nil || !l.Up() || v.unhealthy[n.Incarnation] {
+		l := c.known(n.Address)
+		if l == nil && c.view.Load() == v {
+			l, _ = c.link(n.Address) // all replicas share the load, those too that were not asked yet
+		}
+		if l == nil || !l.Up() || v.unhealthy[n.Incarnation] {
 			return
 		}
 		cand := candidate{address: n.Address, load: l.Pending(), tie: rand.Uint32()}

@@ -18,7 +18,7 @@ const module = "github.com/kvasirdb/kvasir"
 // only, and of its own level only where siblings says so.
 var levels = [][]string{
 	{"hlc", "record", "ring", "topology", "placement", "capacity", "quorum", "report", "mutant"},
-	{"storage", "rpc", "gossip", "consensus", "boottime", "sched"},
+	{"storage", "rpc", "gossip", "consensus", "boottime"},
 	{"replica", "coordinator", "handoff", "antientropy"},
 	{"node", "orchestrator", "provision"},
 	{"cli", "devcluster", "bench"},
@@ -31,7 +31,6 @@ var siblings = map[string][]string{
 	"record":       {"hlc", "mutant"},
 	"quorum":       {"mutant"},
 	"report":       {"record", "hlc"},
-	"rpc":          {"sched"},
 	"coordinator":  {"replica"},
 	"orchestrator": {"provision"},
 	"handoff":      {"replica"},

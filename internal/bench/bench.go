@@ -306,7 +306,9 @@ func (t *thread) step(ctx context.Context) (kind Kind, err error) {
 		err = t.store.Scan(ctx, k, limit)
 	case ReadModifyWrite:
 		if err = t.store.Read(ctx, k); err == nil || errors.Is(err, ErrNotFound) {
-			err = errors.Join(t.store.Write(ctx, k, t.values.draw(t.rng)), err)
+			if werr := t.store.Write(ctx, k, t.values.draw(t.rng)); werr != nil {
+				err = werr
+			}
 		}
 	default:
 		err = t.store.Write(ctx, k, t.values.draw(t.rng))

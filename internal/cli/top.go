@@ -182,10 +182,12 @@ func newTopDoc(now, before *sight, keys int) *topDoc {
 			continue
 		}
 		st, was := n.answer.status, earlier[n.Incarnation]
+		between := time.Duration(int64(st.GetSampledAtMs()-was.GetSampledAtMs())) * time.Millisecond // by the node's clock
 		rate := func(now, was *adminv1.OperationStats) topOpDoc {
 			out := topOpDoc{PerSecond: number(now.GetPerSecond()), P50MS: float64(now.GetP50Us()) / 1000, P99MS: float64(now.GetP99Us()) / 1000, p50: now.GetP50Us(), p99: now.GetP99Us()}
-			if was != nil && now.GetTotal() >= was.GetTotal() { // else it was started anew
-				out.PerSecond = number(float64(now.GetTotal()-was.GetTotal()) / elapsed(st, earlier[n.Incarnation]).Seconds())
+			// Else it was started anew, or its clock was set.
+			if was != nil && now.GetTotal() >= was.GetTotal() && between > 0 {
+				out.PerSecond = number(float64(now.GetTotal()-was.GetTotal()) / between.Seconds())
 			}
 			return out
 		}
@@ -201,16 +203,12 @@ func newTopDoc(now, before *sight, keys int) *topDoc {
 	return doc
 }
 
-// elapsed is the time between two states, by the node's clock.
-func elapsed(now, was *adminv1.NodeStatus) time.Duration {
-	return max(time.Duration(now.GetSampledAtMs()-was.GetSampledAtMs())*time.Millisecond, time.Millisecond)
-}
-
 // hotKeys adds up what nodes say of keys.
 func (s *sight) hotKeys(limit int) []hotKeyDoc {
 	type id struct {
 		namespace uint32
 		key       string
+		bytes     uint32
 	}
 	sum, total := map[id]*hotKeyDoc{}, 0.0
 	for _, n := range s.nodes {
@@ -219,7 +217,7 @@ func (s *sight) hotKeys(limit int) []hotKeyDoc {
 		}
 		total += n.answer.hot.GetPerSecond()
 		for _, k := range n.answer.hot.GetKeys() {
-			of := id{k.GetNamespaceId(), string(k.GetKey())}
+			of := id{k.GetNamespaceId(), string(k.GetKey()), k.GetKeyBytes()}
 			d := sum[of]
 			if d == nil {
 				name := fmt.Sprintf("#%d", k.GetNamespaceId()) // dropped

@@ -377,25 +377,25 @@ func (g *gather) run(ctx context.Context, want int) (stale, by uint64, _ *rpc.Er
 // There is no timer before it is waited for.
 type lateness struct {
 	*time.Timer
-	slow bool // the timer is SlowRead's
+	late, slow time.Duration // since the gather began; 0 once it is over
 }
 
 func (l *lateness) start(g *gather, want int) {
-	if l.Timer != nil {
-		return
+	if l.Timer == nil {
+		l.late, l.slow = g.c.latency.late(g.next(want)), g.c.cfg.SlowRead
+		l.Timer = time.NewTimer(min(l.late, l.slow) - time.Since(g.began))
 	}
-	after := g.c.latency.late(g.next(want))
-	if l.slow = after >= g.c.cfg.SlowRead; l.slow {
-		after = g.c.cfg.SlowRead
-	}
-	l.Timer = time.NewTimer(after - time.Since(g.began))
 }
 
-// again sets the timer for the next time, and reports whether it was SlowRead's.
+// again sets the timer for the other time, and reports whether this one was SlowRead's.
 func (l *lateness) again(g *gather) (slow bool) {
-	if slow = l.slow; !slow {
-		l.slow = true
-		l.Reset(g.c.cfg.SlowRead - time.Since(g.began))
+	next := &l.late
+	if slow = l.late == 0 || l.slow != 0 && l.slow <= l.late; slow {
+		next = &l.slow
+	}
+	*next = 0
+	if rest := l.late + l.slow; rest != 0 { // one of the two
+		l.Reset(rest - time.Since(g.began))
 	}
 	return slow
 }

@@ -17,7 +17,6 @@ import (
 	"github.com/kvasirdb/kvasir/internal/record"
 	"github.com/kvasirdb/kvasir/internal/report"
 	"github.com/kvasirdb/kvasir/internal/rpc"
-	"github.com/kvasirdb/kvasir/internal/sched"
 	"github.com/kvasirdb/kvasir/internal/storage"
 	"github.com/kvasirdb/kvasir/internal/topology"
 	kvv1 "github.com/kvasirdb/kvasir/proto/kvasir/kv/v1"
@@ -269,7 +268,7 @@ func storeError(node string, err error) error {
 // visit takes in a record, and reports whether more are wanted.
 func (a *answer) visit(_ uint32, key, raw []byte) bool {
 	if a.seen++; a.seen%yieldEvery == 0 {
-		sched.Yield()
+		yield()
 		if a.err = a.ctx.Err(); a.err != nil {
 			return false
 		}

@@ -485,7 +485,8 @@ func header(b []byte) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", storage.ErrCorrupt, err)
 	}
-	return b[:len(b)-len(rec.Payload)], nil
+	n := len(b) - len(rec.Payload)
+	return b[:n:n], nil // what follows may be of a record that others read
 }
 
 func (f *frame) scan(c *replicav1.Call, op *replicav1.Scan) {

@@ -1,9 +1,8 @@
 package rpc
 
 import (
+	"runtime"
 	"sync"
-
-	"github.com/kvasirdb/kvasir/internal/sched"
 )
 
 // Limits of one frame. The first item always fits.
@@ -50,13 +49,12 @@ func (q *queue[T]) signal() {
 	}
 }
 
-// take returns up to one frame of items, after letting others run first that are about to
-// push: goroutines, and, where processes share the cores, whoever sends to them. It returns
-// nil when woken without items.
+// take returns up to one frame of items, after letting other goroutines that are
+// about to push run first. It returns nil when woken without items.
 func (q *queue[T]) take(size func(T) int) []T {
 	// One yield before draining multiplies the items per frame under load and costs
 	// nothing when alone.
-	sched.Yield()
+	runtime.Gosched()
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	n, bytes := 0, 0

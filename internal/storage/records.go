@@ -53,10 +53,14 @@ func view(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b)) }
 
 // learn adds what a read returned, which must not be changed any more.
 func (c *recordCache) learn(key []byte, rec record.Record, encoded []byte) {
-	if c.lru == nil || rec.Kind != record.Value || rec.ExpiresAt != 0 || cachedSize(view(key), encoded) > c.limit/8 {
-		return
+	if c.lru != nil && c.takes(view(key), rec, encoded) {
+		c.set(string(key), encoded)
 	}
-	c.set(string(key), encoded)
+}
+
+// takes reports whether a record may be cached. One that is large would drive out many.
+func (c *recordCache) takes(key string, rec record.Record, encoded []byte) bool {
+	return rec.Kind == record.Value && rec.ExpiresAt == 0 && cachedSize(key, encoded) <= c.limit/8
 }
 
 func (c *recordCache) set(key string, encoded []byte) {
@@ -75,7 +79,7 @@ func (c *recordCache) replaced(key string, rec record.Record, encoded []byte) {
 		return
 	}
 	c.remove(key)
-	if rec.Kind == record.Value && rec.ExpiresAt == 0 {
+	if c.takes(key, rec, encoded) {
 		c.set(key, slices.Clone(encoded)) // it may be a part of a frame
 	}
 }

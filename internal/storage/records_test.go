@@ -82,6 +82,26 @@ func TestCachedRecordsThatAreNotOnDisk(t *testing.T) {
 	}
 }
 
+// A read that was under way while a vnode was wiped tells of what was.
+func TestReadsAcrossAWipeAreNotCached(t *testing.T) {
+	s := open(t, vfs.NewMem())
+	defer closeStore(t, s)
+	put(t, s, write("k", value(5, "five")))
+	k := appendRecordKey(nil, 1, 7, []byte("k"))
+	st := s.latches.of(k)
+	off := s.latches.suspend(rangeOf(Place{1, 7}))
+	before := st.generation.Load()
+	rec, err := s.get(k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	off.resume()
+	s.learn(st, k, rec, before)
+	if got := s.Cached(1, 7, []byte("k")); got != nil {
+		t.Errorf("%x is cached", got)
+	}
+}
+
 // The cache keeps to its bound, whatever is read and written.
 func TestRecordCacheIsBounded(t *testing.T) {
 	const limit = 4096

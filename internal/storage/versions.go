@@ -182,6 +182,7 @@ func (l *latches) purge(ranges ...keyRange) {
 				s.drop(k)
 			}
 		}
+		s.generation.Add(2) // reads that have begun tell of what was
 		s.mu.Unlock()
 	}
 }
