@@ -258,7 +258,7 @@ func (s *Store) begin(c *Commit) {
 func (s *Store) end(c *Commit) {
 	for _, k := range c.keys {
 		st := s.latches.of([]byte(k))
-		st.mu.Lock()
+		s.latches.hold(st)
 		if st.mu.unsynced[k] == c {
 			delete(st.mu.unsynced, k)
 			st.dirty.Add(-1)

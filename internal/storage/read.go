@@ -36,7 +36,7 @@ func (s *Store) Get(namespace, vnode uint32, key []byte) ([]byte, error) {
 		}
 		// A record is visible before it is synced. Its commit was registered before it
 		// became visible, so looking for the commit after the read cannot miss it.
-		unsynced = st.pending(k)
+		unsynced = s.latches.pending(st, k)
 	}
 	if unsynced != nil && !mutant.On("reply-before-sync") {
 		if err := unsynced.wait(); err != nil {

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 
@@ -131,4 +133,22 @@ func TestRecordCacheIsBounded(t *testing.T) {
 	if len(c.keys()) == 0 {
 		t.Error("it holds nothing")
 	}
+}
+
+// In simulations time goes on while somebody waits for a latch.
+func TestLatchesInVirtualTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg := testConfig(t, vfs.NewMem())
+		cfg.SyncDelay = func() time.Duration { return time.Millisecond }
+		s, err := Open(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer closeStore(t, s)
+		st := s.latches.of(appendRecordKey(nil, 1, 7, []byte("k")))
+		st.mu.Lock()
+		time.AfterFunc(time.Second, st.mu.Unlock)
+		put(t, s, write("k", value(5, "five")))
+		wantRecord(t, s, "k", value(5, "five"))
+	})
 }

@@ -187,6 +187,7 @@ func Open(cfg Config) (*Store, error) {
 		return nil, fmt.Errorf("%w: %s (%w)", ErrInUse, cfg.Dir, err)
 	}
 	s := &Store{cfg: cfg, disk: cfg.FS, lock: lock, latches: newLatches(cfg.VersionCacheEntries, cfg.RecordCacheBytes), stop: make(chan struct{}), damaged: make(chan struct{}), attention: make(chan struct{}, 1), rewriting: make(chan struct{}, 1)}
+	s.latches.simulated = cfg.SyncDelay != nil
 	s.suspects.tables = map[string]string{}
 	s.inflight.commits = map[*Commit]time.Time{}
 	s.trees.maxLeaves, s.trees.byVnode = cfg.TreeLeaves, map[vnodeID]*tree{}

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/cespare/xxhash/v2"
 	"github.com/hashicorp/golang-lru/v2/simplelru"
@@ -56,6 +57,8 @@ type stripe struct {
 // latches is the version cache and the latches in one.
 type latches struct {
 	stripes [stripes]stripe
+	// simulated: see hold.
+	simulated bool
 	// off lists the key ranges whose entries must not be relied on, nor any be made.
 	off atomic.Pointer[[]keyRange]
 	// offMu serializes changes of off.
@@ -97,6 +100,21 @@ func newLatches(entries int, recordBytes int64) *latches {
 
 func stripeOf(key []byte) int { return int(xxhash.Sum64(key) % stripes) }
 
+// hold takes a latch. Virtual time stands still while a goroutine waits for a mutex, and
+// whoever has the latch may wait for a flush that rests after a failure: in simulations it
+// is tried for.
+func (l *latches) hold(st *stripe) {
+	if !l.simulated {
+		st.mu.Lock()
+		return
+	}
+	for !st.mu.TryLock() {
+		time.Sleep(latchRetry)
+	}
+}
+
+const latchRetry = 100 * time.Microsecond
+
 func (l *latches) of(key []byte) *stripe { return &l.stripes[stripeOf(key)] }
 
 // cacheable reports whether a key's version may be kept.
@@ -131,7 +149,7 @@ func (l *latches) suspend(ranges ...keyRange) *suspension {
 	l.offMu.Unlock()
 	for i := range l.stripes { // whoever has not noticed holds a latch
 		st := &l.stripes[i]
-		st.mu.Lock()
+		l.hold(st)
 		st.generation.Add(2) // reads that have begun tell of what was
 		st.mu.Unlock()
 	}
@@ -150,7 +168,7 @@ func (s *suspension) resume() {
 func (s *suspension) resumeKeys(keys iter.Seq[[]byte]) {
 	for k := range keys {
 		st := s.latches.of(k)
-		st.mu.Lock()
+		s.latches.hold(st)
 		st.drop(string(k))
 		st.generation.Add(2)
 		st.mu.Unlock()
@@ -175,7 +193,7 @@ func (s *suspension) end() {
 func (l *latches) purge(ranges ...keyRange) {
 	for i := range l.stripes {
 		s := &l.stripes[i]
-		s.mu.Lock()
+		l.hold(s)
 		for _, k := range append(s.mu.versions.Keys(), s.mu.records.keys()...) {
 			at := sort.Search(len(ranges), func(i int) bool { return ranges[i].lower > k })
 			if at > 0 && ranges[at-1].contains(k) {
@@ -197,7 +215,7 @@ func (s *stripeSet) has(i int) bool { return s[i/64]&(1<<(i%64)) != 0 }
 func (l *latches) lock(set *stripeSet) {
 	for i := range l.stripes {
 		if set.has(i) {
-			l.stripes[i].mu.Lock()
+			l.hold(&l.stripes[i])
 			l.stripes[i].generation.Add(1)
 		}
 	}
@@ -213,11 +231,11 @@ func (l *latches) unlock(set *stripeSet) {
 }
 
 // pending returns the commit that a reader of key has to wait for, or nil.
-func (s *stripe) pending(key []byte) *Commit {
-	if s.dirty.Load() == 0 {
+func (l *latches) pending(st *stripe, key []byte) *Commit {
+	if st.dirty.Load() == 0 {
 		return nil
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.mu.unsynced[string(key)]
+	l.hold(st)
+	defer st.mu.Unlock()
+	return st.mu.unsynced[string(key)]
 }
