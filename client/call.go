@@ -82,6 +82,7 @@ func (c *Client) do(ctx context.Context, req request) (answered, error) {
 				return answered{}, err
 			}
 			e := rpc.AsError(err)
+			c.avoid(address, e)
 			maybeDone = maybeDone || req.writes && mayHaveWritten(e)
 			if telling(e) >= telling(failure) {
 				failure, failedAt = e, address
@@ -115,6 +116,26 @@ func (c *Client) do(ctx context.Context, req request) (answered, error) {
 		case <-time.After(wait):
 		}
 	}
+}
+
+// avoidFor is how long a node that says it does not serve is asked after all others. It
+// refuses at once, so it has the fewest calls under way, and would be asked most.
+const avoidFor = time.Second
+
+// avoid notes what a failure says of whom to ask.
+func (c *Client) avoid(address string, e *rpc.Error) {
+	switch e.Reason {
+	case rpc.ReasonStopping, rpc.ReasonNotReady:
+		c.avoided.Store(address, time.Now().Add(avoidFor))
+	case rpc.ReasonOverloaded:
+		c.avoided.Store(address, time.Now().Add(e.RetryAfter))
+	}
+}
+
+// avoids reports whether an address is to be asked after all others.
+func (c *Client) avoids(address string) bool {
+	until, ok := c.avoided.Load(address)
+	return ok && time.Now().Before(until.(time.Time))
 }
 
 // telling ranks failures by how much they say about the request.
@@ -193,7 +214,7 @@ func (c *Client) nearest(req request) (address string) {
 		if l == nil && c.view.Load() == v {
 			l, _ = c.link(n.Address) // all replicas share the load, those too that were not asked yet
 		}
-		if l == nil || !l.Up() || v.unhealthy[n.Incarnation] {
+		if l == nil || !l.Up() || v.unhealthy[n.Incarnation] || c.avoids(n.Address) {
 			return
 		}
 		cand := candidate{address: n.Address, load: l.Pending(), tie: rand.Uint32()}
@@ -245,7 +266,7 @@ func (c *Client) candidates(req request) []string {
 				cand.rank += 1
 			}
 		}
-		if unhealthy {
+		if unhealthy || c.avoids(address) {
 			cand.rank += 4
 		}
 		out = append(out, cand)

@@ -29,6 +29,8 @@ type Client struct {
 	endpoints []string
 	// view is what the client knows of the cluster.
 	view atomic.Pointer[view]
+	// avoided holds until when addresses are asked after all others.
+	avoided sync.Map
 	// token is the greatest timestamp seen; it orders this client's writes.
 	token   atomic.Uint64
 	budget  budget

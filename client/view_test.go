@@ -7,6 +7,8 @@ import (
 	"net"
 	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -174,4 +176,30 @@ func TestWhatTellsMore(t *testing.T) {
 			last = now
 		}
 	}
+}
+
+// A node that says it does not serve is asked after all others for a while: it refuses at
+// once, so it has the fewest calls under way.
+func TestNodesThatDoNotServeAreAvoided(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for reason, want := range map[string]time.Duration{rpc.ReasonStopping: avoidFor, rpc.ReasonNotReady: avoidFor, rpc.ReasonOverloaded: 50 * time.Millisecond, rpc.ReasonNotEnoughReplicas: 0} {
+			c := &Client{}
+			e := rpc.Errorf(codes.Unavailable, reason, "no")
+			e.RetryAfter = 50 * time.Millisecond
+			c.avoid("a:1", e)
+			if c.avoids("b:1") {
+				t.Errorf("%s: another node is avoided", reason)
+			}
+			if want > 0 {
+				time.Sleep(want - time.Millisecond)
+				if !c.avoids("a:1") {
+					t.Errorf("%s: it is not avoided for %s", reason, want)
+				}
+				time.Sleep(2 * time.Millisecond)
+			}
+			if c.avoids("a:1") {
+				t.Errorf("%s: it is avoided longer than %s", reason, want)
+			}
+		}
+	})
 }
