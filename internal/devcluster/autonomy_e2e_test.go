@@ -49,6 +49,13 @@ func TestE2EAutonomy(t *testing.T) {
 		r.eventually(4*time.Minute, func() string { return r.wholeWithout(lost, 3) })
 		t.Logf("%s is %s; what followed in %s:\n%s", lost, breach.what, time.Since(began).Round(time.Second), r.timeline(since, began))
 	}
+	// To compare everything is a load that nodes would be launched for, and move vnodes
+	// away from where they are looked for.
+	if _, err := r.control("orch1").UpdateSettings(context.Background(), &adminv1.UpdateSettingsRequest{
+		Values: map[string]string{"auto_scaling_group.max_capacity": "3"},
+	}); err != nil {
+		t.Fatal(err)
+	}
 	l.end()
 	r.equal(data, 3, r.named(devcluster.RoleData))
 }
