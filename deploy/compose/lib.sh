@@ -61,7 +61,7 @@ unchanged() { [ "$(members)" = "$before" ] && healthy; }
 load() { # load DURATION CALLERS
 	docker run -d --name "$COMPOSE_PROJECT_NAME-load" --network "${COMPOSE_PROJECT_NAME}_default" "$KVASIR_IMAGE" \
 		/bin/kvctl --endpoints node1:7400,node3:7400,node4:7400 --timeout 20s \
-		bench --duration "$1" --callers "$2" --reads 0.5 --keys 1000 --value-bytes 200 --fill >/dev/null
+		bench --duration "$1" --threads "$2" --reads 0.5 --distribution uniform --records 1000 --value-bytes 200 --fill >/dev/null
 }
 # end_load ends it before its time, and tells what it measured. It fails if an operation did.
 end_load() {
