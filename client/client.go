@@ -299,6 +299,7 @@ func (c *Client) dropLinks() {
 		if !known {
 			stale = append(stale, l)
 			delete(c.mu.links, address)
+			c.avoided.Delete(address)
 		}
 	}
 	c.mu.Unlock()
