@@ -11,6 +11,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/kvasirdb/kvasir/internal/bench"
+	"github.com/kvasirdb/kvasir/internal/sim/loopback"
 )
 
 var etcdKind = kind{
@@ -34,10 +35,7 @@ type etcd struct {
 }
 
 func (e *etcd) start(ctx context.Context) error {
-	port, err := freePorts(3 * replicas)
-	if err != nil {
-		return err
-	}
+	port := loopback.Base(nil, 3*replicas)
 	var members []string
 	url := func(i int) string { return "http://" + address(port+i) } // clients' first, then peers', then HTTP's
 	for i := range replicas {
@@ -56,6 +54,7 @@ func (e *etcd) start(ctx context.Context) error {
 			return err
 		}
 	}
+	var err error
 	e.client, err = clientv3.New(clientv3.Config{Endpoints: e.endpoints, DialTimeout: 5 * time.Second, Logger: zap.NewNop()})
 	if err != nil {
 		return fmt.Errorf("client: %w", err)

@@ -53,15 +53,3 @@ func TestReadyEndsWithItsContext(t *testing.T) {
 		t.Errorf("error = %v", err)
 	}
 }
-
-func TestFreePortsAreFree(t *testing.T) {
-	first, err := freePorts(5)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for port := first; port < first+5; port++ {
-		if !canListen(port) {
-			t.Errorf("port %d is taken", port)
-		}
-	}
-}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/kvasirdb/kvasir/client"
 	"github.com/kvasirdb/kvasir/internal/bench"
+	"github.com/kvasirdb/kvasir/internal/sim/loopback"
 )
 
 var kvasirKind = kind{
@@ -41,10 +42,7 @@ type kvasir struct {
 }
 
 func (k *kvasir) start(ctx context.Context) error {
-	first, err := freePorts(40)
-	if err != nil {
-		return err
-	}
+	first := loopback.Base(nil, 40)
 	port := first + 10 // node i has ports from here + 10(i-1), the orchestrator those from 10 below
 	if err := k.kvctl(ctx, "--nodes", strconv.Itoa(replicas), "--port", strconv.Itoa(port), "--detach"); err != nil {
 		return err
@@ -56,6 +54,7 @@ func (k *kvasir) start(ctx context.Context) error {
 	for i := range replicas {
 		endpoints = append(endpoints, address(port+10*i))
 	}
+	var err error
 	k.client, err = client.New(ctx, endpoints)
 	return err
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/kvasirdb/kvasir/internal/bench"
+	"github.com/kvasirdb/kvasir/internal/sim/loopback"
 )
 
 var natsKind = kind{
@@ -44,10 +45,7 @@ cluster { name: peers, listen: "%s", routes: [%s] }
 `
 
 func (n *natsKV) start(ctx context.Context) error {
-	port, err := freePorts(2 * replicas)
-	if err != nil {
-		return err
-	}
+	port := loopback.Base(nil, 2*replicas)
 	var routes []string
 	for i := range replicas {
 		routes = append(routes, fmt.Sprintf("%q", "nats://"+address(port+replicas+i)))

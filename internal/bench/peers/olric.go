@@ -14,6 +14,7 @@ import (
 	"github.com/buraksezer/olric/config"
 
 	"github.com/kvasirdb/kvasir/internal/bench"
+	"github.com/kvasirdb/kvasir/internal/sim/loopback"
 )
 
 var olricKind = kind{
@@ -68,10 +69,7 @@ memberlist:
 `
 
 func (o *olricMap) start(ctx context.Context) error {
-	port, err := freePorts(2 * replicas)
-	if err != nil {
-		return err
-	}
+	port := loopback.Base(nil, 2*replicas)
 	var endpoints []string
 	for i := range replicas {
 		var others []string

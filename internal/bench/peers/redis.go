@@ -15,6 +15,7 @@ import (
 	"github.com/redis/go-redis/v9/maintnotifications"
 
 	"github.com/kvasirdb/kvasir/internal/bench"
+	"github.com/kvasirdb/kvasir/internal/sim/loopback"
 )
 
 const redisServer = "redis-server"
@@ -55,10 +56,7 @@ type redisPrimary struct {
 }
 
 func (r *redisPrimary) start(ctx context.Context) error {
-	port, err := freePorts(replicas)
-	if err != nil {
-		return err
-	}
+	port := loopback.Base(nil, replicas)
 	for i := range replicas {
 		name := fmt.Sprintf("redis%d", i+1)
 		dir := filepath.Join(r.dir, name)

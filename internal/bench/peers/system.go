@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
+	"strconv"
 	"strings"
 
 	"github.com/kvasirdb/kvasir/internal/bench"
@@ -96,3 +98,5 @@ type noScan struct{}
 func (noScan) Scan(context.Context, []byte, int) error {
 	return fmt.Errorf("scan: %w", errors.ErrUnsupported)
 }
+
+func address(port int) string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(port)) }
