@@ -106,8 +106,8 @@ func (c *Client) do(ctx context.Context, req request) (answered, error) {
 			return answered{}, publicError(failure, failedAt, maybeDone)
 		}
 		wait := pause/2 + rand.N(pause)
-		if failure != nil {
-			wait = max(wait, failure.RetryAfter)
+		if failure != nil && failure.RetryAfter > 0 {
+			wait = max(wait, failure.RetryAfter+rand.N(failure.RetryAfter)) // not all that were refused come back at once
 		}
 		pause = min(2*pause, maxPause)
 		select {

@@ -324,7 +324,7 @@ type linked struct {
 }
 
 func (linked) Link(s grpc.BidiStreamingServer[replicav1.LinkRequest, replicav1.LinkResponse]) error {
-	return rpc.Serve(rpc.ReplicaServerStream(s), nil, rpc.Replica, func(_ context.Context, calls []*replicav1.Call, reply func(*replicav1.Reply)) {
+	return rpc.Serve(rpc.ReplicaServerStream(s), nil, rpc.Replica, func(_ context.Context, _ time.Time, calls []*replicav1.Call, reply func(*replicav1.Reply)) {
 		for _, c := range calls {
 			reply(&replicav1.Reply{Id: c.GetId()})
 		}

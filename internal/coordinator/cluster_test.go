@@ -69,6 +69,8 @@ type node struct {
 	loop   *rpc.Loop[*replicav1.Call, *replicav1.Reply]
 	disk   *disk
 	offset atomic.Int64 // of its wall clock, in milliseconds
+	// stalled is for how long its store has taken no writes, as it says.
+	stalled atomic.Int64
 }
 
 // disk is a disk that can be full.
@@ -227,13 +229,14 @@ func (c *cluster) newNode(ctx context.Context, id uint64) *node {
 		CatchUp: func(ctx context.Context, epoch uint64, _ string) error { return refresh(ctx, epoch) },
 		Refuse:  serve, Open: func(uint32, uint32, uint64) bool { return !n.closed.Load() },
 	})
-	n.loop = rpc.NewLoop(rpc.Replica, func(ctx context.Context, calls []*replicav1.Call, reply func(*replicav1.Reply)) {
+	n.loop = rpc.NewLoop(rpc.Replica, func(ctx context.Context, _ time.Time, calls []*replicav1.Call, reply func(*replicav1.Reply)) {
 		n.rep.Handle(ctx, "", calls, reply)
 	})
 	n.coord = coordinator.New(coordinator.Config{
 		Self: id, Fence: n.fence, Clock: n.clock, Hints: n.hints, Peers: n, Logger: logger,
 		Refresh: func(ctx context.Context, epoch, _ uint64) error { return refresh(ctx, epoch) },
-		Refuse:  serve, Metrics: prometheus.NewRegistry(), Evict: func(l coordinator.Laggard) {
+		Refuse:  serve, Stalled: func() time.Duration { return time.Duration(n.stalled.Load()) },
+		Metrics: prometheus.NewRegistry(), Evict: func(l coordinator.Laggard) {
 			if c.evict != nil {
 				c.evict(l)
 			}

@@ -51,7 +51,10 @@ type Config struct {
 	Evict func(Laggard)
 	// Refuse returns why the node must not serve now, or nil.
 	Refuse func() *rpc.Error
-	Logger *slog.Logger
+	// Stalled returns for how long no commit has been let through because flushes or
+	// compactions are behind, 0 when they are not.
+	Stalled func() time.Duration
+	Logger  *slog.Logger
 	// Metrics registers the coordinator's metrics.
 	Metrics prometheus.Registerer
 	// RequestTimeout bounds a request whose caller names no deadline. Default 5 s.
@@ -64,7 +67,8 @@ type Config struct {
 	SlowRead time.Duration
 	// MaxInFlightBytes bounds the writes and repairs on their way. Default 256 MiB.
 	MaxInFlightBytes int64
-	// MaxRequests bounds the requests being served. Default 16384.
+	// MaxRequests is what the bound of the requests being served starts from, and never
+	// exceeds. Default 16384.
 	MaxRequests int64
 	// MaxScans bounds the scans being served. Default 32.
 	MaxScans int64
@@ -97,11 +101,13 @@ const maxEpochRetries = 5
 // Coordinator serves requests. It is safe for concurrent use.
 type Coordinator struct {
 	cfg      Config
-	requests *semaphore.Weighted
+	requests *semaphore.Weighted // for Drain
+	load     *limiter
+	commits  *limiter
 	scans    *semaphore.Weighted
 	inflight *semaphore.Weighted
-	// serving and writing are what the semaphores have handed out.
-	serving, writing atomic.Int64
+	// writing is what inflight has handed out.
+	writing atomic.Int64
 	// background counts work that outlives its request.
 	background sync.WaitGroup
 	checks     *semaphore.Weighted // repair checks beyond R
@@ -118,6 +124,8 @@ func New(cfg Config) *Coordinator {
 	c := &Coordinator{
 		cfg:      cfg,
 		requests: semaphore.NewWeighted(cfg.MaxRequests),
+		load:     newLimiter(processorTarget, cfg.MaxRequests),
+		commits:  newLimiter(commitTarget, cfg.MaxRequests),
 		scans:    semaphore.NewWeighted(cfg.MaxScans),
 		inflight: semaphore.NewWeighted(cfg.MaxInFlightBytes),
 		checks:   semaphore.NewWeighted(256),
@@ -128,6 +136,7 @@ func New(cfg Config) *Coordinator {
 	cfg.Metrics.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Namespace: "kvasir", Subsystem: "coordinator", Name: "hottest_key_ratio", Help: "Share of the keys asked for that is one and the same key, over the last ten seconds or so.",
 	}, c.hot.hottest))
+	c.describeLimits(cfg.Metrics)
 	return c
 }
 
@@ -161,20 +170,19 @@ func (c *Coordinator) begin(ctx context.Context, op operation, r request) (_ con
 	if err := c.cfg.Refuse(); err != nil {
 		return nil, nil, err
 	}
-	if !c.requests.TryAcquire(1) {
-		c.metrics.refused.Inc()
-		return nil, nil, overloaded("requests", c.cfg.MaxRequests)
-	}
-	c.serving.Add(1)
 	start := time.Now()
+	leave, err := c.admit(ctx, op, start)
+	if err != nil {
+		c.metrics.refused.Inc()
+		return nil, nil, err
+	}
 	cancel := func() {}
 	if _, ok := ctx.Deadline(); !ok {
 		ctx, cancel = context.WithTimeout(ctx, c.cfg.RequestTimeout)
 	}
 	end = func(err error) {
 		cancel()
-		c.serving.Add(-1)
-		c.requests.Release(1)
+		leave()
 		took := time.Since(start)
 		c.stats.record(op, took, err)
 		c.metrics.observe(op, took, err)
@@ -205,12 +213,6 @@ func (c *Coordinator) arrive(ctx context.Context, r request) *rpc.Error {
 		return rpc.AsError(err)
 	}
 	return nil
-}
-
-func overloaded(what string, limit int64) *rpc.Error {
-	e := rpc.Errorf(codes.ResourceExhausted, rpc.ReasonOverloaded, "the node is serving as many %s as it can (%d)", what, limit).With("limit", limit)
-	e.RetryAfter = 50 * time.Millisecond
-	return e
 }
 
 // namespace finds a namespace and its topology.
@@ -334,7 +336,7 @@ type InFlight struct {
 // InFlight returns what is being served now.
 func (c *Coordinator) InFlight() InFlight {
 	return InFlight{
-		Requests: c.serving.Load(), MaxRequests: c.cfg.MaxRequests,
+		Requests: c.load.busy.Load(), MaxRequests: c.load.limit.Load(),
 		WriteBytes: c.writing.Load(), MaxWriteBytes: c.cfg.MaxInFlightBytes,
 	}
 }

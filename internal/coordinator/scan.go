@@ -51,7 +51,7 @@ func (c *Coordinator) Scan(ctx context.Context, r *kvv1.ScanRequest) (_ *kvv1.Sc
 	}
 	if !c.scans.TryAcquire(1) {
 		c.metrics.refused.Inc()
-		return nil, overloaded("scans", c.cfg.MaxScans)
+		return nil, overloaded(c.cfg.MaxScans, "it serves %d scans, as many as it takes", c.cfg.MaxScans)
 	}
 	defer c.scans.Release(1)
 	// A page that takes long ends early: there may be little to return in much that was

@@ -297,7 +297,7 @@ func (c *Coordinator) start(job writeJob) (*write, *rpc.Error) {
 	}
 	if !c.inflight.TryAcquire(w.size) {
 		c.metrics.refused.Inc()
-		return nil, overloaded("bytes of writes", c.cfg.MaxInFlightBytes)
+		return nil, overloaded(c.cfg.MaxInFlightBytes, "%d bytes of writes are on their way, as many as it keeps", c.cfg.MaxInFlightBytes)
 	}
 	c.writing.Add(w.size)
 	c.background.Add(1)
@@ -392,7 +392,12 @@ func (w *write) sendTo(n uint64, deadline time.Time, pause time.Duration) {
 		apply.HintTargets = w.hinted
 	}
 	call := &replicav1.Call{Epoch: w.topology.Epoch, Operation: &replicav1.Call_Apply{Apply: apply}}
+	sent := time.Now()
 	err := w.c.cfg.Peers.Go(n, call, deadline, func(_ *replicav1.Reply, err error) {
+		if n == w.c.cfg.Self && w.source == replicav1.Source_SOURCE_FIRST_HAND {
+			now := time.Now()
+			w.c.commits.observe(now, now.Sub(sent))
+		}
 		if err != nil && rpc.AsError(err).Reason == rpc.ReasonNotReady && pause <= maxOpeningPause {
 			time.AfterFunc(pause, func() { w.sendTo(n, deadline, 2*pause) })
 			return

@@ -476,13 +476,25 @@ func median(all []float64) float64 {
 // pin gives the reporting node the last core, and all other processes, this one too, the
 // others.
 func (r *rig) pin() {
-	all := allCores(r.t)
-	if all.Count() < 2 {
-		r.t.Skip("it takes two cores")
+	last, rest := lastCore(r.t)
+	for _, p := range r.status() {
+		if p.Role == devcluster.RoleReporting {
+			setCores(r.t, p.PID, last)
+		} else {
+			setCores(r.t, p.PID, rest)
+		}
 	}
-	last, rest := unix.CPUSet{}, all
+	setCores(r.t, os.Getpid(), rest)
+}
+
+// lastCore returns the last core and the others, of two at least.
+func lastCore(t *testing.T) (last, rest unix.CPUSet) {
+	rest = allCores(t)
+	if rest.Count() < 2 {
+		t.Skip("it takes two cores")
+	}
 	for i := range 1024 {
-		if all.IsSet(i) {
+		if rest.IsSet(i) {
 			last.Zero()
 			last.Set(i)
 		}
@@ -492,14 +504,7 @@ func (r *rig) pin() {
 			rest.Clear(i)
 		}
 	}
-	for _, p := range r.status() {
-		if p.Role == devcluster.RoleReporting {
-			setCores(r.t, p.PID, last)
-		} else {
-			setCores(r.t, p.PID, rest)
-		}
-	}
-	setCores(r.t, os.Getpid(), rest)
+	return last, rest
 }
 
 func allCores(t *testing.T) (set unix.CPUSet) {

@@ -325,7 +325,7 @@ func (n *Node) serve(run context.Context) error {
 		},
 		Refuse: n.refuse, Load: n.load, Open: n.assignments.Open, Address: cfg.Advertise,
 	})
-	n.loop = rpc.NewLoop(rpc.Replica, func(ctx context.Context, calls []*replicav1.Call, reply func(*replicav1.Reply)) {
+	n.loop = rpc.NewLoop(rpc.Replica, func(ctx context.Context, _ time.Time, calls []*replicav1.Call, reply func(*replicav1.Reply)) {
 		n.replica.Handle(ctx, cfg.Advertise, calls, reply)
 	})
 	n.peers = &peers{
@@ -342,7 +342,7 @@ func (n *Node) serve(run context.Context) error {
 			}
 			return n.topologies.refresh(ctx, epoch)
 		},
-		Refuse: n.refuseClients, Metrics: n.registry, Evict: n.reporting.evict,
+		Refuse: n.refuseClients, Stalled: n.store.Stalling, Metrics: n.registry, Evict: n.reporting.evict,
 	})
 	n.replayer = handoff.New(handoff.Config{Fence: n.fence, Hints: n.hints, Peers: n.peers, Logger: cfg.Logger})
 	n.repairer = antientropy.New(antientropy.Config{

@@ -55,20 +55,42 @@ func (s kvService) Trace(ctx context.Context, r *kvv1.TraceRequest) (*kvv1.Trace
 func (s kvService) Session(stream grpc.BidiStreamingServer[kvv1.SessionRequest, kvv1.SessionResponse]) error {
 	md := metadata.Pairs(mdIncarnation, strconv.FormatUint(s.node.id.Incarnation, 10), rpc.MDUptime, strconv.FormatInt(s.node.uptime().Milliseconds(), 10))
 	return rpc.Serve(rpc.KVServerStream(stream), md, rpc.KV,
-		func(ctx context.Context, calls []*kvv1.SessionCall, reply func(*kvv1.SessionReply)) {
+		func(ctx context.Context, received time.Time, calls []*kvv1.SessionCall, reply func(*kvv1.SessionReply)) {
 			var wg sync.WaitGroup
-			for _, c := range calls[1:] {
-				wg.Go(func() { reply(s.serve(ctx, c)) })
+			defer wg.Wait()
+			if calls = s.thin(received, calls, reply); len(calls) == 0 {
+				return
 			}
-			reply(s.serve(ctx, calls[0]))
-			wg.Wait()
+			for _, c := range calls[1:] {
+				wg.Go(func() { reply(s.serve(ctx, received, c)) })
+			}
+			reply(s.serve(ctx, received, calls[0]))
 		})
 }
 
-func (s kvService) serve(ctx context.Context, c *kvv1.SessionCall) *kvv1.SessionReply {
+// thin refuses the requests of a frame that would be refused for the node's load, before
+// anything is spent on them, and returns the others.
+func (s kvService) thin(received time.Time, calls []*kvv1.SessionCall, reply func(*kvv1.SessionReply)) []*kvv1.SessionCall {
+	free := s.Coordinator.Free()
+	if len(calls) <= free {
+		return calls
+	}
+	kept := calls[:0]
+	for _, c := range calls {
+		if c.GetPing() != nil || c.GetTrace() != nil || len(kept) < free {
+			kept = append(kept, c)
+			continue
+		}
+		reply(&kvv1.SessionReply{Id: c.GetId(), Error: s.Coordinator.Full(time.Since(received)).Proto()})
+	}
+	return kept
+}
+
+func (s kvService) serve(ctx context.Context, received time.Time, c *kvv1.SessionCall) *kvv1.SessionReply {
+	s.Coordinator.Waited(time.Since(received))
 	if ms := c.GetTimeoutMs(); ms > 0 {
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, time.Duration(ms)*time.Millisecond)
+		ctx, cancel = context.WithDeadline(ctx, received.Add(time.Duration(ms)*time.Millisecond))
 		defer cancel()
 	}
 	reply := &kvv1.SessionReply{Id: c.GetId()}
@@ -144,7 +166,7 @@ func (s replicaService) Link(stream grpc.BidiStreamingServer[replicav1.LinkReque
 	address := first(in, mdAddress)
 	md := metadata.Pairs(mdIncarnation, strconv.FormatUint(s.node.id.Incarnation, 10))
 	return rpc.Serve(rpc.ReplicaServerStream(stream), md, rpc.Replica,
-		func(ctx context.Context, calls []*replicav1.Call, reply func(*replicav1.Reply)) {
+		func(ctx context.Context, _ time.Time, calls []*replicav1.Call, reply func(*replicav1.Reply)) {
 			s.node.replica.Handle(ctx, address, calls, reply)
 		})
 }

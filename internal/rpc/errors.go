@@ -32,6 +32,8 @@ const (
 	ReasonNotReady = "NOT_READY"
 	// ReasonTooLate: the request came after the time by which it had to begin.
 	ReasonTooLate = "TOO_LATE"
+	// ReasonTooShort: the deadline is before the request would be answered.
+	ReasonTooShort = "DEADLINE_TOO_SHORT"
 	// ReasonOverloaded: a bound is reached; nothing was done.
 	ReasonOverloaded = "OVERLOADED"
 	// ReasonNotEnoughReplicas: fewer live slots than needed; nothing was written.
@@ -115,7 +117,7 @@ func (e *Error) Error() string { return e.Message }
 // be tried again, whatever it was.
 func (e *Error) NothingDone() bool {
 	switch e.Reason {
-	case ReasonNotSent, ReasonStopping, ReasonNotReady, ReasonTooLate, ReasonOverloaded, ReasonNotEnoughReplicas,
+	case ReasonNotSent, ReasonStopping, ReasonNotReady, ReasonTooLate, ReasonTooShort, ReasonOverloaded, ReasonNotEnoughReplicas,
 		ReasonStaleEpoch, ReasonEpochAhead, ReasonNotOwner, ReasonWrongPeer, ReasonBelowPromise, ReasonClockSkew, ReasonDiskFull, ReasonNoLeader:
 		return true
 	}

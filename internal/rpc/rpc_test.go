@@ -44,7 +44,7 @@ func (e *echo) Session(s grpc.BidiStreamingServer[kvv1.SessionRequest, kvv1.Sess
 	return rpc.Serve(rpc.KVServerStream(s), metadata.Pairs("name", "echo"), rpc.KV, e.frame)
 }
 
-func (e *echo) frame(ctx context.Context, calls []call, reply func(reply)) {
+func (e *echo) frame(ctx context.Context, _ time.Time, calls []call, reply func(reply)) {
 	e.frames.Add(1)
 	var wg sync.WaitGroup
 	for _, c := range calls {

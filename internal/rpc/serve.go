@@ -75,9 +75,9 @@ func (s replicaServerStream) RecvFrame() ([]*replicav1.Call, error) {
 	return f.GetCalls(), err
 }
 
-// FrameHandler answers the calls of a frame. It calls reply once for every call,
-// in any order and from any goroutine, before it returns.
-type FrameHandler[C, R any] func(ctx context.Context, calls []C, reply func(R))
+// FrameHandler answers the calls of a frame, which was read at received. It calls reply
+// once for every call, in any order and from any goroutine, before it returns.
+type FrameHandler[C, R any] func(ctx context.Context, received time.Time, calls []C, reply func(R))
 
 // MDUptime is the key of a greeting's metadata with the server's uptime, in
 // milliseconds.
@@ -114,7 +114,8 @@ func Serve[C, R any](stream ServerStream[C, R], md metadata.MD, proto Protocol[C
 			err = context.Cause(ctx)
 			break
 		}
-		handlers.Go(func() { handle(ctx, calls, o.reply) })
+		received := time.Now()
+		handlers.Go(func() { handle(ctx, received, calls, o.reply) })
 	}
 	if errors.Is(err, io.EOF) {
 		err = nil
@@ -270,7 +271,7 @@ func (l *Loop[C, R]) run(ctx context.Context) {
 		}
 		slots <- struct{}{}
 		handlers.Go(func() {
-			l.handle(ctx, calls, func(r R) {
+			l.handle(ctx, now, calls, func(r R) {
 				p := frame[l.proto.ReplyID(r)]
 				if e := ErrorFromProto(l.proto.ReplyError(r)); e != nil {
 					p.done(r, e)

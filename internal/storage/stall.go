@@ -46,6 +46,10 @@ func (s *stalls) present(now time.Time) time.Duration {
 	return now.Sub(s.mu.began)
 }
 
+// Stalling returns for how long no commit has been let through now because flushes or
+// compactions are behind, 0 when they are not.
+func (s *Store) Stalling() time.Duration { return s.stalls.present(time.Now()) }
+
 // Stalled returns for how long in all, since the store was opened, no commit was let
 // through because flushes or compactions were behind.
 func (s *Store) Stalled() time.Duration { return s.stalls.total(time.Now()) }
