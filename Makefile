@@ -14,7 +14,7 @@ IMAGE    ?= kvasir:dev
 AUTONOMY ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test lint race sim sim-long sim-mutants day e2e chaos fuzz proto check-proto image compose-up compose-down test-compose test-prometheus bench-peers bench-floors bench-scale clean
+.PHONY: help build run test lint race sim sim-long sim-mutants day e2e chaos fuzz proto check-proto image compose-up compose-down test-compose test-prometheus bench-peers bench-floors bench-scale bench-quorum clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -105,6 +105,11 @@ bench-floors: build ## Measure what operations are made of, alone, and how far a
 
 bench-scale: ## Measure what grows with nodes: plans, topologies, links
 	KVASIR_SCALE=1 $(GO) test -tags $(TAGS) -count=1 -timeout 30m -v -run '^TestScale$$' ./internal/bench
+
+bench-quorum: build ## Measure what callers wait for by quorum, two of five replicas far, and by read repair; draw it (DURATION=4s of each load, ROUNDS=3 DELAY=20ms JSON=file)
+	KVASIR_QUORUM=$(or $(DURATION),4s) KVASIR_QUORUM_ROUNDS=$(ROUNDS) KVASIR_QUORUM_DELAY=$(DELAY) KVASIR_BIN=$(CURDIR)/$(BIN) \
+		KVASIR_QUORUM_PICTURES=$(CURDIR)/docs/pictures KVASIR_QUORUM_JSON=$(abspath $(JSON)) \
+		$(GO) test -tags $(TAGS) -count=1 -timeout 4h -v -run '^TestQuorum$$' ./internal/bench/quorum
 
 clean: ## Delete what was built
 	rm -rf $(BIN)
