@@ -1,6 +1,7 @@
 package client
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -33,6 +34,8 @@ type request struct {
 	retry bool
 	// hedge allows a second attempt while the first is under way.
 	hedge bool
+	// class is of requests that take about as long, to compare addresses by.
+	class class
 	// writes tells that a failed attempt may leave something behind.
 	writes bool
 	// only, when set, is the one address to ask.
@@ -208,7 +211,9 @@ func (c *Client) nearest(req request) (address string) {
 	if req.only != "" || req.key == nil || !v.topology.Formed() {
 		return req.only
 	}
-	var best candidate
+	now := time.Now()
+	var few [8]candidate
+	all := few[:0]
 	c.replicas(v, req, func(n *topology.Node) {
 		l := c.known(n.Address)
 		if l == nil && c.view.Load() == v {
@@ -217,12 +222,13 @@ func (c *Client) nearest(req request) (address string) {
 		if l == nil || !l.Up() || v.unhealthy[n.Incarnation] || c.avoids(n.Address) {
 			return
 		}
-		cand := candidate{address: n.Address, load: l.Pending(), tie: rand.Uint32()}
-		if best.address == "" || cand.compare(best) < 0 {
-			best = cand
-		}
+		all = append(all, candidate{address: n.Address, load: float64(l.Pending()), pace: l.paces[req.class].now(now), tie: rand.Uint32()})
 	})
-	return best.address
+	if len(all) == 0 {
+		return ""
+	}
+	weigh(all)
+	return slices.MinFunc(all, candidate.compare).address
 }
 
 // replicas visits the nodes that are read for a key.
@@ -246,6 +252,7 @@ func (c *Client) candidates(req request) []string {
 		return []string{req.only}
 	}
 	v := c.view.Load()
+	now := time.Now()
 	var out []candidate
 	add := func(address string, distance int, unhealthy bool) {
 		if slices.ContainsFunc(out, func(o candidate) bool { return o.address == address }) {
@@ -257,7 +264,7 @@ func (c *Client) candidates(req request) []string {
 		case l == nil:
 			cand.rank += 1 // unknown: worth a try, after a replica known to answer
 		case l.Up():
-			cand.load = l.Pending()
+			cand.load, cand.pace = float64(l.Pending()), l.paces[req.class].now(now)
 		default:
 			select {
 			case <-l.Ready():
@@ -289,6 +296,7 @@ func (c *Client) candidates(req request) []string {
 			add(e, 3, false)
 		}
 	}
+	weigh(out)
 	slices.SortFunc(out, candidate.compare)
 	addresses := make([]string, len(out))
 	for i, o := range out {
@@ -300,7 +308,8 @@ func (c *Client) candidates(req request) []string {
 type candidate struct {
 	address string
 	rank    int
-	load    int
+	load    float64 // calls under way
+	pace    float64
 	tie     uint32
 }
 
@@ -309,7 +318,7 @@ func (a candidate) compare(b candidate) int {
 	case a.rank != b.rank:
 		return a.rank - b.rank
 	case a.load != b.load:
-		return a.load - b.load
+		return cmp.Compare(a.load, b.load)
 	case a.tie < b.tie:
 		return -1
 	}
@@ -341,6 +350,7 @@ func (c *Client) attempt(ctx context.Context, req request, address string) (answ
 				return c.take(o.reply, o.address, o.err)
 			}
 		case <-late.C:
+			t.links[0].note(req.class, hedgeAfter) // at least; nobody may be there when it is known
 			others := c.candidates(req)
 			i := slices.IndexFunc(others, func(a string) bool { return a != address })
 			if i >= 0 && c.budget.spend() && t.start(c, req, others[i], deadline) == nil {
@@ -374,8 +384,13 @@ func (t *tries) start(c *Client, req request, address string, deadline time.Time
 	if t.outcomes == nil {
 		t.outcomes = make(chan outcome, len(t.calls))
 	}
-	outcomes := t.outcomes
-	id, err := l.Start(c.message(req), deadline, func(reply *kvv1.SessionReply, err error) { outcomes <- outcome{reply, address, err} })
+	outcomes, began, class := t.outcomes, time.Now(), l.paced(req.class)
+	id, err := l.Start(c.message(req), deadline, func(reply *kvv1.SessionReply, err error) {
+		if err == nil {
+			l.note(class, time.Since(began))
+		}
+		outcomes <- outcome{reply, address, err}
+	})
 	if err != nil {
 		return err
 	}
@@ -402,7 +417,11 @@ func (c *Client) send(ctx context.Context, req request, address string) (answere
 	if err != nil {
 		return answered{}, err
 	}
+	began, class := time.Now(), l.paced(req.class)
 	reply, err := l.Do(ctx, c.message(req))
+	if err == nil {
+		l.note(class, time.Since(began))
+	}
 	return c.take(reply, address, err)
 }
 

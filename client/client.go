@@ -16,11 +16,8 @@ import (
 
 	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/topology"
-	kvv1 "github.com/kvasirdb/kvasir/proto/kvasir/kv/v1"
 	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
 )
-
-type link = rpc.Link[*kvv1.SessionCall, *kvv1.SessionReply]
 
 // Client is a connection to a cluster. It is safe for concurrent use.
 type Client struct {
@@ -338,10 +335,10 @@ func (c *Client) link(address string) (*link, error) {
 	}
 	l := c.mu.links[address]
 	if l == nil {
-		l = rpc.NewLink(rpc.LinkConfig{
+		l = &link{Link: rpc.NewLink(rpc.LinkConfig{
 			Transport: c.transport, Address: address, Peer: "node", WallClock: c.cfg.wall,
 			PingInterval: 300 * time.Millisecond, StallAfter: time.Second, StartWithin: 600 * time.Millisecond,
-		}, rpc.KV)
+		}, rpc.KV)}
 		c.mu.links[address] = l
 	}
 	return l, nil

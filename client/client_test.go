@@ -105,6 +105,49 @@ func TestCallsAreSpreadOverReplicas(t *testing.T) {
 	})
 }
 
+// Nodes that are far are asked less often than by chance, and no more so once they are near.
+func TestFarNodesAreAskedSeldom(t *testing.T) {
+	world(t, sim.Config{Seed: 1, Nodes: 3, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
+		far := w.Host("node3")
+		w.Net.SetLatency(func(from, to string) (base, jitter time.Duration) {
+			if from == far || to == far {
+				return 20 * time.Millisecond, 0
+			}
+			return time.Millisecond, 0
+		})
+		c := w.Client()
+		defer c.Close()
+		served := func() int {
+			n := 0
+			for i := range 300 {
+				key := fmt.Appendf(nil, "k%d", i)
+				receipt, err := c.Put(context.Background(), key, nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				rec, err := c.Get(context.Background(), key)
+				if err != nil {
+					t.Fatal(err)
+				}
+				for _, by := range []string{receipt.Coordinator, rec.Receipt.Coordinator} {
+					if by == "node3" {
+						n++
+					}
+				}
+			}
+			return n
+		}
+		if n := served(); n == 0 || n > 20 {
+			t.Errorf("%d of 600 operations went to the far node", n)
+		}
+		w.Net.SetLatency(func(string, string) (base, jitter time.Duration) { return time.Millisecond, 0 })
+		time.Sleep(10 * time.Second)
+		if n := served(); n < 100 {
+			t.Errorf("%d of 600 operations went to the node that is not far any more", n)
+		}
+	})
+}
+
 func TestNoCluster(t *testing.T) {
 	world(t, sim.Config{Seed: 1, Nodes: 1, Orchestrators: 1}, func(t *testing.T, w *sim.World) {
 		dial := client.WithDialer(w.Net.Dialer("10.0.2.1"))

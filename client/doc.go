@@ -1,7 +1,8 @@
 // Package client is the Go client of Kvasir.
 //
-// A Client goes straight to a replica of each key, follows changes of the cluster,
-// and goes round nodes that do not answer:
+// A Client goes straight to a replica of each key, the one with the least to do among
+// those that are near, follows changes of the cluster, and goes round nodes that do not
+// answer:
 //
 //	c, err := client.New(ctx, []string{"127.0.0.1:7400", "127.0.0.1:7410"})
 //	if err != nil {

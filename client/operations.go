@@ -48,7 +48,7 @@ func (c *Client) Put(ctx context.Context, key, value []byte, opts ...CallOption)
 		return Receipt{}, err
 	}
 	a, err := c.do(ctx, request{
-		key: key, namespace: cc.namespace, retry: !cc.noRetries, writes: true,
+		key: key, namespace: cc.namespace, retry: !cc.noRetries, writes: true, class: aWrite,
 		make: func(epoch, token uint64) *kvv1.SessionCall {
 			return &kvv1.SessionCall{Request: &kvv1.SessionCall_Put{Put: &kvv1.PutRequest{
 				Namespace: cc.namespace, Key: key, Value: value, WriteQuorum: cc.w, TtlMs: uint64(cc.ttl.Milliseconds()),
@@ -67,7 +67,7 @@ func (c *Client) Delete(ctx context.Context, key []byte, opts ...CallOption) (Re
 		return Receipt{}, err
 	}
 	a, err := c.do(ctx, request{
-		key: key, namespace: cc.namespace, retry: !cc.noRetries, writes: true,
+		key: key, namespace: cc.namespace, retry: !cc.noRetries, writes: true, class: aWrite,
 		make: func(epoch, token uint64) *kvv1.SessionCall {
 			return &kvv1.SessionCall{Request: &kvv1.SessionCall_Delete{Delete: &kvv1.DeleteRequest{
 				Namespace: cc.namespace, Key: key, WriteQuorum: cc.w, Token: token, Epoch: epoch, Trace: cc.trace,
@@ -90,7 +90,7 @@ func (c *Client) Get(ctx context.Context, key []byte, opts ...CallOption) (Value
 		least = &kvv1.Version{Timestamp: cc.minVersion.Timestamp, Incarnation: cc.minVersion.Incarnation}
 	}
 	a, err := c.do(ctx, request{
-		key: key, namespace: cc.namespace, retry: true, hedge: cc.replica == "" && !cc.trace, replica: cc.replica,
+		key: key, namespace: cc.namespace, retry: true, class: aGet, hedge: cc.replica == "" && !cc.trace, replica: cc.replica,
 		make: func(epoch, token uint64) *kvv1.SessionCall {
 			return &kvv1.SessionCall{Request: &kvv1.SessionCall_Get{Get: &kvv1.GetRequest{
 				Namespace: cc.namespace, Key: key, ReadQuorum: cc.r, ReadRepair: kvv1.ReadRepair(cc.repair),
