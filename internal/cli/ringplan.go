@@ -336,6 +336,12 @@ func sortPlanned(nodes []plannedDoc) {
 func (r planRequest) nodes(t *topology.Topology) ([]*planned, error) {
 	var out []*planned
 	slots := t.SlotCounts(quorum.MaxN)
+	inherited := map[uint64]bool{} // slots of a directory whose place another one takes are that one's
+	for i := range t.Nodes {
+		if n := &t.Nodes[i]; slots[n.Incarnation] > 0 {
+			inherited[t.Resolve(n.Name).Incarnation] = true
+		}
+	}
 	zones := map[string]int{}
 	next := uint64(0)
 	for i := range t.Nodes {
@@ -344,7 +350,7 @@ func (r planRequest) nodes(t *topology.Topology) ([]*planned, error) {
 		if n.Role != topology.Data && r.kind != "decommission" {
 			continue // it has no slots, and copies come and go by themselves
 		}
-		p := &planned{Node: placement.Node{ID: n.Incarnation, Zone: n.Zone}, name: n.Name, exists: true, used: slots[n.Incarnation] > 0}
+		p := &planned{Node: placement.Node{ID: n.Incarnation, Zone: n.Zone}, name: n.Name, exists: true, used: inherited[n.Incarnation]}
 		out = append(out, p)
 		if p.used {
 			zones[n.Zone]++
@@ -375,7 +381,7 @@ func (r planRequest) nodes(t *topology.Topology) ([]*planned, error) {
 			if err != nil {
 				return nil, err
 			}
-			if p.used || slots[p.ID] > 0 {
+			if p.used || inherited[p.ID] {
 				return nil, usagef("%s has slots already: only spares can be added", p.name)
 			}
 			p.used = true
@@ -386,7 +392,7 @@ func (r planRequest) nodes(t *topology.Topology) ([]*planned, error) {
 		return nil, usagef("--add %d: want names, or a number up to %d", count, maxAdded)
 	}
 	for _, p := range out {
-		if count > 0 && !p.used && !p.removed && slots[p.ID] == 0 {
+		if count > 0 && !p.used && !p.removed && !inherited[p.ID] && t.Resolve(p.name).Incarnation == p.ID {
 			p.used = true
 			zones[p.Zone]++
 			count--

@@ -89,6 +89,31 @@ func TestPlanRing(t *testing.T) {
 }
 
 // Plans for a thousand nodes with 65,536 vnodes take seconds.
+// While a new directory takes the place of a node's, what that node had is the new one's:
+// nothing is planned to go to the old one.
+func TestPlanWhileANodeIsRefilled(t *testing.T) {
+	top := ringOf(t, "z", "z", "z", "z")
+	top.Nodes = append(top.Nodes, topology.Node{Incarnation: 5, Name: "node2", Zone: "z", Role: topology.Data})
+	for i := range top.Ring {
+		for j := range top.Ring[i].Slots {
+			if s := &top.Ring[i].Slots[j]; s.Node == 2 && i%2 == 0 {
+				s.Node = 5
+			}
+		}
+	}
+	for _, strategy := range []string{"even", "split"} {
+		d, err := planRing(top, planRequest{remove: []string{"node4"}, strategy: strategy}, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range d.Moves {
+			if m.To.Incarnation == 2 {
+				t.Fatalf("%s moves a slot to the old directory: %+v", strategy, m)
+			}
+		}
+	}
+}
+
 func TestPlanRingScales(t *testing.T) {
 	if testing.Short() {
 		t.Skip("plans 196,608 slots")

@@ -96,6 +96,20 @@ func TestASuccessorGetsNoSecondSlot(t *testing.T) {
 	}
 }
 
+// A directory whose place another one has taken gets no slot, not even of that one.
+func TestNothingMovesToAnOldDirectory(t *testing.T) {
+	c := formed(t)
+	c.must(wiped("n1", 2)) // #4
+	c.must(setVnode(2, replacing(1, 4), stable(2), stable(3)))
+	c.must(setVnode(2, stable(4), stable(2), stable(3)))
+	for slot, from := range []uint64{4, 2, 3} {
+		_, err := c.apply(&topologyv1.Mutation{Kind: &topologyv1.Mutation_StartOperation{StartOperation: &topologyv1.StartOperation{Operation: &topologyv1.Operation{
+			Kind: "drain", Title: "test", Moves: []*topologyv1.Move{{Vnode: 2, Slot: uint32(slot), From: from, To: 1}},
+		}}}})
+		wantRefusal(t, err, topology.Invalid, "BAD_MOVE")
+	}
+}
+
 func TestMovingASlot(t *testing.T) {
 	c := formed(t)
 	c.must(register("n4", 0, 1, "d"))

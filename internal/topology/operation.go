@@ -276,6 +276,8 @@ func (t *Topology) checkMoves(moves []Move) (after [][]uint64, _ error) {
 			return nil, bad("it is at %s, not %s", t.NodeName(nodes[m.Slot]), t.NodeName(m.From))
 		case to == nil || to.Role != Data:
 			return nil, bad("%s is no data node", t.NodeName(m.To))
+		case t.Resolve(to.Name).Incarnation != m.To: // its slots are about to be another's
+			return nil, bad("#%d has taken the place of %s, #%d", t.Resolve(to.Name).Incarnation, to.Name, to.Incarnation)
 		}
 		for j, n := range nodes { // or is about to take the place of a directory that has
 			if n == m.To || j != m.Slot && t.NodeName(n) == t.NodeName(m.To) {
