@@ -20,7 +20,6 @@ import (
 type counted struct {
 	bench.Store
 	overloaded, late, other atomic.Int64
-	first                   atomic.Pointer[error] // of the others
 }
 
 func (c *counted) Read(ctx context.Context, key []byte) error {
@@ -40,7 +39,6 @@ func (c *counted) count(err error) error {
 		c.late.Add(1)
 	default:
 		c.other.Add(1)
-		c.first.CompareAndSwap(nil, &err)
 	}
 	return err
 }
@@ -90,17 +88,23 @@ func TestE2EOverload(t *testing.T) {
 	if err := bench.Fill(context.Background(), fill); err != nil {
 		t.Fatal(err)
 	}
-	peak, _ := run(64, 0, 20*time.Second)
+	var peak bench.Result
+	most := 0 // threads
+	for _, threads := range []int{64, 256, 64, 256} {
+		if res, _ := run(threads, 0, 10*time.Second); res.PerSecond > peak.PerSecond {
+			peak, most = res, threads
+		}
+	}
 	before := resident(nodes)
 
 	const factor = 4
-	most := before
+	largest := before
 	ctx, cancel := context.WithCancel(context.Background())
 	watched := make(chan struct{})
 	go func() {
 		defer close(watched)
 		for ctx.Err() == nil {
-			most = max(most, resident(nodes))
+			largest = max(largest, resident(nodes))
 			time.Sleep(500 * time.Millisecond)
 		}
 	}()
@@ -113,26 +117,26 @@ func TestE2EOverload(t *testing.T) {
 		if time.Since(ended) > 30*time.Second {
 			t.Fatalf("30 s after the overload %.0f operations/s succeed and %d failed (%s)", after.PerSecond, after.Errors, after.FirstError)
 		}
-		after, _ = run(64, 0, 3*time.Second)
+		after, _ = run(most, 0, 3*time.Second)
 	}
 	asked := float64(over.Operations+over.Errors) / over.Elapsed.Seconds()
 	var table strings.Builder
-	fmt.Fprintln(&table, "| | operations/s | read p50, p99 | update p50, p99 | refused as overloaded | after the deadline | largest node |\n|---|---|---|---|---|---|---|")
-	row := func(what string, res bench.Result, refused, late, bytes int64) {
+	fmt.Fprintln(&table, "| | operations/s | read p50, p99 | update p50, p99 | refused as overloaded | too late | failed otherwise | largest node |\n|---|---|---|---|---|---|---|---|")
+	row := func(what string, res bench.Result, s *counted, bytes int64) {
 		ms := func(k bench.Kind) string {
 			return fmt.Sprintf("%.0f, %.0f ms", float64(res.Kinds[k].P50)/1e3, float64(res.Kinds[k].P99)/1e3)
 		}
-		fmt.Fprintf(&table, "| %s | %.0f | %s | %s | %d | %d | %d MiB |\n", what, res.PerSecond, ms(bench.Read), ms(bench.Update), refused, late, bytes>>20)
+		fmt.Fprintf(&table, "| %s | %.0f | %s | %s | %d | %d | %d | %d MiB |\n", what, res.PerSecond, ms(bench.Read), ms(bench.Update), s.overloaded.Load(), s.late.Load(), s.other.Load(), bytes>>20)
 	}
-	row("64 threads, as much as is done", peak, 0, 0, before)
-	row(fmt.Sprintf("%.1f times as much asked", asked/peak.PerSecond), over, s.overloaded.Load(), s.late.Load(), most)
-	row(fmt.Sprintf("64 threads, %.0f s later", time.Since(ended).Seconds()), after, 0, 0, resident(nodes))
+	row(fmt.Sprintf("as much as %d threads get done", most), peak, &counted{}, before)
+	row(fmt.Sprintf("%.1f times as much asked", asked/peak.PerSecond), over, s, largest)
+	row(fmt.Sprintf("as before, %.0f s later", time.Since(ended).Seconds()), after, &counted{}, resident(nodes))
 	t.Logf("goodput %.2f of the peak\n%s", over.PerSecond/peak.PerSecond, table.String())
 	if s.overloaded.Load() == 0 {
 		t.Error("nothing was refused as overloaded")
 	}
-	if n := s.other.Load(); n > 0 {
-		t.Errorf("%d operations failed for other reasons: %v", n, *s.first.Load())
+	if n := s.other.Load(); n > s.overloaded.Load()/100 {
+		t.Errorf("%d operations failed for other reasons, the first of all by %s", n, over.FirstError)
 	}
 	if over.PerSecond < 0.7*peak.PerSecond {
 		t.Errorf("%.0f operations/s succeeded, less than 70%% of %.0f", over.PerSecond, peak.PerSecond)
