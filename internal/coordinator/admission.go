@@ -32,8 +32,7 @@ const (
 
 // limiter bounds what is under way, so that queues within the node stay short: when
 // the mean wait of a window is above the target the bound falls by a fifth, from what
-// was under way; when it is not and the bound was nearly reached, it rises by a
-// sixteenth (Chiu and Jain, "Analysis of the increase and decrease algorithms", 1989).
+// was under way; when it is not, it rises by a sixteenth (Chiu and Jain, "Analysis of the increase and decrease algorithms", 1989).
 // It judges by waits within this node, as Zhou et al. do ("Overload control for
 // scaling WeChat microservices", 2018), and not by how long requests take: those wait
 // for other nodes, and a slow peer is no reason to refuse what concerns others.
@@ -85,10 +84,10 @@ func (l *limiter) observe(now time.Time, waited time.Duration) {
 		return
 	}
 	m.mean, m.judged = m.sum/time.Duration(m.n), now
-	switch limit := l.limit.Load(); {
-	case m.mean > l.target:
+	limit := l.limit.Load()
+	if m.mean > l.target {
 		l.limit.Store(max(min(limit, m.peak)*4/5, min(leastLimit, l.most)))
-	case m.peak >= limit*3/4:
+	} else {
 		l.limit.Store(min(limit+limit/16+1, l.most))
 	}
 	m.began, m.sum, m.n, m.peak = now, 0, 0, 0

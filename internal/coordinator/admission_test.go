@@ -126,8 +126,8 @@ func TestOverloadedNodeServesFewer(t *testing.T) {
 		if refused := load(200 * time.Millisecond); refused == 0 {
 			t.Error("no request was refused though all waited 200 ms")
 		}
-		if f := n.coord.InFlight(); f.MaxRequests != 64 || f.Requests != 0 {
-			t.Errorf("the limit is %d with %d under way, want 64 and 0", f.MaxRequests, f.Requests)
+		if f := n.coord.InFlight(); f.Limit != 64 || f.Requests != 0 {
+			t.Errorf("the limit is %d with %d under way, want 64 and 0", f.Limit, f.Requests)
 		}
 		load(time.Millisecond)
 		if refused := load(time.Millisecond); refused > 0 {

@@ -330,13 +330,14 @@ func (c *Coordinator) Trace(ctx context.Context, r *kvv1.TraceRequest) (*kvv1.Tr
 // InFlight says how much a coordinator has to do, and its bounds.
 type InFlight struct {
 	Requests, MaxRequests     int64
+	Limit                     int64 // of requests, at present
 	WriteBytes, MaxWriteBytes int64
 }
 
 // InFlight returns what is being served now.
 func (c *Coordinator) InFlight() InFlight {
 	return InFlight{
-		Requests: c.load.busy.Load(), MaxRequests: c.load.limit.Load(),
+		Requests: c.load.busy.Load(), MaxRequests: c.cfg.MaxRequests, Limit: c.load.limit.Load(),
 		WriteBytes: c.writing.Load(), MaxWriteBytes: c.cfg.MaxInFlightBytes,
 	}
 }

@@ -5,8 +5,8 @@ import (
 	"time"
 )
 
-// A limit follows what is under way down while waits are long, and what is asked for up
-// again while they are short.
+// A limit follows what is under way down while waits are long, and rises again while they
+// are short.
 func TestLimiter(t *testing.T) {
 	l := newLimiter(10*time.Millisecond, 1000)
 	now := time.Unix(1_000_000, 0)
@@ -39,27 +39,15 @@ func TestLimiter(t *testing.T) {
 	if got := l.limit.Load(); got != leastLimit {
 		t.Errorf("the limit fell to %d, want %d", got, leastLimit)
 	}
-	for range 450 {
-		l.leave()
-	}
 	window(5*time.Millisecond, 20) // the present one has waits of before
 	if got := window(5*time.Millisecond, 20); got <= leastLimit {
-		t.Errorf("with 50 of 64 under way that wait little the limit is still %d", got)
-	}
-	for range 50 {
-		l.leave()
-	}
-	if got := window(0, 20); got != window(0, 20) {
-		t.Errorf("the limit rose to %d though nothing was under way", got)
-	}
-	for range 500 {
-		l.enter(1000)
+		t.Errorf("with short waits the limit is still %d", got)
 	}
 	for range 100 {
 		window(5*time.Millisecond, 20)
 	}
-	if got := l.limit.Load(); got < 600 || got > 1000 {
-		t.Errorf("with 500 under way that wait little the limit became %d", got)
+	if got := l.limit.Load(); got != 1000 {
+		t.Errorf("after ten seconds of short waits the limit is %d, want 1000", got)
 	}
 	if now = now.Add(2 * time.Second); l.wait(now) != 0 {
 		t.Error("a wait of long ago counts")

@@ -128,7 +128,7 @@ func (n *Node) status() *adminv1.NodeStatus {
 func (n *Node) queues() []*adminv1.QueueDepth {
 	f := n.coordinator.InFlight()
 	return []*adminv1.QueueDepth{
-		{Name: "requests", Depth: uint64(f.Requests), Capacity: uint64(f.MaxRequests)},
+		{Name: "requests", Depth: uint64(f.Requests), Capacity: uint64(f.Limit)},
 		{Name: "write_bytes", Depth: uint64(f.WriteBytes), Capacity: uint64(f.MaxWriteBytes)},
 		{Name: "replica_calls", Depth: uint64(n.peers.pending())},
 		{Name: "hints_to_write", Depth: uint64(n.hints.Queued())},
