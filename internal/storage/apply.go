@@ -297,7 +297,7 @@ func (c *Commit) sync() error {
 		err = s.diskFailed(err) // while readers wait
 	}
 	if err == nil {
-		s.unmarked.Store(true)
+		s.unmark()
 		now := time.Now()
 		s.delays.note(now.Sub(c.begun), now)
 	}

@@ -215,7 +215,7 @@ func (s *Store) VoidCertificates(places ...Place) error {
 	if err := s.commit(func() error { return b.Commit(pebble.Sync) }); err != nil {
 		return fmt.Errorf("void certificates of %d vnodes: %w", len(voided), err)
 	}
-	s.unmarked.Store(true)
+	s.unmark()
 	for _, store := range stores {
 		store()
 	}
@@ -252,7 +252,7 @@ func (s *Store) changeCollection(namespace, vnode uint32, change func(*Collectio
 		c.state.Store(old) // nobody was promised anything
 		return err
 	}
-	s.unmarked.Store(true)
+	s.unmark()
 	c.state.Store(&next)
 	return nil
 }

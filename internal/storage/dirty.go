@@ -113,7 +113,7 @@ func (s *Store) markDirty(b *pebble.Batch, nowMillis int64, places []Place) erro
 	if err := errors.Join(append(errs, b.Close())...); err != nil {
 		return fmt.Errorf("mark vnodes dirty: %w", err)
 	}
-	s.unmarked.Store(true)
+	s.unmark()
 	s.dirty.mu.Lock()
 	defer s.dirty.mu.Unlock()
 	for _, d := range marks {

@@ -113,7 +113,7 @@ func (i *Ingest) Finish(ctx context.Context) error {
 		i.remove()
 		return fmt.Errorf("take in %s: %w", i.path, noRoom(err))
 	}
-	s.unmarked.Store(true)
+	s.unmark()
 	for _, k := range i.keys { // after the records are visible, as in apply
 		s.trees.touch(vnodeID{i.place.Namespace, i.place.Vnode}, k[recordPrefixLen:])
 	}

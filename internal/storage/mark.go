@@ -152,14 +152,14 @@ func (m *markFile) update(change func(*mark)) error {
 const proveInterval = 5 * time.Second
 
 // prove writes the mark as it is unless it was written within an interval, so that a
-// disk that takes nothing any more shows.
-func (m *markFile) prove(interval time.Duration) error {
+// disk that takes nothing any more shows. It returns after how long it is to be called again.
+func (m *markFile) prove(interval time.Duration) (again time.Duration, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if time.Since(m.mu.synced) < interval {
-		return nil
+	if rest := interval - time.Since(m.mu.synced); rest > 0 {
+		return rest, nil
 	}
-	return m.write(m.mu.mark)
+	return interval, m.write(m.mu.mark)
 }
 
 // write writes the next mark and returns when it is on disk.

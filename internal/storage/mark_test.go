@@ -11,6 +11,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
@@ -381,6 +383,49 @@ func FuzzDecodeMark(f *testing.F) {
 		m, err := decodeMark(b)
 		if err == nil && !bytes.Equal(m.encode(), b) {
 			t.Fatalf("%x decodes and encodes to %x", b, m.encode())
+		}
+	})
+}
+
+// The mark follows commits within its interval, however many they are, and is written now
+// and then while there are none; in between nothing is.
+func TestMarkFollowsCommits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := open(t, vfs.NewMem())
+		defer func() {
+			closeStore(t, s)
+			time.Sleep(time.Minute)
+		}()
+		interval := s.cfg.MarkInterval
+		// written returns how often the mark was while a time passed.
+		written := func(d time.Duration) uint64 {
+			before := s.mark.load().generation
+			time.Sleep(d)
+			synctest.Wait()
+			return s.mark.load().generation - before
+		}
+		written(interval) // what opening has left
+		for range 3 {
+			tail := s.mark.load().tail
+			for i := range 10 {
+				put(t, s, write(fmt.Sprint(i), value(1, "x")))
+			}
+			if n := written(interval - 1); n != 0 {
+				t.Fatalf("the mark was written %d times before its interval was over", n)
+			}
+			put(t, s, write("late", value(1, "x")))
+			if n := written(1); n != 1 || s.mark.load().tail != tail+1 {
+				t.Fatalf("after an interval the mark was written %d times, and vouches for %d after %d", n, s.mark.load().tail, tail)
+			}
+			if n := written(proveInterval - 1); n != 0 {
+				t.Fatalf("the mark was written %d times without a commit", n)
+			}
+			if n := written(1); n != 1 {
+				t.Fatalf("while there was no commit the mark was written %d times", n)
+			}
+		}
+		if n := written(time.Minute); n != uint64(time.Minute/proveInterval) {
+			t.Fatalf("the mark was written %d times in an idle minute", n)
 		}
 	})
 }

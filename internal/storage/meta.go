@@ -27,7 +27,7 @@ func (s *Store) setMeta(name string, value []byte) error {
 	if err := s.commit(func() error { return s.db.Set(metaKey(name), value, pebble.Sync) }); err != nil {
 		return fmt.Errorf("write %s: %w", name, err)
 	}
-	s.unmarked.Store(true)
+	s.unmark()
 	return nil
 }
 

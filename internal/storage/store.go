@@ -123,6 +123,8 @@ type Store struct {
 
 	// unmarked is set when there are synced commits that the mark does not vouch for.
 	unmarked atomic.Bool
+	// toMark holds a token when unmarked was set.
+	toMark   chan struct{}
 	marking  sync.Mutex // held by writeMark
 	lostTail string
 	hintSeq  atomic.Uint64
@@ -186,7 +188,7 @@ func Open(cfg Config) (*Store, error) {
 	case err != nil:
 		return nil, fmt.Errorf("%w: %s (%w)", ErrInUse, cfg.Dir, err)
 	}
-	s := &Store{cfg: cfg, disk: cfg.FS, lock: lock, latches: newLatches(cfg.VersionCacheEntries, cfg.RecordCacheBytes), stop: make(chan struct{}), damaged: make(chan struct{}), attention: make(chan struct{}, 1), rewriting: make(chan struct{}, 1)}
+	s := &Store{cfg: cfg, disk: cfg.FS, lock: lock, latches: newLatches(cfg.VersionCacheEntries, cfg.RecordCacheBytes), stop: make(chan struct{}), toMark: make(chan struct{}, 1), damaged: make(chan struct{}), attention: make(chan struct{}, 1), rewriting: make(chan struct{}, 1)}
 	s.latches.simulated = cfg.SyncDelay != nil
 	s.suspects.tables = map[string]string{}
 	s.inflight.commits = map[*Commit]time.Time{}
@@ -324,21 +326,41 @@ func (s *Store) ReserveClock(t hlc.Timestamp) error {
 	return s.mark.update(func(m *mark) { m.reserved = max(m.reserved, t) })
 }
 
-// keepMark writes the mark while commits go on, and now and then while there are none:
-// else nobody would notice that the disk of an idle node has gone.
+// unmark notes that there are synced commits that the mark does not vouch for.
+func (s *Store) unmark() {
+	if s.unmarked.Load() || s.unmarked.Swap(true) {
+		return // what clears it comes after the sync of the caller's commit
+	}
+	select {
+	case s.toMark <- struct{}{}:
+	default:
+	}
+}
+
+// keepMark writes the mark an interval after the first commit that it does not vouch for,
+// and now and then while there are none: else nobody would notice that the disk of an idle
+// node has gone.
 func (s *Store) keepMark() {
-	tick := time.NewTicker(s.cfg.MarkInterval)
-	defer tick.Stop()
+	due := time.NewTimer(proveInterval)
+	defer due.Stop()
 	for {
 		select {
 		case <-s.stop:
 			return
-		case <-tick.C:
-			if err := errors.Join(s.writeMark(), s.mark.prove(proveInterval)); err != nil {
-				s.fatal(err)
-				return
-			}
+		case <-s.toMark:
+			due.Reset(s.cfg.MarkInterval)
+			continue
+		case <-due.C:
 		}
+		rest, err := time.Duration(0), s.writeMark()
+		if err == nil {
+			rest, err = s.mark.prove(proveInterval)
+		}
+		if err != nil {
+			s.fatal(err)
+			return
+		}
+		due.Reset(rest)
 	}
 }
 

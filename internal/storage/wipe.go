@@ -77,7 +77,7 @@ func (s *Store) wipe(b *pebble.Batch, places []Place) error {
 	if err := s.commit(func() error { return b.Commit(pebble.Sync) }); err != nil {
 		return fmt.Errorf("wipe %d vnodes: %w", len(places), err)
 	}
-	s.unmarked.Store(true)
+	s.unmark()
 	s.trees.forget(func(id vnodeID) bool { return wiped[id] })
 	return nil
 }
