@@ -259,10 +259,12 @@ func openPorts(bind *net.TCPAddr, logger *log.Logger) (*memberlist.NetTransport,
 }
 
 // SetMeta replaces what is said about this process. It spreads within some gossip
-// intervals; of several changes in quick succession, only the last may spread.
+// intervals; of several changes in quick succession, only the last may spread. To say the
+// same again costs nothing.
 func (g *Gossip) SetMeta(m Meta) {
-	g.table.setMeta(m)
-	signal(g.respread)
+	if g.table.setMeta(m) {
+		signal(g.respread)
+	}
 }
 
 // spread passes on new metadata of this process.

@@ -163,6 +163,29 @@ func TestMembersComeAndGo(t *testing.T) {
 
 // A member that is started anew before its death was noticed, at another address, is
 // taken for an impostor until then.
+// Who says again what he has said already sends nothing for it.
+func TestUnchangedMetaIsNotSpread(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newGroup(t)
+		defer g.stop()
+		for i := 1; i <= 3; i++ {
+			g.start(fmt.Sprint("n", i), at(i), func(c *Config) { c.Meta = Meta{Incarnation: uint64(i)} }, at(1))
+		}
+		g.waitAlive(time.Minute, "n1", "n2", "n3")
+		time.Sleep(10 * time.Second) // the news of the beginning are told
+		before := g.net.packets()
+		const seconds = 30
+		for range seconds {
+			g.all["n1"].SetMeta(Meta{Incarnation: 1})
+			time.Sleep(time.Second)
+		}
+		// A question and an answer of each member every second are the probes.
+		if n := g.net.packets() - before; n > 3*2*(seconds+1) {
+			t.Errorf("%d packets were sent in %d s", n, seconds)
+		}
+	})
+}
+
 func TestQuickRestartElsewhere(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newGroup(t)

@@ -1,6 +1,7 @@
 package gossip
 
 import (
+	"bytes"
 	"cmp"
 	"slices"
 	"sync"
@@ -50,10 +51,14 @@ func newTable(meta Meta) *table {
 	return t
 }
 
-func (t *table) setMeta(m Meta) {
+// setMeta reports whether that is anything new.
+func (t *table) setMeta(m Meta) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.mu.meta = m.encode()
+	now := m.encode()
+	changed := !bytes.Equal(now, t.mu.meta)
+	t.mu.meta = now
+	return changed
 }
 
 // anew forgets the members, and listens to the next run of the library only: timers of

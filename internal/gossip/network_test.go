@@ -15,6 +15,7 @@ type network struct {
 	mu    sync.Mutex
 	hosts map[string]*host
 	side  map[string]int
+	sent  int // packets
 }
 
 func newNetwork() *network {
@@ -67,6 +68,13 @@ func (n *network) split(side int, at ...string) {
 	}
 }
 
+// packets returns how many packets have been sent.
+func (n *network) packets() int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.sent
+}
+
 func (h *host) here() *net.UDPAddr {
 	h.net.mu.Lock()
 	defer h.net.mu.Unlock()
@@ -96,6 +104,9 @@ func (h *host) FinalAdvertiseAddr(string, int) (net.IP, int, error) {
 
 func (h *host) WriteTo(b []byte, addr string) (time.Time, error) {
 	now := time.Now()
+	h.net.mu.Lock()
+	h.net.sent++
+	h.net.mu.Unlock()
 	if to := h.reach(addr); to != nil {
 		select {
 		case to.packets <- &memberlist.Packet{Buf: b, From: h.here(), Timestamp: now}:
