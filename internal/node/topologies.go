@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -190,11 +191,16 @@ func (t *topologies) observed(incarnation uint64) *topologyv1.NodeHealth {
 	return t.mu.health[incarnation]
 }
 
+// setHealth takes in what an orchestrator says, again and again. Watchers hear of what is
+// new in it.
 func (t *topologies) setHealth(health map[uint64]*topologyv1.NodeHealth) {
 	t.mu.Lock()
+	same := maps.EqualFunc(t.mu.health, health, func(a, b *topologyv1.NodeHealth) bool { return proto.Equal(a, b) })
 	t.mu.health = health
 	t.mu.Unlock()
-	t.signal()
+	if !same {
+		t.signal()
+	}
 }
 
 // orchestrators returns the addresses of all orchestrators that are known.

@@ -14,6 +14,7 @@ import (
 	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/storage"
 	"github.com/kvasirdb/kvasir/internal/topology"
+	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
 )
 
 // Requests are served by a new topology at once, however slow the disk is; that the
@@ -85,4 +86,50 @@ func TestTopologyIsInUseBeforeItIsTaken(t *testing.T) {
 		cancel()
 		<-ended
 	})
+}
+
+// What an orchestrator says of the nodes again wakes nobody; what is new does.
+func TestWatchersHearOfNewHealth(t *testing.T) {
+	store, err := storage.Open(storage.Config{FS: vfs.NewMem(), Dir: "d", Logger: slog.New(slog.DiscardHandler), Fatal: func(err error) { t.Error(err) }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	tops := newTopologies(store, replica.NewFence(&topology.Topology{}), nil, rpc.Transport{}, "c", nil, slog.New(slog.DiscardHandler))
+	said := func(states ...topologyv1.NodeHealth_State) map[uint64]*topologyv1.NodeHealth {
+		out := map[uint64]*topologyv1.NodeHealth{}
+		for i, s := range states {
+			out[uint64(i+1)] = &topologyv1.NodeHealth{Incarnation: uint64(i + 1), State: s}
+		}
+		return out
+	}
+	const well, ill = topologyv1.NodeHealth_STATE_HEALTHY, topologyv1.NodeHealth_STATE_UNHEALTHY
+	for _, step := range []struct {
+		what   string
+		health map[uint64]*topologyv1.NodeHealth
+		heard  bool
+	}{
+		{"the first word", said(well, well), true},
+		{"the same", said(well, well), false},
+		{"an ill node", said(well, ill), true},
+		{"the same", said(well, ill), false},
+		{"another node", said(well, ill, well), true},
+		{"no orchestrator", nil, true},
+		{"still none", nil, false},
+	} {
+		changed := tops.changed()
+		tops.setHealth(step.health)
+		heard := false
+		select {
+		case <-changed:
+			heard = true
+		default:
+		}
+		if heard != step.heard {
+			t.Errorf("%s: watchers heard of it: %v", step.what, heard)
+		}
+		if len(step.health) > 0 && tops.observed(1).GetState() != well {
+			t.Errorf("%s: node 1 is %v", step.what, tops.observed(1))
+		}
+	}
 }
