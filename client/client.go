@@ -337,7 +337,7 @@ func (c *Client) link(address string) (*link, error) {
 	if l == nil {
 		l = &link{Link: rpc.NewLink(rpc.LinkConfig{
 			Transport: c.transport, Address: address, Peer: "node", WallClock: c.cfg.wall,
-			PingInterval: 300 * time.Millisecond, StallAfter: time.Second, StartWithin: 600 * time.Millisecond,
+			PingInterval: 500 * time.Millisecond, StallAfter: time.Second, StartWithin: 600 * time.Millisecond,
 		}, rpc.KV)}
 		c.mu.links[address] = l
 	}

@@ -30,7 +30,8 @@ type LinkConfig struct {
 	MaxPending int
 	// OpenTimeout bounds one attempt to connect. Default 1 s.
 	OpenTimeout time.Duration
-	// PingInterval is how often the other side is pinged. Default 500 ms.
+	// PingInterval is how often the other side is pinged; less than StallAfter, or its
+	// silence is noticed late. Default 1 s.
 	PingInterval time.Duration
 	// StallAfter is how long the other side may owe replies without sending any,
 	// before it counts as gone. Default 1.5 s.
@@ -53,7 +54,7 @@ func (c *LinkConfig) setDefaults() {
 		c.OpenTimeout = time.Second
 	}
 	if c.PingInterval == 0 {
-		c.PingInterval = 500 * time.Millisecond
+		c.PingInterval = time.Second
 	}
 	if c.StallAfter == 0 {
 		c.StallAfter = 1500 * time.Millisecond
@@ -80,6 +81,7 @@ type Link[C, R any] struct {
 	made   time.Time
 	ready  chan struct{} // closed when the first attempt to connect has ended
 	retry  chan struct{} // holds a token when the next attempt should not wait
+	sooner chan struct{} // holds a token when watch should look before it meant to
 
 	mu struct {
 		sync.Mutex
@@ -89,6 +91,8 @@ type Link[C, R any] struct {
 		conn    *grpc.ClientConn
 		closed  bool
 		lastErr error
+		// look is when watch means to look next at what is pending.
+		look time.Time
 	}
 	cancel  context.CancelFunc
 	stopped sync.WaitGroup
@@ -108,7 +112,7 @@ type pending[C, R any] struct {
 func NewLink[C, R any](cfg LinkConfig, proto Protocol[C, R]) *Link[C, R] {
 	cfg.setDefaults()
 	ctx, cancel := context.WithCancel(context.Background())
-	l := &Link[C, R]{cfg: cfg, proto: proto, cancel: cancel, made: time.Now(), ready: make(chan struct{}), retry: make(chan struct{}, 1)}
+	l := &Link[C, R]{cfg: cfg, proto: proto, cancel: cancel, made: time.Now(), ready: make(chan struct{}), retry: make(chan struct{}, 1), sooner: make(chan struct{}, 1)}
 	l.mu.pending = map[uint64]*pending[C, R]{}
 	l.mu.queue = newQueue[*pending[C, R]]()
 	l.stopped.Go(func() { l.run(ctx) })
@@ -124,12 +128,8 @@ func (l *Link[C, R]) Ready() <-chan struct{} { return l.ready }
 // Retry has a link that is down connect at once: there is a sign that the peer is
 // back.
 func (l *Link[C, R]) Retry() {
-	if l.Up() {
-		return
-	}
-	select {
-	case l.retry <- struct{}{}:
-	default:
+	if !l.Up() {
+		signal(l.retry)
 	}
 }
 
@@ -181,7 +181,11 @@ func (l *Link[C, R]) Start(call C, deadline time.Time, done func(R, error)) (uin
 	l.mu.nextID++
 	p.id = l.mu.nextID
 	l.mu.pending[p.id] = p
+	sooner := deadline.Add(giveUpAfter).Before(l.mu.look)
 	l.mu.Unlock()
+	if sooner {
+		signal(l.sooner)
+	}
 	if !q.push(p) {
 		// The stream ended in between, and failed all pending calls, this one too
 		// unless it came too late for that.
@@ -526,21 +530,33 @@ func (l *Link[C, R]) receive(stream ClientStream[C, R], heard func()) error {
 	}
 }
 
+// giveUpAfter is how long after its deadline a call is given up at the latest. Whoever made
+// it mostly has a timer of his own, and many calls are given up at once.
+const giveUpAfter = 250 * time.Millisecond
+
 // watch pings the other side, gives up calls past their deadline, and returns true
 // when the other side owes replies and sends none.
 func (l *Link[C, R]) watch(ctx context.Context, heard func() time.Time) (stalled bool) {
-	tick := time.NewTicker(l.cfg.PingInterval)
-	defer tick.Stop()
+	ping := time.Now() // when the next is due
+	timer := time.NewTimer(0)
+	defer timer.Stop()
 	for {
-		l.ping()
 		select {
 		case <-ctx.Done():
 			return false
-		case now := <-tick.C:
-			if oldest := l.expire(now); !oldest.IsZero() && now.Sub(oldest) > l.cfg.StallAfter && now.Sub(heard()) > l.cfg.StallAfter {
-				return true
-			}
+		case <-l.sooner:
+		case <-timer.C:
 		}
+		now := time.Now()
+		if !now.Before(ping) {
+			l.ping()
+			ping = now.Add(l.cfg.PingInterval)
+		}
+		next, stalled := l.look(now, ping, heard())
+		if stalled {
+			return true
+		}
+		timer.Reset(next.Sub(now))
 	}
 }
 
@@ -560,25 +576,48 @@ func (l *Link[C, R]) ping() {
 	})
 }
 
-// expire gives up calls past their deadline, and returns when the oldest of the
-// others was sent.
-func (l *Link[C, R]) expire(now time.Time) (oldest time.Time) {
-	var late []*pending[C, R]
+// look gives up calls past their deadline, and tells whether the other side is silent: it
+// owes replies for too long and has sent nothing since. Else next is when to look again, at
+// the latest at the next ping.
+func (l *Link[C, R]) look(now, ping, heard time.Time) (next time.Time, silent bool) {
+	var late, unsent []*pending[C, R]
+	var oldest time.Time // when the oldest call without a reply was sent
+	next = ping
 	l.mu.Lock()
 	for id, p := range l.mu.pending {
-		if now.After(p.deadline) {
+		switch giveUp := p.deadline.Add(giveUpAfter); {
+		case now.After(p.deadline) && p.sentAt.IsZero():
+			unsent = append(unsent, p)
+			delete(l.mu.pending, id)
+		case now.After(p.deadline):
 			late = append(late, p)
 			delete(l.mu.pending, id)
+		case giveUp.Before(next):
+			next = giveUp
 		}
 		// A call given up still shows that the other side owes a reply.
 		if !p.sentAt.IsZero() && (oldest.IsZero() || p.sentAt.Before(oldest)) {
 			oldest = p.sentAt
 		}
 	}
+	if !oldest.IsZero() {
+		if heard.After(oldest) {
+			oldest = heard
+		}
+		stall := oldest.Add(l.cfg.StallAfter)
+		silent = !now.Before(stall)
+		if stall.Before(next) {
+			next = stall
+		}
+	}
+	l.mu.look = next
 	l.mu.Unlock()
 	var zero R
+	for _, p := range unsent { // and never will be: prepare passes over it
+		p.done(zero, l.notSent(context.DeadlineExceeded))
+	}
 	for _, p := range late {
 		p.done(zero, Errorf(codes.DeadlineExceeded, ReasonDeadline, "%s did not reply in time", l.cfg.Peer).With("peer", l.cfg.Peer))
 	}
-	return oldest
+	return next, silent
 }

@@ -37,14 +37,15 @@ func (q *queue[T]) push(item T) bool {
 	first := len(q.mu.items) == 1
 	q.mu.Unlock()
 	if first {
-		q.signal()
+		signal(q.wake)
 	}
 	return true
 }
 
-func (q *queue[T]) signal() {
+// signal puts a token into a channel that holds one, unless it is there.
+func signal(c chan struct{}) {
 	select {
-	case q.wake <- struct{}{}:
+	case c <- struct{}{}:
 	default:
 	}
 }
@@ -68,7 +69,7 @@ func (q *queue[T]) take(size func(T) int) []T {
 	frame := q.mu.items[:n:n]
 	if rest := q.mu.items[n:]; len(rest) > 0 {
 		q.mu.items = rest
-		q.signal()
+		signal(q.wake)
 	} else {
 		q.mu.items = nil
 	}

@@ -282,6 +282,82 @@ func TestLinkNoticesASilentPeer(t *testing.T) {
 	})
 }
 
+// Silence is noticed by pings where nothing else is asked: a while after the first one that
+// is not answered, whenever the silence began. A link that is idle asks no more than that.
+func TestLinkNoticesSilenceWhileIdle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		e := &echo{}
+		w.serve(e)
+		l := w.link(nil)
+		<-l.Ready()
+		const interval, stall = time.Second, 1500 * time.Millisecond // the defaults
+		for phase := time.Duration(0); phase < interval; phase += 130 * time.Millisecond {
+			before := e.frames.Load()
+			time.Sleep(30 * time.Second)
+			if n := e.frames.Load() - before; n < 29 || n > 31 {
+				t.Fatalf("an idle link sent %d frames in 30 s", n)
+			}
+			time.Sleep(phase)
+			w.net.Cut("server", "client")
+			cut := time.Now()
+			for l.Up() {
+				time.Sleep(time.Millisecond)
+			}
+			// A frame that was under way when the silence began was the last one heard.
+			if took := time.Since(cut); took < stall-100*time.Millisecond || took > interval+stall+100*time.Millisecond {
+				t.Errorf("silence that began after %s was noticed after %s", phase, took)
+			}
+			w.net.Heal("server", "client")
+			for !l.Up() {
+				time.Sleep(time.Millisecond)
+			}
+		}
+		l.Close()
+		w.end()
+	})
+}
+
+// Calls are given up soon after their deadline, also on a link that was idle, and with
+// deadlines that are closer than the next ping.
+func TestCallsAreGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		block := make(chan struct{})
+		w.serve(&echo{handle: func(context.Context, call) *rpc.Error { <-block; return nil }})
+		l := w.link(nil)
+		<-l.Ready()
+		time.Sleep(10*time.Second + 10*time.Millisecond) // just after a ping
+		began := time.Now()
+		type end struct {
+			after time.Duration
+			err   error
+		}
+		ends := map[time.Duration]chan end{}
+		for _, d := range []time.Duration{700, 300, 50, 3000, 301} {
+			d *= time.Millisecond
+			c := make(chan end, 1)
+			ends[d] = c
+			if err := l.Go(get("a"), began.Add(d), func(_ reply, err error) { c <- end{time.Since(began), err} }); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for d, c := range ends {
+			e := <-c
+			wantReason(t, e.err, rpc.ReasonDeadline)
+			if e.after < d || e.after > d+250*time.Millisecond {
+				t.Errorf("a call with a deadline after %s was given up after %s", d, e.after)
+			}
+		}
+		if n := l.Pending(); n > 1 { // a ping may be
+			t.Errorf("%d calls are pending", n)
+		}
+		close(block)
+		l.Close()
+		w.end()
+	})
+}
+
 func TestLinkRefusal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
