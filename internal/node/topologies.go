@@ -62,6 +62,8 @@ type topologies struct {
 	prepare, settle func(*topology.Topology) error
 	// seal is the last recovery that the node was sealed for, or nil.
 	seal atomic.Pointer[adminv1.Seal]
+	// hashed is what settingsHash found out last: whoever probes the node asks again and again.
+	hashed atomic.Pointer[hashedSettings]
 	// wrong is the epoch, if any, of which the node had another topology than was agreed on.
 	wrong atomic.Uint64
 	// kept is the epoch that the disk has followed, problem why it follows no further.
@@ -302,11 +304,26 @@ func (t *topologies) check(ctx context.Context, address string, d *topologyv1.To
 // of which the topology was wrong: the orchestrators then note that, and make another epoch.
 func (t *topologies) settingsHash() uint64 {
 	cur := t.current()
-	hash := cur.Settings.Hash()
+	hash := t.hashOf(cur)
 	if cur.Epoch != 0 && t.wrong.Load() == cur.Epoch {
 		return ^(hash + cur.Epoch) // another one every time
 	}
 	return hash
+}
+
+// hashedSettings is the hash of a topology's settings.
+type hashedSettings struct {
+	of   *topology.Topology
+	hash uint64
+}
+
+func (t *topologies) hashOf(cur *topology.Topology) uint64 {
+	if h := t.hashed.Load(); h != nil && h.of == cur {
+		return h.hash
+	}
+	h := &hashedSettings{cur, cur.Settings.Hash()}
+	t.hashed.Store(h)
+	return h.hash
 }
 
 // refreshPause keeps requests from asking again and again for a topology that

@@ -272,7 +272,7 @@ func (o *Orchestrator) leaderAddress() (string, bool) {
 const leadInterval = 200 * time.Millisecond
 
 // hurryInterval is how often the leader has so many nodes probed while it waits for
-// what they say: of many less often, as each probe is a connection.
+// what they say: of many less often.
 func hurryInterval(nodes int) time.Duration {
 	return max(200*time.Millisecond, time.Duration(nodes)*2*time.Millisecond)
 }

@@ -34,10 +34,12 @@ const (
 
 // watch looks at one node again and again until ctx ends.
 func (h *probes) watch(ctx context.Context, incarnation uint64, hurry <-chan struct{}) {
+	var l line
+	defer func() { l.close() }()
 	for {
 		t := h.o.machine.topology()
 		if n := t.Node(incarnation); n != nil {
-			h.look(ctx, t, n)
+			h.look(ctx, t, n, &l)
 		}
 		select {
 		case <-ctx.Done():
@@ -50,13 +52,13 @@ func (h *probes) watch(ctx context.Context, incarnation uint64, hurry <-chan str
 
 // look looks at a node once: it probes it, and where that or what was heard speaks
 // against the node, it asks others anew before it judges.
-func (h *probes) look(ctx context.Context, t *topology.Topology, n *topology.Node) {
+func (h *probes) look(ctx context.Context, t *topology.Topology, n *topology.Node, l *line) {
 	began, checks := time.Now(), t.Settings.HealthChecks
 	timeout := checks.Timeout
 	if h.word(n.Incarnation) == gossipDead {
 		timeout = min(timeout, suspectTimeout)
 	}
-	r := h.ask(ctx, n, timeout)
+	r := h.probe(ctx, n, timeout, l)
 	f := h.evidence(t, n.Incarnation, r, began.Add(-2*checks.Interval-checks.Timeout)).find()
 	if !f.passed && ctx.Err() == nil {
 		h.askAround(ctx, t, n.Incarnation, min(timeout, witnessTimeout))
@@ -73,15 +75,91 @@ type reply struct {
 	said   string
 }
 
-// ask asks a node for its status, notes that, and tells what kind of answer it was.
-func (h *probes) ask(ctx context.Context, n *topology.Node, timeout time.Duration) reply {
+// line is the connection on which a node answered last, if any.
+type line struct {
+	cc      *grpc.ClientConn
+	address string
+}
+
+func (l *line) close() {
+	if l.cc != nil {
+		l.cc.Close()
+	}
+	*l = line{}
+}
+
+// lineAlone is the part of a probe's time after which it is made on a new connection, too.
+const lineAlone = 0.25
+
+// probe asks a node for its status: on the line where there is one, for a connection costs
+// a node that is idle more than all else that it is asked. What keeps it from answering only
+// a new connection tells, so that is made as soon as the line fails, or is slow; and whichever
+// brings an answer first, counts.
+func (h *probes) probe(ctx context.Context, n *topology.Node, timeout time.Duration, l *line) reply {
+	if l.cc == nil || l.address != n.Address {
+		l.close()
+		return h.ask(ctx, n, timeout, l)
+	}
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	old, fresh := make(chan *adminv1.NodeStatus, 1), make(chan reply, 1)
+	go func() {
+		resp, err := adminv1.NewStatusServiceClient(l.cc).GetNodeStatus(ctx, &adminv1.GetNodeStatusRequest{})
+		if err == nil && resp.GetStatus().GetIncarnation() == n.Incarnation {
+			old <- resp.GetStatus()
+		}
+		close(old)
+	}()
+	slow := time.NewTimer(time.Duration(lineAlone * float64(timeout)))
+	defer slow.Stop()
+	select {
+	case s := <-old:
+		if s != nil {
+			return h.answered(n, s)
+		}
+	case <-slow.C:
+	}
+	var next line
+	go func() { fresh <- h.ask(ctx, n, timeout, &next) }()
+	answers := old
+	for {
+		select {
+		case s := <-answers:
+			answers = nil
+			if s == nil {
+				continue
+			}
+			cancel()
+			<-fresh
+			next.close()
+			return h.answered(n, s)
+		case r := <-fresh:
+			cancel()
+			for range old { // until it has ended
+			}
+			l.close()
+			*l = next
+			return r
+		}
+	}
+}
+
+var errHungUp = errors.New("the connection has ended")
+
+// ask asks a node for its status on a new connection, notes that, and tells what kind of
+// answer it was. The line gets the connection if there was one.
+func (h *probes) ask(ctx context.Context, n *topology.Node, timeout time.Duration, l *line) reply {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	// The dialer sees what an error of the call does not tell: whether somebody listens.
-	var connected, nobody atomic.Bool
+	// Once there was an answer it dials no more: a line that ends stays so.
+	var connected, nobody, over atomic.Bool
 	transport := h.o.transport
 	dial := transport.Dial
 	transport.Dial = func(ctx context.Context, address string) (c net.Conn, err error) {
+		if over.Load() {
+			return nil, errHungUp
+		}
 		c, err = dial(ctx, address)
 		if err == nil {
 			connected.Store(true)
@@ -96,15 +174,23 @@ func (h *probes) ask(ctx context.Context, n *topology.Node, timeout time.Duratio
 	if err != nil {
 		return reply{strange, err.Error()}
 	}
-	defer cc.Close()
 	resp, err := adminv1.NewStatusServiceClient(cc).GetNodeStatus(ctx, &adminv1.GetNodeStatusRequest{}, grpc.WaitForReady(true))
+	over.Store(true)
 	if err != nil {
+		cc.Close()
 		return failed(rpc.AsError(err), connected.Load(), nobody.Load())
 	}
 	status := resp.GetStatus()
 	if got := status.GetIncarnation(); got != n.Incarnation {
+		cc.Close()
 		return reply{strange, fmt.Sprintf("#%d answers at its address", got)}
 	}
+	*l = line{cc, n.Address}
+	return h.answered(n, status)
+}
+
+// answered takes in what a node says of itself.
+func (h *probes) answered(n *topology.Node, status *adminv1.NodeStatus) reply {
 	h.o.noteEpoch(status.GetEpoch())
 	h.heard(n.Incarnation, status)
 	return answerOf(status, h.o.machine.topology().Formed())
@@ -142,7 +228,11 @@ func answerOf(s *adminv1.NodeStatus, formed bool) reply {
 func (h *probes) askAround(ctx context.Context, t *topology.Topology, about uint64, timeout time.Duration) {
 	var asking sync.WaitGroup
 	for _, p := range h.witnesses(t, about) {
-		asking.Go(func() { h.ask(ctx, p, timeout) })
+		asking.Go(func() {
+			var l line
+			h.ask(ctx, p, timeout, &l)
+			l.close()
+		})
 	}
 	asking.Wait()
 }

@@ -189,7 +189,7 @@ func TestSlowNode(t *testing.T) {
 				return 50 * time.Microsecond, 100 * time.Microsecond
 			})
 		}
-		slow(200 * time.Millisecond) // a probe takes three of them, 500 ms are allowed
+		slow(300 * time.Millisecond) // a probe takes two of them, 500 ms are allowed
 		operate(t, c, 3*time.Second)
 		for range 20 {
 			operate(t, c, time.Second)
