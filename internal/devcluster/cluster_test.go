@@ -3,9 +3,11 @@ package devcluster
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -19,6 +21,16 @@ import (
 
 func TestMain(m *testing.M) {
 	fakedaemon.Main()
+	flag.Parse()
+	asked := false
+	flag.Visit(func(f *flag.Flag) { asked = asked || f.Name == "test.parallel" })
+	if !asked {
+		// Tests that run beside others wait for clocks and processes most of the time: as
+		// many at once as there are cores would leave the cores idle.
+		if err := flag.Set("test.parallel", strconv.Itoa(max(4, runtime.GOMAXPROCS(0)))); err != nil {
+			panic(err)
+		}
+	}
 	os.Exit(m.Run())
 }
 

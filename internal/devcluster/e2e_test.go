@@ -82,6 +82,39 @@ func startIn(t *testing.T, nodes, orchestrators, zones int, nodeArgs ...string) 
 	return startWith(t, devcluster.Settings{Nodes: nodes, Orchestrators: orchestrators, Zones: zones, ReplaceAfter: 10 * time.Minute}, nodeArgs...)
 }
 
+// ports are those of the clusters that run now, first and count.
+var ports struct {
+	sync.Mutex
+	taken map[int]int
+}
+
+// freePorts returns the first of so many free ports. They are no other test's until this
+// one ends, whether something listens there yet or not.
+func freePorts(t *testing.T, count int) int {
+	ports.Lock()
+	defer ports.Unlock()
+	for {
+		base := loopback.Base(t, count)
+		overlaps := false
+		for other, n := range ports.taken {
+			overlaps = overlaps || base < other+n && other < base+count
+		}
+		if overlaps {
+			continue
+		}
+		if ports.taken == nil {
+			ports.taken = map[int]int{}
+		}
+		ports.taken[base] = count
+		t.Cleanup(func() {
+			ports.Lock()
+			defer ports.Unlock()
+			delete(ports.taken, base)
+		})
+		return base
+	}
+}
+
 // startWith starts a cluster with settings but for its ports.
 func startWith(t *testing.T, settings devcluster.Settings, nodeArgs ...string) *rig {
 	t.Helper()
@@ -99,12 +132,12 @@ func startWith(t *testing.T, settings devcluster.Settings, nodeArgs ...string) *
 	r := &rig{t: t, rng: rand.New(rand.NewPCG(seed, 1))}
 	dir := t.TempDir()
 	for tries := 0; ; tries++ {
-		nodes := settings.Nodes
+		nodes := settings.Nodes + 5 // that tests add
 		if settings.Autonomy {
 			nodes += 20 // that are launched
 		}
 		below := settings.Orchestrators + settings.Reporting
-		settings.Port = loopback.Base(t, 10*(nodes+below)) + 10*below
+		settings.Port = freePorts(t, 10*(nodes+below)) + 10*below
 		r.cluster, err = devcluster.Create(context.Background(), filepath.Join(dir, strconv.Itoa(tries)), settings, devcluster.Options{BinDir: bin, NodeArgs: nodeArgs})
 		var busy *devcluster.PortsBusyError
 		if errors.As(err, &busy) && tries < 5 {
@@ -346,6 +379,7 @@ func TestE2EKillsInTurnFailNothing(t *testing.T) {
 // With every orchestrator dead: writes and reads go on, a new client connects, a
 // node restarts and serves; also after kill −9 of all nodes.
 func TestE2EWithoutOrchestrators(t *testing.T) {
+	besideOthers(t)
 	r := start(t, 3, 3)
 	c := r.client()
 	ctx := context.Background()
@@ -707,6 +741,7 @@ func TestE2ERandomKillsLoseNothing(t *testing.T) {
 
 // What is exported is what was imported, row by row, up to order.
 func TestE2EExportEqualsImport(t *testing.T) {
+	besideOthers(t)
 	r := start(t, 3, 1)
 	bin, err := binaries()
 	if err != nil {

@@ -37,6 +37,7 @@ func (r *rig) kvctlCode(args ...string) (string, int) {
 // The orchestrator's directory is deleted: kvctl recover, a start with its file, and all is
 // as before, with the records, and a ring that can be changed.
 func TestE2ERecover(t *testing.T) {
+	besideOthers(t)
 	r := start(t, 3, 1)
 	c := r.client()
 	put := func(key, value string) {

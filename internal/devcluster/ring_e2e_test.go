@@ -293,11 +293,18 @@ func (l *load) end() {
 	took := time.Since(l.began)
 	l.t.Logf("%d operations in %s, %.0f/s, the slowest took %s", l.done.Load(), took.Round(time.Second),
 		float64(l.done.Load())/took.Seconds(), l.slowest.Round(time.Millisecond))
-	for i := range l.last {
-		for k := range loadKeys {
-			l.check(context.Background(), i, k)
-		}
+	const readers = 16 // one alone would take most of a short run's time
+	var reading sync.WaitGroup
+	for r := range readers {
+		reading.Go(func() {
+			for i := r; i < len(l.last); i += readers {
+				for k := range loadKeys {
+					l.check(context.Background(), i, k)
+				}
+			}
+		})
 	}
+	reading.Wait()
 }
 
 // From three nodes to four, to eight (in full length) and back to three, under load: no
