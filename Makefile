@@ -27,7 +27,7 @@ run: build ## Run a cluster of three nodes on this machine until Ctrl-C (ARGS="-
 	@exec $(BIN)/kvctl dev $(ARGS)
 
 test: lint ## Run everything a change must pass
-	$(GO) test -tags $(TAGS) -timeout 15m ./...
+	$(GO) test -vet=off -tags $(TAGS) -timeout 15m ./...
 
 lint: ## Check formatting, vet and staticcheck
 	@unformatted="$$(gofmt -l cmd client deploy internal)"; if [ -n "$$unformatted" ]; then echo "gofmt: $$unformatted"; exit 1; fi

@@ -27,7 +27,7 @@ func TestMain(m *testing.M) {
 	if !asked {
 		// Tests that run beside others wait for clocks and processes most of the time: as
 		// many at once as there are cores would leave the cores idle.
-		if err := flag.Set("test.parallel", strconv.Itoa(max(4, runtime.GOMAXPROCS(0)))); err != nil {
+		if err := flag.Set("test.parallel", strconv.Itoa(max(3, runtime.GOMAXPROCS(0)))); err != nil {
 			panic(err)
 		}
 	}

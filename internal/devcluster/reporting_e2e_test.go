@@ -169,9 +169,10 @@ func transfer(teller, n int) string { return fmt.Sprintf("transfer/%02d/%07d", t
 // sync, or behind where none is to be.
 func (r *rig) setReporting(policy topologyv1.ReportingPolicy) {
 	r.t.Helper()
-	copies := uint32(1)
+	// In a short run others keep the cores busy for longer than the default.
+	copies, timeout := uint32(1), uint64(scale(1500*time.Millisecond, topology.DefaultReportingTimeout).Milliseconds())
 	_, err := r.control("orch1").UpdateNamespace(context.Background(), &adminv1.UpdateNamespaceRequest{Name: topology.DefaultNamespace, Settings: &adminv1.NamespaceSettings{
-		ReportingPolicy: &policy, ReportingCopies: &copies,
+		ReportingPolicy: &policy, ReportingCopies: &copies, ReportingTimeoutMs: &timeout,
 	}})
 	if err != nil {
 		r.t.Fatal(err)
@@ -183,10 +184,11 @@ func (r *rig) setReporting(policy topologyv1.ReportingPolicy) {
 	r.copiesAre(state)
 }
 
-// copiesAre waits until all copies of the namespace default are in a state.
+// copiesAre waits until all copies of the namespace default are in a state. One that is let
+// go of again and again, where the cores are busy, stays out for longer each time.
 func (r *rig) copiesAre(state topology.CopyState) {
 	r.t.Helper()
-	r.eventually(time.Minute, func() string {
+	r.eventually(scale(3*time.Minute, time.Minute), func() string {
 		t := r.topology()
 		for v := range t.Vnodes {
 			copies := t.Copies(v, t.Namespace(topology.DefaultNamespace).ID)
@@ -231,7 +233,7 @@ func TestE2EReportsAreExact(t *testing.T) {
 			try(scale(time.Second, 5*time.Second))
 			l.takeSlowest()
 			away := func() {
-				time.Sleep(3 * time.Second) // what is under way ends, or is let go on
+				time.Sleep(scale(5*time.Second, 3*time.Second)) // what is under way ends, or is let go on
 				was := l.sum()
 				try(3 * time.Second)
 				went := l.sum() - was

@@ -209,7 +209,7 @@ type load struct {
 	}
 }
 
-const loadKeys = 500
+var loadKeys = scale(50, 500)
 
 func loadKey(caller, k int) []byte { return fmt.Appendf(nil, "load/%d/%d", caller, k) }
 

@@ -164,12 +164,11 @@ func (s *Store) Lift(id uint64) error {
 // damaged tables written anew. Where a stretch cannot be cut out the store says that it is
 // damaged. After other errors more may have to be inspected before the next try.
 func (s *Store) Cut(ctx context.Context) error {
-	uncut := union(s.quarantines.load())
-	tables, err := s.hit(uncut)
+	before, err := s.virtual()
 	if err != nil {
 		return err
 	}
-	for _, stretch := range uncut {
+	for _, stretch := range union(s.quarantines.load()) {
 		if err := s.commit(s.db.Flush); err != nil {
 			return err // what is cut out of the log would be cut out again by a flush
 		}
@@ -193,7 +192,7 @@ func (s *Store) Cut(ctx context.Context) error {
 			return err
 		}
 	}
-	return s.tidy(ctx, tables)
+	return s.tidy(ctx, before)
 }
 
 // union joins the stretches that are to be cut out where they overlap: damage of one may
@@ -306,26 +305,27 @@ func (q *Quarantine) endsIn(t *pebble.SSTableInfo) bool {
 	return bytes.Compare(q.upper, t.Largest.UserKey) <= 0
 }
 
-// hit returns the names of the tables that may have records in some stretches.
-func (s *Store) hit(stretches []Quarantine) (map[string]bool, error) {
+// virtual returns the tables that are parts of others.
+func (s *Store) virtual() (map[string]bool, error) {
 	levels, err := s.db.SSTables()
 	if err != nil {
 		return nil, readError(err)
 	}
-	names := map[string]bool{}
+	nums := map[string]bool{}
 	for _, level := range levels {
 		for i := range level {
-			if slices.ContainsFunc(stretches, func(q Quarantine) bool { return q.hits(&level[i]) }) {
-				names[tableName(&level[i])] = true
+			if level[i].Virtual {
+				nums[level[i].FileNum.String()] = true
 			}
 		}
 	}
-	return names, nil
+	return nums, nil
 }
 
-// tidy has what is left of tables written anew, so that damaged bytes leave the disk. None
-// of them is read any more; damage that is met on the way is inspected like any other.
-func (s *Store) tidy(ctx context.Context, tables map[string]bool) error {
+// tidy has what is left of tables written anew, so that damaged bytes leave the disk; what
+// was a part of a table before is left alone. None of those bytes is read any more; damage
+// that is met on the way is inspected like any other.
+func (s *Store) tidy(ctx context.Context, before map[string]bool) error {
 	levels, err := s.db.SSTables()
 	if err != nil {
 		return readError(err)
@@ -333,7 +333,7 @@ func (s *Store) tidy(ctx context.Context, tables map[string]bool) error {
 	for _, level := range levels {
 		for i := range level {
 			t := &level[i]
-			if !t.Virtual || !tables[tableName(t)] || !s.live(t) {
+			if !t.Virtual || before[t.FileNum.String()] || !s.live(t) {
 				continue
 			}
 			if err := s.rewrite(ctx, t); err != nil && ctx.Err() == nil {
