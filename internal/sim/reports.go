@@ -144,6 +144,15 @@ func (r *run) readVnode(node, name, namespace string, vnode uint32) {
 	r.checker.Reported(op, records, func(key string) bool { return r.topologies.latest().VnodeOf([]byte(key)) == vnode })
 }
 
+// readHotVnodes asks a reporting node, for three seconds, for vnodes of keys that are written
+// often.
+func (r *run) readHotVnodes(node string, rng *rand.Rand) {
+	for end := time.Now().Add(3 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) {
+		p := hot(Space{Name: reported[rng.IntN(len(reported))]}, rng.IntN(hotKeys))
+		r.readVnode(node, "reader of "+node, p.Namespace, r.topologies.latest().VnodeOf([]byte(p.Key)))
+	}
+}
+
 // setReporting sets the rules of a namespace.
 func (r *run) setReporting(namespace string, policy topologyv1.ReportingPolicy, copies uint32, timeout time.Duration) error {
 	ctx, cancel := context.WithTimeout(context.Background(), opTimeout)
@@ -230,7 +239,7 @@ func (r *run) notInSync() string {
 func (f *faults) reportingNode(rng *rand.Rand) {
 	name := fmt.Sprint("report", 1+rng.IntN(reportingNodes))
 	w := f.r.w
-	switch rng.IntN(10) {
+	switch rng.IntN(12) {
 	case 0, 1:
 		how := Crash(rng.IntN(2))
 		f.note("reporting node "+[]string{"kill -9", "power cut"}[how], "%s", name)
@@ -242,10 +251,11 @@ func (f *faults) reportingNode(rng *rand.Rand) {
 		w.Pause(name)
 		pause(rng, 10)
 		w.Resume(name)
-	case 4:
+	case 4, 10, 11: // it hears of no eviction, and gets nothing: for as long as its lease lasts it may answer
 		f.note("reporting node cut off", "%s", name)
 		w.Isolate(name)
-		pause(rng, 12)
+		f.r.readHotVnodes(name, rng)
+		pause(rng, 9)
 		w.Reconnect(name)
 	case 5: // it goes on answering, and hears of no eviction
 		f.note("reporting node cut off from the orchestrators", "%s", name)
