@@ -14,7 +14,7 @@ IMAGE    ?= kvasir:dev
 AUTONOMY ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help build run test lint race sim sim-long sim-mutants day e2e chaos fuzz proto check-proto image compose-up compose-down test-compose test-prometheus bench-peers bench-floors bench-scale bench-quorum clean
+.PHONY: help build run test lint race sim sim-long sim-mutants day e2e chaos fuzz proto check-proto image compose-up compose-down test-compose test-prometheus bench-peers bench-floors bench-size bench-scale bench-quorum clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -103,8 +103,11 @@ bench-floors: build ## Measure what operations are made of, alone, and how far a
 	KVASIR_FLOORS=$(or $(DURATION),2s) KVASIR_BIN=$(CURDIR)/$(BIN) $(GO) test -tags $(TAGS) -count=1 -timeout 30m -v -run '^TestFloors$$' ./internal/bench
 	KVASIR_MOVE_MIB=128 $(GO) test -tags $(TAGS) -count=1 -timeout 30m -v -run '^TestMoveRate$$' ./internal/handoff
 
-bench-scale: ## Measure what grows with nodes: plans, topologies, links
-	KVASIR_SCALE=1 $(GO) test -tags $(TAGS) -count=1 -timeout 30m -v -run '^TestScale$$' ./internal/bench
+bench-size: build ## Measure idle nodes, three nodes against nine, and many keys against few (DURATION=10s for each)
+	KVASIR_SIZE=$(or $(DURATION),10s) KVASIR_BIN=$(CURDIR)/$(BIN) $(GO) test -tags $(TAGS) -count=1 -timeout 60m -v -run '^TestSize$$' ./internal/bench
+
+bench-scale: build ## Measure what grows with nodes: plans, topologies, links, the control plane with hundreds of simulated nodes
+	KVASIR_SCALE=1 KVASIR_BIN=$(CURDIR)/$(BIN) $(GO) test -tags $(TAGS) -count=1 -timeout 30m -v -run '^(TestScale|TestControlPlane)$$' ./internal/bench
 
 bench-quorum: build ## Measure what callers wait for by quorum, two of five replicas far, and by read repair; draw it (DURATION=4s of each load, ROUNDS=3 DELAY=20ms JSON=file)
 	KVASIR_QUORUM=$(or $(DURATION),4s) KVASIR_QUORUM_ROUNDS=$(ROUNDS) KVASIR_QUORUM_DELAY=$(DELAY) KVASIR_BIN=$(CURDIR)/$(BIN) \

@@ -212,6 +212,7 @@ func (c *Client) watch(ctx context.Context, address string) error {
 	// known is the topology that the server takes this client to have: what it sent last,
 	// whatever has come from elsewhere since.
 	known := c.view.Load().topology
+	var health map[uint64]*topologyv1.NodeHealth
 	stream, err := topologyv1.NewTopologyServiceClient(cc).WatchTopology(ctx, &topologyv1.WatchTopologyRequest{
 		ClusterId: known.ClusterID, KnownEpoch: known.Epoch,
 	})
@@ -224,7 +225,8 @@ func (c *Client) watch(ctx context.Context, address string) error {
 		if known, err = c.updated(ctx, address, known, resp); err != nil {
 			break
 		}
-		if err = c.learn(known, resp.GetHealth()); err != nil {
+		health = topology.HealthAfter(health, resp.GetHealth(), known)
+		if err = c.learn(known, health); err != nil {
 			break
 		}
 	}
@@ -241,7 +243,7 @@ var errCutOff = errors.New("the server reaches less than half of the data nodes"
 // learn takes in what a watched server sent. One that holds half of the data nodes or
 // more for unhealthy is likelier cut off from them than right: its opinion is left,
 // since following it would lead every request to that very server.
-func (c *Client) learn(t *topology.Topology, health []*topologyv1.NodeHealth) error {
+func (c *Client) learn(t *topology.Topology, health map[uint64]*topologyv1.NodeHealth) error {
 	unhealthy := map[uint64]bool{}
 	serving, down := 0, 0
 	for _, h := range health {
@@ -249,7 +251,7 @@ func (c *Client) learn(t *topology.Topology, health []*topologyv1.NodeHealth) er
 		if bad {
 			unhealthy[h.GetIncarnation()] = true
 		}
-		if n := t.Node(h.GetIncarnation()); n == nil || n.Role == topology.Data {
+		if n := t.Node(h.GetIncarnation()); n != nil && n.Role == topology.Data {
 			serving++
 			if bad {
 				down++

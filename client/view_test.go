@@ -3,6 +3,7 @@ package client
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"sync"
@@ -53,11 +54,15 @@ func TestClientLeavesTheOpinionOfACutOffNode(t *testing.T) {
 		return r
 	}
 	// #7 to #9 are reporting nodes.
-	top, err := topology.FromProto(&topologyv1.Topology{ClusterId: "c", Epoch: 1, Vnodes: 16, FoundingNodes: 1, Settings: topology.DefaultSettings().Proto(), Nodes: []*topologyv1.Node{
-		{Incarnation: 7, Name: "r1", Role: topologyv1.Role_ROLE_REPORTING},
-		{Incarnation: 8, Name: "r2", Role: topologyv1.Role_ROLE_REPORTING},
-		{Incarnation: 9, Name: "r3", Role: topologyv1.Role_ROLE_REPORTING},
-	}})
+	pb := &topologyv1.Topology{ClusterId: "c", Epoch: 1, Vnodes: 16, FoundingNodes: 1, Settings: topology.DefaultSettings().Proto()}
+	for i := uint64(1); i < 10; i++ {
+		n := &topologyv1.Node{Incarnation: i, Name: fmt.Sprint("n", i), Role: topologyv1.Role_ROLE_DATA}
+		if i >= 7 {
+			n.Role = topologyv1.Role_ROLE_REPORTING
+		}
+		pb.Nodes = append(pb.Nodes, n)
+	}
+	top, err := topology.FromProto(pb)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -76,7 +81,7 @@ func TestClientLeavesTheOpinionOfACutOffNode(t *testing.T) {
 	} {
 		c := &Client{}
 		c.view.Store(&view{topology: top, unhealthy: map[uint64]bool{1: true}})
-		err := c.learn(top, tc.answer)
+		err := c.learn(top, topology.HealthAfter(nil, tc.answer, top))
 		if left := errors.Is(err, errCutOff); left != tc.left || !left && err != nil {
 			t.Errorf("%s: %v", tc.name, err)
 		}

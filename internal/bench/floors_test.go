@@ -4,15 +4,18 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"text/tabwriter"
 	"time"
@@ -21,6 +24,7 @@ import (
 	"github.com/cockroachdb/pebble/v2/objstorage/objstorageprovider"
 	"github.com/cockroachdb/pebble/v2/sstable"
 	"github.com/cockroachdb/pebble/v2/vfs"
+	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 
 	"github.com/kvasirdb/kvasir/client"
@@ -67,12 +71,16 @@ func TestFloors(t *testing.T) {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 
-	echoPut, echoGet := unaryEchoes(t)
+	echoPut, echoGet := unaryEchoes(t, echoProcess(t))
+	_, innerGet := unaryEchoes(t, serve(t, registerEchoes))
 	stores := openPebbles(t, dir)
-	cl, pids := startCluster(t, filepath.Join(dir, "cluster"))
+	c := startCluster(t, filepath.Join(dir, "cluster"), 3)
+	c.fill(t, floorRecords, floorValue)
+	cl, pids := c.Client, c.pids()
 	floors := []*floor{
 		{name: "unary echo of a put", threads: 1, do: echoPut},
 		{name: "unary echo of a get", threads: 1, do: echoGet},
+		{name: "unary echo of a get within a process", threads: 1, do: innerGet},
 		{name: "a batched stream alone", threads: 64, do: bareStream(t)},
 		{name: "Kvasir's link", threads: 64, do: linkEcho(t)},
 		{name: "Pebble: synced set", threads: 1, do: syncedSet(stores[:1], 1)},
@@ -224,9 +232,56 @@ func connect(t *testing.T, address string) *grpc.ClientConn {
 	return cc
 }
 
-func unaryEchoes(t *testing.T) (put, get func(context.Context, *rand.Rand) error) {
+func registerEchoes(s *grpc.Server) {
+	kvv1.RegisterKVServiceServer(s, &echoes{value: make([]byte, floorValue)})
+}
+
+// TestMain serves echoes instead of running tests in a process that echoProcess starts.
+func TestMain(m *testing.M) {
+	if os.Getenv("KVASIR_ECHO") == "" {
+		os.Exit(m.Run())
+	}
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		panic(err)
+	}
+	srv := rpc.Transport{}.NewServer()
+	registerEchoes(srv)
+	go func() {
+		_, _ = io.Copy(io.Discard, os.Stdin) // it ends with whoever started this
+		srv.Stop()
+	}()
+	fmt.Println(lis.Addr())
+	if err := srv.Serve(lis); err != nil {
+		panic(err)
+	}
+}
+
+// echoProcess starts a process that answers unary calls, as a node is one to its clients.
+func echoProcess(t *testing.T) (address string) {
 	t.Helper()
-	address := serve(t, func(s *grpc.Server) { kvv1.RegisterKVServiceServer(s, &echoes{value: make([]byte, floorValue)}) })
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), "KVASIR_ECHO=1")
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { in.Close(); _ = cmd.Wait() })
+	if _, err := fmt.Fscanln(out, &address); err != nil {
+		t.Fatal(err)
+	}
+	return address
+}
+
+func unaryEchoes(t *testing.T, address string) (put, get func(context.Context, *rand.Rand) error) {
+	t.Helper()
 	c := kvv1.NewKVServiceClient(connect(t, address))
 	key, value := make([]byte, floorKey), make([]byte, floorValue)
 	put = func(ctx context.Context, _ *rand.Rand) error {
@@ -324,7 +379,7 @@ type linked struct {
 }
 
 func (linked) Link(s grpc.BidiStreamingServer[replicav1.LinkRequest, replicav1.LinkResponse]) error {
-	return rpc.Serve(rpc.ReplicaServerStream(s), nil, rpc.Replica, func(_ context.Context, _ time.Time, calls []*replicav1.Call, reply func(*replicav1.Reply)) {
+	return rpc.Serve(rpc.ReplicaServerStream(s), nil, rpc.Replica, nil, func(_ context.Context, _ time.Time, calls []*replicav1.Call, reply func(*replicav1.Reply)) {
 		for _, c := range calls {
 			reply(&replicav1.Reply{Id: c.GetId()})
 		}
@@ -440,16 +495,29 @@ func buildTable(t *testing.T, path string) float64 {
 	return float64(size>>20) / time.Since(began).Seconds()
 }
 
-// startCluster starts three nodes and an orchestrator as processes, with every record
-// stored, and returns a client and the nodes' processes.
-func startCluster(t *testing.T, dir string) (*client.Client, []int) {
+// processes are an orchestrator and nodes as processes, with a client.
+type processes struct {
+	*client.Client
+	nodes []devcluster.Status
+}
+
+// pids returns the nodes' processes.
+func (c *processes) pids() (out []int) {
+	for _, n := range c.nodes {
+		out = append(out, n.PID)
+	}
+	return out
+}
+
+// startCluster starts so many nodes and an orchestrator as processes.
+func startCluster(t *testing.T, dir string, nodes int) *processes {
 	t.Helper()
 	bin := os.Getenv("KVASIR_BIN")
 	if bin == "" {
-		t.Fatal("KVASIR_BIN says where kvnode and kvorch are: run `make bench-floors`")
+		t.Fatal("KVASIR_BIN says where kvnode and kvorch are: use the target of the Makefile")
 	}
 	ctx := context.Background()
-	settings := devcluster.Settings{Nodes: 3, Orchestrators: 1, Zones: 3, Port: loopback.Base(t, 40) + 10}
+	settings := devcluster.Settings{Nodes: nodes, Orchestrators: 1, Zones: devcluster.DefaultZones(nodes), Port: loopback.Base(t, 10*(nodes+1)) + 10}
 	c, err := devcluster.Create(ctx, dir, settings, devcluster.Options{BinDir: bin})
 	if err != nil {
 		t.Fatal(err)
@@ -469,29 +537,46 @@ func startCluster(t *testing.T, dir string) (*client.Client, []int) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	out := &processes{}
 	var endpoints []string
-	var pids []int
 	for _, p := range all {
 		if p.Role == "data" {
-			endpoints, pids = append(endpoints, p.ClientAddr), append(pids, p.PID)
+			endpoints, out.nodes = append(endpoints, p.ClientAddr), append(out.nodes, p)
 		}
 	}
-	cl, err := client.New(ctx, endpoints)
-	if err != nil {
+	if out.Client, err = client.New(ctx, endpoints); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { cl.Close() })
-	rng := rand.New(rand.NewPCG(1, 1))
-	for i := 0; i < floorRecords; i += 200 {
-		var ops []client.Operation
-		for k := i; k < i+200; k++ {
-			ops = append(ops, client.Operation{Key: fmt.Appendf(nil, "user%016x", k), Value: randomValue(rng)})
-		}
-		if _, err := cl.Batch(ctx, ops); err != nil {
-			t.Fatal(err)
-		}
+	t.Cleanup(func() { out.Close() })
+	return out
+}
+
+// fill stores so many records with values of so many bytes.
+func (c *processes) fill(t *testing.T, records, size int) {
+	t.Helper()
+	var next atomic.Int64
+	var g errgroup.Group
+	for range 16 {
+		g.Go(func() error {
+			rng := rand.New(rand.NewPCG(rand.Uint64(), 1))
+			for {
+				from := int(next.Add(200)) - 200
+				if from >= records {
+					return nil
+				}
+				var ops []client.Operation
+				for k := from; k < min(from+200, records); k++ {
+					ops = append(ops, client.Operation{Key: fmt.Appendf(nil, "user%016x", k), Value: randomValue(rng)[:size]})
+				}
+				if _, err := c.Batch(context.Background(), ops); err != nil {
+					return err
+				}
+			}
+		})
 	}
-	return cl, pids
+	if err := g.Wait(); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func clusterPut(c *client.Client) func(context.Context, *rand.Rand) error {

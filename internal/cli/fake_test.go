@@ -243,7 +243,7 @@ func (r ran) want(t *testing.T, code int, texts ...string) ran {
 }
 
 func (n *fakeNode) Session(stream grpc.BidiStreamingServer[kvv1.SessionRequest, kvv1.SessionResponse]) error {
-	return rpc.Serve(rpc.KVServerStream(stream), metadata.MD{}, rpc.KV,
+	return rpc.Serve(rpc.KVServerStream(stream), metadata.MD{}, rpc.KV, nil,
 		func(_ context.Context, _ time.Time, calls []*kvv1.SessionCall, reply func(*kvv1.SessionReply)) {
 			var wg sync.WaitGroup
 			for _, c := range calls {

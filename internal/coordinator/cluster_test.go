@@ -229,7 +229,7 @@ func (c *cluster) newNode(ctx context.Context, id uint64) *node {
 		CatchUp: func(ctx context.Context, epoch uint64, _ string) error { return refresh(ctx, epoch) },
 		Refuse:  serve, Open: func(uint32, uint32, uint64) bool { return !n.closed.Load() },
 	})
-	n.loop = rpc.NewLoop(rpc.Replica, func(ctx context.Context, _ time.Time, calls []*replicav1.Call, reply func(*replicav1.Reply)) {
+	n.loop = rpc.NewLoop(rpc.Replica, nil, func(ctx context.Context, _ time.Time, calls []*replicav1.Call, reply func(*replicav1.Reply)) {
 		n.rep.Handle(ctx, "", calls, reply)
 	})
 	n.coord = coordinator.New(coordinator.Config{

@@ -37,7 +37,7 @@ type mover struct {
 }
 
 func (m *mover) Link(stream grpc.BidiStreamingServer[replicav1.LinkRequest, replicav1.LinkResponse]) error {
-	return rpc.Serve(rpc.ReplicaServerStream(stream), nil, rpc.Replica, func(ctx context.Context, _ time.Time, calls []*replicav1.Call, reply func(*replicav1.Reply)) {
+	return rpc.Serve(rpc.ReplicaServerStream(stream), nil, rpc.Replica, nil, func(ctx context.Context, _ time.Time, calls []*replicav1.Call, reply func(*replicav1.Reply)) {
 		m.replica.Handle(ctx, "peer", calls, reply)
 	})
 }
@@ -72,7 +72,7 @@ func newMover(t testing.TB, id uint64, top *topology.Topology, open func(namespa
 		Self: id, Store: m.store, Clock: replica.NewClock(wall, m.store.Reserved(), m.store.ReserveClock, logger), Fence: m.fence, Hints: hints, Logger: logger,
 		CatchUp: func(context.Context, uint64, string) error { return nil }, Refuse: func() *rpc.Error { return nil }, Open: open,
 	})
-	m.loop = rpc.NewLoop(rpc.Replica, func(ctx context.Context, _ time.Time, calls []*replicav1.Call, reply func(*replicav1.Reply)) {
+	m.loop = rpc.NewLoop(rpc.Replica, nil, func(ctx context.Context, _ time.Time, calls []*replicav1.Call, reply func(*replicav1.Reply)) {
 		m.replica.Handle(ctx, "self", calls, reply)
 	})
 	t.Cleanup(func() {

@@ -66,6 +66,7 @@ type Node struct {
 	joiner      *handoff.Joiner
 	reporting   *reporting
 	peers       *peers
+	pool        *rpc.Pool
 	loop        *rpc.Loop[*replicav1.Call, *replicav1.Reply]
 	topologies  *topologies
 	gossip      *gossip.Gossip
@@ -318,14 +319,15 @@ func (n *Node) serve(run context.Context) error {
 	n.topologies = newTopologies(n.store, n.fence, n.seal, n.transport, n.id.ClusterID, cfg.Orchestrators, cfg.Logger)
 	n.topologies.wrong.Store(n.wrongEpoch)
 	n.topologies.adopted, n.topologies.prepare, n.topologies.settle = n.adopted, n.prepare, n.settle
+	n.pool = rpc.NewPool()
 	n.replica = replica.New(replica.Config{
 		Self: n.id.Incarnation, Store: n.store, Clock: n.clock, Fence: n.fence, Hints: n.hints, Logger: cfg.Logger,
 		CatchUp: func(ctx context.Context, epoch uint64, address string) error {
 			return n.topologies.refresh(ctx, epoch, address)
 		},
-		Refuse: n.refuse, Load: n.load, Open: n.assignments.Open, Address: cfg.Advertise,
+		Refuse: n.refuse, Load: n.load, Open: n.assignments.Open, Address: cfg.Advertise, Pool: n.pool,
 	})
-	n.loop = rpc.NewLoop(rpc.Replica, func(ctx context.Context, _ time.Time, calls []*replicav1.Call, reply func(*replicav1.Reply)) {
+	n.loop = rpc.NewLoop(rpc.Replica, n.pool, func(ctx context.Context, _ time.Time, calls []*replicav1.Call, reply func(*replicav1.Reply)) {
 		n.replica.Handle(ctx, cfg.Advertise, calls, reply)
 	})
 	n.peers = &peers{
@@ -668,6 +670,7 @@ func (n *Node) Stop() {
 			}
 			n.peers.close()
 			n.loop.Close()
+			n.pool.Close()
 		}
 		if n.store != nil {
 			if err := n.store.Close(); err != nil {

@@ -14,6 +14,7 @@ import (
 	"github.com/kvasirdb/kvasir/internal/coordinator"
 	"github.com/kvasirdb/kvasir/internal/rpc"
 	"github.com/kvasirdb/kvasir/internal/storage"
+	"github.com/kvasirdb/kvasir/internal/topology"
 	adminv1 "github.com/kvasirdb/kvasir/proto/kvasir/admin/v1"
 	kvv1 "github.com/kvasirdb/kvasir/proto/kvasir/kv/v1"
 	replicav1 "github.com/kvasirdb/kvasir/proto/kvasir/replica/v1"
@@ -54,7 +55,7 @@ func (s kvService) Trace(ctx context.Context, r *kvv1.TraceRequest) (*kvv1.Trace
 // Session serves a client's stream. Each call of a frame is served on its own.
 func (s kvService) Session(stream grpc.BidiStreamingServer[kvv1.SessionRequest, kvv1.SessionResponse]) error {
 	md := metadata.Pairs(mdIncarnation, strconv.FormatUint(s.node.id.Incarnation, 10), rpc.MDUptime, strconv.FormatInt(s.node.uptime().Milliseconds(), 10))
-	return rpc.Serve(rpc.KVServerStream(stream), md, rpc.KV,
+	return rpc.Serve(rpc.KVServerStream(stream), md, rpc.KV, s.node.pool,
 		func(ctx context.Context, received time.Time, calls []*kvv1.SessionCall, reply func(*kvv1.SessionReply)) {
 			var wg sync.WaitGroup
 			defer wg.Wait()
@@ -62,7 +63,7 @@ func (s kvService) Session(stream grpc.BidiStreamingServer[kvv1.SessionRequest, 
 				return
 			}
 			for _, c := range calls[1:] {
-				wg.Go(func() { reply(s.serve(ctx, received, c)) })
+				s.node.pool.GoFor(&wg, func() { reply(s.serve(ctx, received, c)) })
 			}
 			reply(s.serve(ctx, received, calls[0]))
 		})
@@ -165,7 +166,7 @@ func (s replicaService) Link(stream grpc.BidiStreamingServer[replicav1.LinkReque
 	s.node.peers.heard(in)
 	address := first(in, mdAddress)
 	md := metadata.Pairs(mdIncarnation, strconv.FormatUint(s.node.id.Incarnation, 10))
-	return rpc.Serve(rpc.ReplicaServerStream(stream), md, rpc.Replica,
+	return rpc.Serve(rpc.ReplicaServerStream(stream), md, rpc.Replica, s.node.pool,
 		func(ctx context.Context, _ time.Time, calls []*replicav1.Call, reply func(*replicav1.Reply)) {
 			s.node.replica.Handle(ctx, address, calls, reply)
 		})
@@ -204,13 +205,13 @@ func (s topologyService) WatchTopology(r *topologyv1.WatchTopologyRequest, strea
 	if err := s.check(r.GetClusterId()); err != nil {
 		return err
 	}
-	known := r.GetKnownEpoch()
+	known, told := r.GetKnownEpoch(), map[uint64]*topologyv1.NodeHealth{}
 	tick := time.NewTicker(watchInterval)
 	defer tick.Stop()
 	for {
 		changed := s.node.topologies.changed()
 		t := s.node.fence.Topology()
-		resp := &topologyv1.WatchTopologyResponse{Health: s.node.healthOf(t), WallMs: uint64(s.node.clock.Wall())}
+		resp := &topologyv1.WatchTopologyResponse{Health: topology.HealthNews(told, s.node.healthOf(t)), WallMs: uint64(s.node.clock.Wall())}
 		resp.Topology, resp.Delta = s.node.topologies.recent.Update(known, t)
 		known = max(known, t.Epoch)
 		if err := stream.Send(resp); err != nil {

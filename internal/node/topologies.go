@@ -244,6 +244,7 @@ func (t *topologies) watch(ctx context.Context, address string) error {
 	// known is the topology that the server takes this node to have: what it sent last,
 	// whatever has come from elsewhere since.
 	known := t.current()
+	var health map[uint64]*topologyv1.NodeHealth
 	stream, err := topologyv1.NewTopologyServiceClient(cc).WatchTopology(ctx, &topologyv1.WatchTopologyRequest{
 		ClusterId: t.clusterID, KnownEpoch: known.Epoch,
 	})
@@ -256,14 +257,11 @@ func (t *topologies) watch(ctx context.Context, address string) error {
 			return err
 		}
 		silence.Reset(watchSilence)
-		health := make(map[uint64]*topologyv1.NodeHealth, len(resp.GetHealth()))
-		for _, h := range resp.GetHealth() {
-			health[h.GetIncarnation()] = h
-		}
-		t.setHealth(health)
 		if known, err = t.updated(ctx, address, known, resp); err != nil {
 			return err
 		}
+		health = topology.HealthAfter(health, resp.GetHealth(), known)
+		t.setHealth(health)
 		if err := t.adopt(known); err != nil {
 			return err
 		}

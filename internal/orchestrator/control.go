@@ -554,6 +554,7 @@ func (s topologyService) WatchTopology(r *topologyv1.WatchTopologyRequest, strea
 	tick := time.NewTicker(watchInterval)
 	defer tick.Stop()
 	led := time.Now() // when there was a leader last
+	told := map[uint64]*topologyv1.NodeHealth{}
 	for {
 		if _, ok := s.o.raft.Leader(); ok {
 			led = time.Now()
@@ -565,10 +566,12 @@ func (s topologyService) WatchTopology(r *topologyv1.WatchTopologyRequest, strea
 		if err != nil {
 			return err
 		}
-		resp := &topologyv1.WatchTopologyResponse{WallMs: uint64(s.o.cfg.Seams.WallClock())}
-		for _, n := range t.Nodes {
-			resp.Health = append(resp.Health, s.o.health.of(n.Incarnation).proto(n.Incarnation))
+		all := make([]*topologyv1.NodeHealth, len(t.Nodes))
+		for i := range t.Nodes {
+			inc := t.Nodes[i].Incarnation
+			all[i] = s.o.health.of(inc).proto(inc)
 		}
+		resp := &topologyv1.WatchTopologyResponse{Health: topology.HealthNews(told, all), WallMs: uint64(s.o.cfg.Seams.WallClock())}
 		resp.Topology, resp.Delta = s.o.machine.recent.Update(known, t)
 		if known == t.Epoch {
 			resp.Delta = t.Check()

@@ -57,6 +57,8 @@ type Config struct {
 	// Open reports whether a vnode that the node is incoming on since an epoch takes
 	// records yet. Default: always.
 	Open func(namespace, vnode uint32, since uint64) bool
+	// Pool runs what a frame asks for beside each other. May be nil.
+	Pool *rpc.Pool
 	// Address is where this node's calls to itself come from. They may compare what
 	// bit rot has left of a vnode, so that it can be filled again.
 	Address string
@@ -122,7 +124,7 @@ func (r *Replica) Handle(ctx context.Context, address string, calls []*replicav1
 			case len(calls) == 1:
 				f.read(c, op.Read)
 			default:
-				reads.Go(func() { f.read(c, op.Read) })
+				r.cfg.Pool.GoFor(&reads, func() { f.read(c, op.Read) })
 			}
 		case *replicav1.Call_Scan:
 			reads.Go(func() { f.scan(c, op.Scan) })

@@ -91,9 +91,15 @@ type Link[C, R any] struct {
 		conn    *grpc.ClientConn
 		closed  bool
 		lastErr error
+		// stream is the open one, nil while there is none.
+		stream ClientStream[C, R]
+		// owed is how many replies the stream owes, also to calls that were given up.
+		owed int
 		// look is when watch means to look next at what is pending.
 		look time.Time
 	}
+	// sending is held by whoever takes a frame off the queue until it is sent.
+	sending turn
 	cancel  context.CancelFunc
 	stopped sync.WaitGroup
 }
@@ -112,7 +118,7 @@ type pending[C, R any] struct {
 func NewLink[C, R any](cfg LinkConfig, proto Protocol[C, R]) *Link[C, R] {
 	cfg.setDefaults()
 	ctx, cancel := context.WithCancel(context.Background())
-	l := &Link[C, R]{cfg: cfg, proto: proto, cancel: cancel, made: time.Now(), ready: make(chan struct{}), retry: make(chan struct{}, 1), sooner: make(chan struct{}, 1)}
+	l := &Link[C, R]{cfg: cfg, proto: proto, cancel: cancel, made: time.Now(), sending: newTurn(), ready: make(chan struct{}), retry: make(chan struct{}, 1), sooner: make(chan struct{}, 1)}
 	l.mu.pending = map[uint64]*pending[C, R]{}
 	l.mu.queue = newQueue[*pending[C, R]]()
 	l.stopped.Go(func() { l.run(ctx) })
@@ -182,11 +188,24 @@ func (l *Link[C, R]) Start(call C, deadline time.Time, done func(R, error)) (uin
 	p.id = l.mu.nextID
 	l.mu.pending[p.id] = p
 	sooner := deadline.Add(giveUpAfter).Before(l.mu.look)
+	// The only call of a stream that owes nothing has the connection to itself: it cannot
+	// be held up, and there is nothing it might travel with.
+	stream := l.mu.stream
+	if len(l.mu.pending) > 1 || l.mu.owed > 0 || p.size > maxInline {
+		stream = nil
+	}
 	l.mu.Unlock()
 	if sooner {
 		signal(l.sooner)
 	}
-	if !q.push(p) {
+	ok := false
+	if stream != nil {
+		_, ok = q.add(p)
+		l.flush(stream, q)
+	} else {
+		ok = q.push(p)
+	}
+	if !ok {
 		// The stream ended in between, and failed all pending calls, this one too
 		// unless it came too late for that.
 		if l.Forget(p.id) {
@@ -283,7 +302,7 @@ func (l *Link[C, R]) down(cause error) {
 	if l.mu.queue != nil {
 		l.mu.queue.close()
 	}
-	l.mu.queue = nil
+	l.mu.queue, l.mu.stream = nil, nil
 	l.mu.lastErr = cause
 	failed := l.mu.pending
 	l.mu.pending = map[uint64]*pending[C, R]{}
@@ -336,6 +355,9 @@ func (l *Link[C, R]) serve(ctx context.Context, first bool) (opened bool, err er
 	if err != nil {
 		return false, err
 	}
+	l.mu.Lock()
+	l.mu.stream, l.mu.owed = stream, 0
+	l.mu.Unlock()
 	l.up.Store(true)
 	signalReady()
 
@@ -451,6 +473,10 @@ func (l *Link[C, R]) startBy(now time.Time) uint64 {
 	return uint64(max(1, (uptime + l.cfg.StartWithin).Milliseconds()))
 }
 
+// maxInline is the size of calls that whoever makes them may send: gRPC takes that much
+// without waiting for the connection.
+const maxInline = 16 << 10
+
 // send drains the queue into frames until the stream or ctx ends.
 func (l *Link[C, R]) send(ctx context.Context, stream ClientStream[C, R], q *queue[*pending[C, R]]) error {
 	for {
@@ -459,25 +485,57 @@ func (l *Link[C, R]) send(ctx context.Context, stream ClientStream[C, R], q *que
 			return nil
 		case <-q.wake:
 		}
-		frame := q.take(func(p *pending[C, R]) int { return p.size })
-		if calls := l.prepare(frame); len(calls) > 0 {
-			if err := stream.SendFrame(calls); err != nil {
-				return nil // Recv tells why
-			}
+		l.sending.take()
+		late, err := l.sendFrame(stream, q)
+		l.sending.give()
+		l.tooLate(late)
+		if err != nil {
+			return nil // Recv tells why
 		}
 	}
 }
 
-// prepare numbers the calls of a frame and drops those that nobody waits for.
-func (l *Link[C, R]) prepare(frame []*pending[C, R]) []C {
+// flush sends what is in the queue while the stream owes nothing, so that nothing can hold
+// it up, and otherwise leaves that to send.
+func (l *Link[C, R]) flush(stream ClientStream[C, R], q *queue[*pending[C, R]]) {
+	if !l.sending.tryTake() {
+		signal(q.wake)
+		return
+	}
+	defer l.sending.give()
+	l.mu.Lock()
+	owed := l.mu.owed
+	l.mu.Unlock()
+	if owed > 0 {
+		signal(q.wake)
+		return
+	}
+	late, _ := l.sendFrame(stream, q) // Recv tells why
+	if len(late) > 0 {
+		l.stopped.Go(func() { l.tooLate(late) }) // the caller may hold what done needs
+	}
+}
+
+// sendFrame sends one frame of what is in the queue, and returns the calls that are too late.
+// REQUIRES: l.sending is held.
+func (l *Link[C, R]) sendFrame(stream ClientStream[C, R], q *queue[*pending[C, R]]) (late []*pending[C, R], err error) {
+	calls, late := l.prepare(q.take(func(p *pending[C, R]) int { return p.size }))
+	if len(calls) > 0 {
+		err = stream.SendFrame(calls)
+	}
+	return late, err
+}
+
+// prepare numbers the calls of a frame and drops those that nobody waits for, or not any more.
+func (l *Link[C, R]) prepare(frame []*pending[C, R]) (calls []C, late []*pending[C, R]) {
 	if len(frame) == 0 {
-		return nil
+		return nil, nil
 	}
 	now := time.Now()
 	startBy := l.startBy(now)
-	calls := make([]C, 0, len(frame))
-	var late []*pending[C, R]
+	calls = make([]C, 0, len(frame))
 	l.mu.Lock()
+	defer l.mu.Unlock()
 	for _, p := range frame {
 		if l.mu.pending[p.id] != p {
 			continue // given up on
@@ -492,12 +550,15 @@ func (l *Link[C, R]) prepare(frame []*pending[C, R]) []C {
 		l.proto.Prepare(p.call, p.id, uint32(max(1, left.Milliseconds())), startBy)
 		calls = append(calls, p.call)
 	}
-	l.mu.Unlock()
+	l.mu.owed += len(calls)
+	return calls, late
+}
+
+func (l *Link[C, R]) tooLate(calls []*pending[C, R]) {
 	var zero R
-	for _, p := range late {
+	for _, p := range calls {
 		p.done(zero, l.notSent(context.DeadlineExceeded))
 	}
-	return calls
 }
 
 // receive hands replies out until the stream ends.
@@ -511,6 +572,7 @@ func (l *Link[C, R]) receive(stream ClientStream[C, R], heard func()) error {
 		heard()
 		found = found[:0]
 		l.mu.Lock()
+		l.mu.owed -= len(replies)
 		for _, r := range replies {
 			id := l.proto.ReplyID(r)
 			found = append(found, l.mu.pending[id])
@@ -612,10 +674,8 @@ func (l *Link[C, R]) look(now, ping, heard time.Time) (next time.Time, silent bo
 	}
 	l.mu.look = next
 	l.mu.Unlock()
+	l.tooLate(unsent) // and never will be sent: prepare passes over them
 	var zero R
-	for _, p := range unsent { // and never will be: prepare passes over it
-		p.done(zero, l.notSent(context.DeadlineExceeded))
-	}
 	for _, p := range late {
 		p.done(zero, Errorf(codes.DeadlineExceeded, ReasonDeadline, "%s did not reply in time", l.cfg.Peer).With("peer", l.cfg.Peer))
 	}

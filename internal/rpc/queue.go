@@ -25,21 +25,45 @@ type queue[T any] struct {
 
 func newQueue[T any]() *queue[T] { return &queue[T]{wake: make(chan struct{}, 1)} }
 
-// push appends an item; it reports false when the queue is closed. The bound on
-// its length is the caller's, who knows what is outstanding in all.
+// push appends an item and wakes the sender; it reports false when the queue is closed. The
+// bound on its length is the caller's, who knows what is outstanding in all.
 func (q *queue[T]) push(item T) bool {
-	q.mu.Lock()
-	if q.mu.closed {
-		q.mu.Unlock()
-		return false
-	}
-	q.mu.items = append(q.mu.items, item)
-	first := len(q.mu.items) == 1
-	q.mu.Unlock()
+	first, ok := q.add(item)
 	if first {
 		signal(q.wake)
 	}
-	return true
+	return ok
+}
+
+// add is push for a caller that sends the item itself, or wakes the sender. first is
+// whether nothing waited.
+func (q *queue[T]) add(item T) (first, ok bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.mu.closed {
+		return false, false
+	}
+	q.mu.items = append(q.mu.items, item)
+	return len(q.mu.items) == 1, true
+}
+
+// turn is a lock that is held while something is sent, which may take long: the simulation's
+// clock goes on while a channel is waited for, and stands still for a mutex.
+type turn chan struct{}
+
+func newTurn() turn { return make(turn, 1) }
+
+func (t turn) take() { t <- struct{}{} }
+func (t turn) give() { <-t }
+
+// tryTake takes it if nobody has it.
+func (t turn) tryTake() bool {
+	select {
+	case t <- struct{}{}:
+		return true
+	default:
+		return false
+	}
 }
 
 // signal puts a token into a channel that holds one, unless it is there.

@@ -41,7 +41,7 @@ func (e *echo) Session(s grpc.BidiStreamingServer[kvv1.SessionRequest, kvv1.Sess
 	if md, _ := metadata.FromIncomingContext(s.Context()); len(md["stranger"]) > 0 {
 		return rpc.Errorf(codes.FailedPrecondition, rpc.ReasonWrongPeer, "go away").With("name", "echo")
 	}
-	return rpc.Serve(rpc.KVServerStream(s), metadata.Pairs("name", "echo"), rpc.KV, e.frame)
+	return rpc.Serve(rpc.KVServerStream(s), metadata.Pairs("name", "echo"), rpc.KV, nil, e.frame)
 }
 
 func (e *echo) frame(ctx context.Context, _ time.Time, calls []call, reply func(reply)) {
@@ -432,6 +432,34 @@ func TestLateCallsAreNotSent(t *testing.T) {
 	})
 }
 
+// Whoever makes a call may hold what its end needs: it is not told from within the call.
+func TestTooLateIsToldLater(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.serve(&echo{})
+		l := w.link(nil)
+		<-l.Ready()
+		time.Sleep(100 * time.Millisecond) // until the first ping is answered
+		var mu sync.Mutex
+		told := make(chan error, 1)
+		mu.Lock()
+		err := l.Go(get("a"), time.Now().Add(-time.Second), func(_ reply, err error) {
+			mu.Lock()
+			defer mu.Unlock()
+			told <- err
+		})
+		mu.Unlock()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e := rpc.AsError(<-told); e.Reason != rpc.ReasonNotSent {
+			t.Errorf("the end is %v", e)
+		}
+		l.Close()
+		w.end()
+	})
+}
+
 func TestClockOffset(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -461,7 +489,7 @@ func TestLoop(t *testing.T) {
 			}
 			return nil
 		}}
-		l := rpc.NewLoop(rpc.KV, e.frame)
+		l := rpc.NewLoop(rpc.KV, nil, e.frame)
 		errs := make(chan error, 100)
 		for i := range 100 {
 			key := "a"

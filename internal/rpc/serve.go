@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/grpc"
@@ -85,18 +86,19 @@ const MDUptime = "kvasir-uptime-ms"
 
 // Serve greets the caller with md and answers its frames until the stream ends. It
 // returns after every handler has. A caller that closes its sending half gets the
-// replies that it is owed.
-func Serve[C, R any](stream ServerStream[C, R], md metadata.MD, proto Protocol[C, R], handle FrameHandler[C, R]) error {
+// replies that it is owed. Frames are handled by goroutines of pool, which may be nil.
+func Serve[C, R any](stream ServerStream[C, R], md metadata.MD, proto Protocol[C, R], pool *Pool, handle FrameHandler[C, R]) error {
 	if err := stream.SendHeader(md); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithCancel(stream.Context())
 	defer cancel()
-	o := &outbox[C, R]{proto: proto, queue: newQueue[outgoing[R]](), answered: make(chan struct{})}
+	o := &outbox[C, R]{proto: proto, queue: newQueue[outgoing[R]](), answered: make(chan struct{}), sending: newTurn()}
 	o.room.L = &o.mu
 	defer context.AfterFunc(ctx, o.end)()
 	var sender, handlers sync.WaitGroup
-	sender.Go(func() { o.send(ctx, stream) })
+	o.stream = stream
+	sender.Go(func() { o.send(ctx) })
 	var err error
 	for {
 		var calls []C
@@ -115,7 +117,12 @@ func Serve[C, R any](stream ServerStream[C, R], md metadata.MD, proto Protocol[C
 			break
 		}
 		received := time.Now()
-		handlers.Go(func() { handle(ctx, received, calls, o.reply) })
+		pool.GoFor(&handlers, func() {
+			f := answers[C, R]{outbox: o}
+			f.left.Store(int64(len(calls)))
+			handle(ctx, received, calls, f.reply)
+			o.flush()
+		})
 	}
 	if errors.Is(err, io.EOF) {
 		err = nil
@@ -128,16 +135,36 @@ func Serve[C, R any](stream ServerStream[C, R], md metadata.MD, proto Protocol[C
 	return err
 }
 
+// answers are those of one frame. The last one is left to its handler to send, which is
+// about to return: it saves waking the sender.
+type answers[C, R any] struct {
+	*outbox[C, R]
+	left atomic.Int64
+}
+
+func (a *answers[C, R]) reply(r R) {
+	g := a.bound(r)
+	if a.left.Add(-1) > 0 {
+		a.queue.push(g)
+	} else {
+		a.queue.add(g)
+	}
+}
+
 // outbox holds the replies of a stream until they are sent, and bounds them.
 type outbox[C, R any] struct {
 	proto    Protocol[C, R]
+	stream   ServerStream[C, R]
 	queue    *queue[outgoing[R]]
 	answered chan struct{} // closed after the last reply
-	mu       sync.Mutex
-	room     sync.Cond
-	calls    int // without a sent reply
-	bytes    int // of replies in the queue
-	ended    bool
+	// sending is held by whoever takes a frame off the queue until it is sent.
+	sending turn
+
+	mu    sync.Mutex
+	room  sync.Cond
+	calls int // without a sent reply
+	bytes int // of replies in the queue
+	ended bool
 }
 
 type outgoing[R any] struct {
@@ -164,9 +191,9 @@ func (o *outbox[C, R]) end() {
 	o.room.Broadcast()
 }
 
-// reply queues a reply. It never blocks: what was read for a caller that takes
-// nothing off the stream is thrown away instead.
-func (o *outbox[C, R]) reply(r R) {
+// bound counts a reply that is about to be queued. It never blocks: what was read for a
+// caller that takes nothing off the stream is thrown away instead.
+func (o *outbox[C, R]) bound(r R) outgoing[R] {
 	size := o.proto.ReplySize(r)
 	o.mu.Lock()
 	full := o.bytes+size > refuseBytes
@@ -184,11 +211,11 @@ func (o *outbox[C, R]) reply(r R) {
 		o.bytes += size
 		o.mu.Unlock()
 	}
-	o.queue.push(outgoing[R]{r, size})
+	return outgoing[R]{r, size}
 }
 
 // send sends replies until the stream breaks, ctx ends, or the last is sent.
-func (o *outbox[C, R]) send(ctx context.Context, stream ServerStream[C, R]) {
+func (o *outbox[C, R]) send(ctx context.Context) {
 	for last := false; ; {
 		select {
 		case <-ctx.Done():
@@ -197,42 +224,63 @@ func (o *outbox[C, R]) send(ctx context.Context, stream ServerStream[C, R]) {
 		case <-o.answered:
 			last = true
 		}
-		frame := o.queue.take(func(g outgoing[R]) int { return g.size })
-		if len(frame) == 0 {
-			if last {
-				return
-			}
-			continue
+		o.sending.take()
+		sent, err := o.sendFrame()
+		o.sending.give()
+		if err != nil || last && sent == 0 {
+			return // a broken stream shows to RecvFrame, too
 		}
-		replies, bytes := make([]R, len(frame)), 0
-		for i, g := range frame {
-			replies[i], bytes = g.reply, bytes+g.size
-		}
-		if stream.SendFrame(replies) != nil {
-			return // the stream is broken, which RecvFrame sees too
-		}
-		o.mu.Lock()
-		o.calls -= len(frame)
-		o.bytes -= bytes
-		o.mu.Unlock()
-		o.room.Signal()
 	}
+}
+
+// flush sends what is in the queue, or leaves that to whoever sends already.
+func (o *outbox[C, R]) flush() {
+	if !o.sending.tryTake() {
+		signal(o.queue.wake)
+		return
+	}
+	defer o.sending.give()
+	_, _ = o.sendFrame() // a broken stream shows to RecvFrame, too
+}
+
+// sendFrame sends one frame of what is in the queue, and returns of how many replies.
+// REQUIRES: o.sending is held.
+func (o *outbox[C, R]) sendFrame() (sent int, err error) {
+	frame := o.queue.take(func(g outgoing[R]) int { return g.size })
+	if len(frame) == 0 {
+		return 0, nil
+	}
+	replies, bytes := make([]R, len(frame)), 0
+	for i, g := range frame {
+		replies[i], bytes = g.reply, bytes+g.size
+	}
+	if err := o.stream.SendFrame(replies); err != nil {
+		return 0, err
+	}
+	o.mu.Lock()
+	o.calls -= len(frame)
+	o.bytes -= bytes
+	o.mu.Unlock()
+	o.room.Signal()
+	return len(frame), nil
 }
 
 // Loop is a link of a process to itself: calls are batched and handled as those of
 // a peer are, without a stream between.
 type Loop[C, R any] struct {
 	proto   Protocol[C, R]
+	pool    *Pool
 	handle  FrameHandler[C, R]
 	queue   *queue[*pending[C, R]]
 	cancel  context.CancelFunc
 	stopped sync.WaitGroup
 }
 
-// NewLoop starts a loop. Close must be called.
-func NewLoop[C, R any](proto Protocol[C, R], handle FrameHandler[C, R]) *Loop[C, R] {
+// NewLoop starts a loop whose frames are handled by goroutines of pool, which may be nil.
+// Close must be called.
+func NewLoop[C, R any](proto Protocol[C, R], pool *Pool, handle FrameHandler[C, R]) *Loop[C, R] {
 	ctx, cancel := context.WithCancel(context.Background())
-	l := &Loop[C, R]{proto: proto, handle: handle, queue: newQueue[*pending[C, R]](), cancel: cancel}
+	l := &Loop[C, R]{proto: proto, pool: pool, handle: handle, queue: newQueue[*pending[C, R]](), cancel: cancel}
 	l.stopped.Go(func() { l.run(ctx) })
 	return l
 }
@@ -270,7 +318,7 @@ func (l *Loop[C, R]) run(ctx context.Context) {
 			l.proto.Prepare(p.call, uint64(i), uint32(max(1, p.deadline.Sub(now).Milliseconds())), 0)
 		}
 		slots <- struct{}{}
-		handlers.Go(func() {
+		l.pool.GoFor(&handlers, func() {
 			l.handle(ctx, now, calls, func(r R) {
 				p := frame[l.proto.ReplyID(r)]
 				if e := ErrorFromProto(l.proto.ReplyError(r)); e != nil {

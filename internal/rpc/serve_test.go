@@ -202,7 +202,7 @@ func (y *young) Session(s grpc.BidiStreamingServer[kvv1.SessionRequest, kvv1.Ses
 	uptime := func() uint64 { return uint64(y.uptime().Milliseconds()) }
 	md := metadata.Pairs(rpc.MDUptime, strconv.FormatUint(uptime(), 10))
 	time.Sleep(y.delay)
-	return rpc.Serve(rpc.KVServerStream(s), md, rpc.KV, func(_ context.Context, _ time.Time, calls []call, answer func(reply)) {
+	return rpc.Serve(rpc.KVServerStream(s), md, rpc.KV, nil, func(_ context.Context, _ time.Time, calls []call, answer func(reply)) {
 		for _, c := range calls {
 			r := &kvv1.SessionReply{Id: c.GetId(), Response: &kvv1.SessionReply_Ping{Ping: &kvv1.PingResponse{UptimeMs: uptime()}}}
 			if c.GetPing() == nil && c.GetStartByMs() < uptime() {

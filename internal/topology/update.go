@@ -1,6 +1,7 @@
 package topology
 
 import (
+	"maps"
 	"slices"
 	"sync"
 
@@ -83,4 +84,40 @@ func Updated(known *Topology, m Updating) (*Topology, error) {
 		return known, nil
 	}
 	return Patch(known, d)
+}
+
+// HealthNews returns what of all nodes' health a watcher has not been told yet, and notes in
+// told that it is now.
+func HealthNews(told map[uint64]*topologyv1.NodeHealth, all []*topologyv1.NodeHealth) (news []*topologyv1.NodeHealth) {
+	for _, h := range all {
+		t := told[h.GetIncarnation()]
+		if t == nil || t.GetState() != h.GetState() || t.GetReason() != h.GetReason() || t.GetSinceMs() != h.GetSinceMs() {
+			told[h.GetIncarnation()] = h
+			news = append(news, h)
+		}
+	}
+	if len(told) > len(all) { // of nodes that are gone
+		clear(told)
+		for _, h := range all {
+			told[h.GetIncarnation()] = h
+		}
+	}
+	return news
+}
+
+// HealthAfter returns what a watcher of a topology knows of its nodes' health after news:
+// known itself where there are none.
+func HealthAfter(known map[uint64]*topologyv1.NodeHealth, news []*topologyv1.NodeHealth, t *Topology) map[uint64]*topologyv1.NodeHealth {
+	if known != nil && len(news) == 0 && len(known) <= len(t.Nodes) {
+		return known
+	}
+	next := make(map[uint64]*topologyv1.NodeHealth, len(t.Nodes))
+	for _, h := range known {
+		next[h.GetIncarnation()] = h
+	}
+	for _, h := range news {
+		next[h.GetIncarnation()] = h
+	}
+	maps.DeleteFunc(next, func(incarnation uint64, _ *topologyv1.NodeHealth) bool { return t.Node(incarnation) == nil })
+	return next
 }

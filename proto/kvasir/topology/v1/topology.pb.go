@@ -2044,8 +2044,9 @@ type WatchTopologyResponse struct {
 	// The whole topology, or what differs from the one that the last response led to, the
 	// first from the known one. Neither is there when nothing changed, except
 	// that orchestrators send a delta from the epoch to itself, for its checksum.
-	Topology *Topology     `protobuf:"bytes,1,opt,name=topology,proto3" json:"topology,omitempty"`
-	Health   []*NodeHealth `protobuf:"bytes,2,rep,name=health,proto3" json:"health,omitempty"`
+	Topology *Topology `protobuf:"bytes,1,opt,name=topology,proto3" json:"topology,omitempty"`
+	// What is not as the last response had it: the first has all nodes of the topology.
+	Health []*NodeHealth `protobuf:"bytes,2,rep,name=health,proto3" json:"health,omitempty"`
 	// The server's wall clock, in milliseconds since 1970.
 	WallMs        uint64         `protobuf:"varint,3,opt,name=wall_ms,json=wallMs,proto3" json:"wall_ms,omitempty"`
 	Delta         *TopologyDelta `protobuf:"bytes,4,opt,name=delta,proto3" json:"delta,omitempty"`
