@@ -73,14 +73,15 @@ func deadNodes(t *topology.Topology, v view) (dead []*topology.Node) {
 }
 
 // deadSpare returns a dead node without slots that is to leave, or nil: one that the
-// provisioner launched, or whose slots a recovery gave to others before it was aborted. What
-// people started without slots, or drained, is theirs to remove.
+// provisioner launched, or launched another one in the place of, or whose slots a recovery
+// gave to others before it was aborted. What people started without slots, or drained, is
+// theirs to remove.
 func deadSpare(s *topology.State, v view) *topology.Node {
 	t := s.Topology
 	for i := range t.Nodes {
 		n := &t.Nodes[i]
 		launched := v.provisions && slices.ContainsFunc(s.Provisions, func(p topology.Provision) bool {
-			return p.Kind == topology.Launch && p.Incarnation == n.Incarnation
+			return p.Kind == topology.Launch && (p.Incarnation == n.Incarnation || p.Replaces == n.Incarnation && p.State == topology.Provided)
 		})
 		bereft := slices.ContainsFunc(s.Operations, func(op topology.Operation) bool {
 			return op.Kind == kindRecover && slices.Contains(op.Remove, n.Incarnation)

@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kvasirdb/kvasir/internal/placement"
 	"github.com/kvasirdb/kvasir/internal/topology"
 	topologyv1 "github.com/kvasirdb/kvasir/proto/kvasir/topology/v1"
 )
@@ -162,6 +163,23 @@ func TestADeadSpareThatWasLaunchedLeaves(t *testing.T) {
 	}
 	if _, did = play(t, s, cfg, func(o *observed) { lose(5)(o); o.provisions, o.now = true, 2*time.Hour }); len(did) != 0 {
 		t.Errorf("of a node that nobody launched: %q", did)
+	}
+}
+
+// While a node is launched in the place of a dead one, people move the slots of that
+// elsewhere. It leaves all the same.
+func TestADeadNodeThatWasReplacedLeaves(t *testing.T) {
+	s, cfg := ringOf(t, 3)
+	world := func(o *observed) { lose(2)(o); o.provisions, o.now = true, time.Hour }
+	s, _ = play(t, s, cfg, world)
+	s = registerNode(t, s, provisionOf(s, topology.Launch).Node, "z")
+	s, _ = play(t, s, cfg, func(o *observed) { world(o); o.unknown = []uint64{4} })
+	theirs := topology.Operation{Kind: "apply", Title: "theirs", Moves: placement.Moves(placement.Of(s.Topology), placement.Substitute(placement.Of(s.Topology), 2, 4))}
+	s = mustApply(t, s, startOperation(s, theirs, "operation", "", "theirs"), 0)
+	s, did := play(t, s, cfg, world)
+	happened(t, did, "n2, without slots, is dead and leaves", "n2, #2, has left")
+	if end := provisionOf(s, topology.End); end == nil || end.Incarnation != 2 {
+		t.Errorf("provisions %+v", s.Provisions)
 	}
 }
 
