@@ -116,7 +116,7 @@ func Defaults() Config {
 	return Config{
 		Zone: "default", Role: topology.Data.String(),
 		Listen: "0.0.0.0:7400", AdminListen: "0.0.0.0:7401", GossipListen: "0.0.0.0:7402",
-		CacheBytes: 64 << 20, RecordCacheBytes: 64 << 20, MemTableBytes: 32 << 20,
+		CacheBytes: 128 << 20, RecordCacheBytes: 128 << 20, MemTableBytes: 32 << 20,
 		ScrubCycle: 7 * 24 * time.Hour, ScrubBytesPerSecond: 4 << 20,
 		MoveBytesPerSecond: 64 << 20, MoveCommitDelay: 2 * time.Millisecond,
 		DiskStallAfter: 10 * time.Second, DrainTimeout: 10 * time.Second,
