@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 
 	"github.com/kvasirdb/kvasir/internal/gossip"
 	"github.com/kvasirdb/kvasir/internal/rpc"
@@ -246,6 +247,9 @@ func newSimulated(t *testing.T, orchs []string) *simulated {
 
 func (n *simulated) GetNodeStatus(context.Context, *adminv1.GetNodeStatusRequest) (*adminv1.GetNodeStatusResponse, error) {
 	t := n.topology.Load()
+	if t == nil {
+		return nil, rpc.Errorf(codes.Unavailable, rpc.ReasonNotReady, "not registered yet")
+	}
 	return &adminv1.GetNodeStatusResponse{Status: &adminv1.NodeStatus{
 		Incarnation: n.incarnation, State: adminv1.NodeStatus_STATE_SERVING, Epoch: t.Epoch, ClockOk: true, SettingsHash: t.Settings.Hash(),
 	}}, nil
