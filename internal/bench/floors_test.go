@@ -52,7 +52,8 @@ type floor struct {
 	// servers are processes whose CPU is counted, too.
 	servers []int
 
-	p50, perSecond, cpu []float64 // by round: µs, and server CPU in µs an operation
+	// by round: µs, server CPU in µs an operation, and flushes of all disks an operation
+	p50, perSecond, cpu, flushes []float64
 }
 
 // TestFloors measures what Kvasir's operations are made of, alone, and prints how far above
@@ -108,12 +109,13 @@ func TestFloors(t *testing.T) {
 func (f *floor) measure(t *testing.T, d time.Duration) {
 	t.Helper()
 	cfg := bench.Config{Stores: []bench.Store{operation(f.do)}, Threads: f.threads, Duration: d, Records: 2, Workload: bench.Mix(1, bench.Uniform), Timeout: 10 * time.Second}
-	before := cpuOf(t, f.servers)
+	before, flushed := cpuOf(t, f.servers), diskFlushes(t)
 	res, err := bench.Run(context.Background(), cfg, nil)
 	if err != nil || res.Errors > 0 {
 		t.Fatalf("%s: %s, %v", f.name, res.FirstError, err)
 	}
 	used := cpuOf(t, f.servers) - before
+	f.flushes = append(f.flushes, float64(diskFlushes(t)-flushed)/float64(res.Operations))
 	f.p50 = append(f.p50, float64(res.Kinds[bench.Read].P50))
 	f.perSecond = append(f.perSecond, res.PerSecond)
 	f.cpu = append(f.cpu, float64(used.Microseconds())/float64(res.Operations))
@@ -153,6 +155,26 @@ func cpuOf(t *testing.T, pids []int) (total time.Duration) {
 	return total
 }
 
+// diskFlushes returns how many requests to flush all disks have completed. Those that come
+// while one is under way may share the next.
+func diskFlushes(t *testing.T) (total int64) {
+	t.Helper()
+	b, err := os.ReadFile("/proc/diskstats")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range strings.Split(string(b), "\n") {
+		if fields := strings.Fields(line); len(fields) > 18 { // since Linux 5.5
+			n, err := strconv.ParseInt(fields[18], 10, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			total += n
+		}
+	}
+	return total
+}
+
 func median(v []float64) float64 {
 	v = slices.Sorted(slices.Values(v))
 	return v[len(v)/2]
@@ -162,7 +184,7 @@ func report(t *testing.T, floors []*floor, built []float64) {
 	t.Helper()
 	var b strings.Builder
 	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', tabwriter.AlignRight)
-	fmt.Fprintf(w, "\nwhat\tthreads\toperations/s\tp50, µs\tserver CPU, µs\t\n")
+	fmt.Fprintf(w, "\nwhat\tthreads\toperations/s\tp50, µs\tserver CPU, µs\tflushes an operation\t\n")
 	value := func(name string, threads int, of func(*floor) []float64) float64 {
 		i := slices.IndexFunc(floors, func(f *floor) bool { return f.name == name && f.threads == threads })
 		return median(of(floors[i]))
@@ -175,7 +197,7 @@ func report(t *testing.T, floors []*floor, built []float64) {
 		if len(f.servers) > 0 {
 			used = fmt.Sprintf("%.0f", median(f.cpu))
 		}
-		fmt.Fprintf(w, "%s\t%d\t%.0f\t%.0f\t%s\t\n", f.name, f.threads, median(f.perSecond), median(f.p50), used)
+		fmt.Fprintf(w, "%s\t%d\t%.0f\t%.0f\t%s\t%.2f\t\n", f.name, f.threads, median(f.perSecond), median(f.p50), used, median(f.flushes))
 	}
 	fmt.Fprintf(w, "\nratio\treached\ttarget\t\n")
 	row := func(name string, ratio float64, target string) {
