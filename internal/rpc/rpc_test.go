@@ -439,11 +439,11 @@ func TestTooLateIsToldLater(t *testing.T) {
 		w.serve(&echo{})
 		l := w.link(nil)
 		<-l.Ready()
-		time.Sleep(100 * time.Millisecond) // until the first ping is answered
+		time.Sleep(900 * time.Millisecond) // the first ping is answered, and so close to the next nobody looks for late calls
 		var mu sync.Mutex
 		told := make(chan error, 1)
 		mu.Lock()
-		err := l.Go(get("a"), time.Now().Add(-time.Second), func(_ reply, err error) {
+		err := l.Go(get("a"), time.Now().Add(-time.Millisecond), func(_ reply, err error) {
 			mu.Lock()
 			defer mu.Unlock()
 			told <- err
