@@ -38,7 +38,7 @@ func TestControlPlane(t *testing.T) {
 	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintf(w, "\nnodes\tall registered in\tring formed, known to all in\ta change, known to all in\ta dead node, known to all in\tleader's CPU at rest\tothers'\tleader's memory\tgossip and more, a node\t\n")
 	for _, nodes := range []int{30, 100, 300} {
-		controlPlane(t, w, nodes)
+		t.Run(fmt.Sprint(nodes), func(t *testing.T) { controlPlane(t, w, nodes) })
 	}
 	w.Flush()
 	t.Log(b.String())
@@ -46,8 +46,7 @@ func TestControlPlane(t *testing.T) {
 
 func controlPlane(t *testing.T, w *tabwriter.Writer, nodes int) {
 	t.Helper()
-	orchs, pids, stop := startOrchestrators(t, nodes)
-	defer stop()
+	orchs, pids := startOrchestrators(t, nodes)
 	transport := rpc.Transport{Dial: rpc.NetDialer}
 	all := make([]*simulated, nodes)
 	began := time.Now()
@@ -141,7 +140,7 @@ func controlPlane(t *testing.T, w *tabwriter.Writer, nodes int) {
 }
 
 // startOrchestrators starts three, which wait for so many nodes.
-func startOrchestrators(t *testing.T, nodes int) (addresses []string, pids []int, stop func()) {
+func startOrchestrators(t *testing.T, nodes int) (addresses []string, pids []int) {
 	t.Helper()
 	bin := os.Getenv("KVASIR_BIN")
 	if bin == "" {
@@ -154,7 +153,6 @@ func startOrchestrators(t *testing.T, nodes int) (addresses []string, pids []int
 		fmt.Fprintf(&peers, "  - {name: orch%d, address: %q, admin_address: %q, gossip_address: %q, raft_address: %q}\n", i, at(i, 0), at(i, 1), at(i, 2), at(i, 3))
 		addresses = append(addresses, at(i, 0))
 	}
-	var processes []*exec.Cmd
 	for i := range 3 {
 		file := filepath.Join(dir, fmt.Sprintf("orch%d.yaml", i))
 		config := fmt.Sprintf("name: orch%d\ndata_dir: %s\nlisten: %q\nadmin_listen: %q\ngossip_listen: %q\nraft_listen: %q\npeers:\n%sbootstrap:\n  founding_nodes: %d\n  vnodes: %d\n",
@@ -171,15 +169,11 @@ func startOrchestrators(t *testing.T, nodes int) (addresses []string, pids []int
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
+		t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
 		log.Close()
-		processes, pids = append(processes, cmd), append(pids, cmd.Process.Pid)
+		pids = append(pids, cmd.Process.Pid)
 	}
-	return addresses, pids, func() {
-		for _, p := range processes {
-			_ = p.Process.Kill()
-			_ = p.Wait()
-		}
-	}
+	return addresses, pids
 }
 
 // leaderOf returns which orchestrator leads.
