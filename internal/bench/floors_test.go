@@ -3,6 +3,7 @@ package bench_test
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -590,7 +591,11 @@ func (c *processes) fill(t *testing.T, records, size int) {
 				for k := from; k < min(from+200, records); k++ {
 					ops = append(ops, client.Operation{Key: fmt.Appendf(nil, "user%016x", k), Value: randomValue(rng)[:size]})
 				}
-				if _, err := c.Batch(context.Background(), ops); err != nil {
+				results, err := c.Batch(context.Background(), ops)
+				for _, r := range results {
+					err = errors.Join(err, r.Err)
+				}
+				if err != nil {
 					return err
 				}
 			}
